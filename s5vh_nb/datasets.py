@@ -11,7 +11,7 @@ __all__ = ['CONTENT_LIMIT', 'FSDD', 'PAIRS', 'DIRECTIONS', 'CANVAS', 'SPRITE', '
            'synthetic_like', 'load']
 
 # %% ../nbs/lib/02_datasets.ipynb #7836f6c3
-import contextlib, difflib, functools, hashlib, importlib.resources, itertools
+import contextlib, functools, hashlib, importlib.resources, itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from tqdm.auto import tqdm
 
 from .basics import atomic_write, expect
+from .config import known
 
 # %% ../nbs/lib/02_datasets.ipynb #cecc631f
 @dataclass(frozen=True, eq=False)
@@ -419,7 +420,4 @@ LOADERS = {
 def load(name:str, # A row of LOADERS, e.g. "spoken-digits"
          root:str|Path|None=None): # Folder with the official files; bundled sets don't need it
     "The dataset called `name`; `ValueError` with the known names when there is none."
-    close = difflib.get_close_matches(str(name), LOADERS, n=1)
-    hint = f", did you mean {close[0]!r}?" if close else ""
-    expect(name in LOADERS, "dataset", f"one of {', '.join(LOADERS)}", f"{name!r}{hint}")
-    return LOADERS[name](root)
+    return LOADERS[known(name, LOADERS, "dataset")](root)
