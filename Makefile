@@ -1,0 +1,68 @@
+# Two commands do all the set-up on a machine with Python >= 3.11 and make:
+#   make reproduce    the main job
+#   make test         every check
+# Both create .venv in this folder on their first run and use it afterwards.
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# make reproduce PROFILE=full ALL=1 ARGS="-p bits=64"
+PROFILE ?= quick
+ALL     ?=
+ARGS    ?=
+
+# the first Python that is new enough and can make environments (Debian keeps venv in a package of its own)
+PYTHON  ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$python && break; done)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce report test test-python test-lib test-artefacts lab readme prepare clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+reproduce: $(READY)  ## the main job: tables and figures from real data (ALL=1 all artefacts, PROFILE=smoke|quick|full|paper, ARGS="-p bits=64")
+	$(BIN)/s5vh-nb reproduce --profile $(PROFILE) $(if $(ALL),--all) $(ARGS)
+
+report: $(READY)  ## draw the committed tables and figures again from their records, without training
+	$(BIN)/s5vh-nb report $(ARGS)
+
+test: test-python test-lib test-artefacts  ## every check: pytest, all lib notebooks, all artefact notebooks in the smoke profile
+	@echo "make test: all well"
+
+test-python: $(READY)
+	$(BIN)/python -m pytest -q tests
+
+test-lib: $(READY)
+	$(BIN)/nbdev_test --path nbs/lib --n_workers 2 --do_print --timing
+
+test-artefacts: $(READY)
+	rm -rf results/smoke figures/smoke
+	$(BIN)/papermill --log-level ERROR --no-progress-bar -p profile smoke nbs/s5vh/retrieval.ipynb results/smoke/plain.ipynb
+	$(BIN)/s5vh-nb reproduce --all --profile smoke
+
+lab: $(READY)  ## JupyterLab, opened at the index
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+readme: $(READY)  ## README.md from nbs/index.ipynb
+	$(BIN)/python tools/readme.py
+
+prepare: $(READY)  ## after editing notebooks: export the package, clean the notebooks, make the README
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tools/readme.py
+
+clean:  ## remove the environment and what smoke and quick runs wrote
+	rm -rf $(VENV) results/smoke results/quick figures/smoke figures/quick
+
+# torch first and by name: where the index offers a CPU build, that one is taken; elsewhere the ordinary build
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: expected Python >= 3.11 with its venv module (Debian: apt install python3-venv), found none; or say make PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version); this takes some minutes, once"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@

@@ -1,0 +1,115 @@
+"The house rules: the package equals its notebooks, notebooks are clean, artefacts are complete and listed, the README is current."
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from s5vh_nb.reproduce import PAPERS, read_artefact
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(path for path in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+ARTEFACTS = [path for path in NOTEBOOKS if path.parent.name in PAPERS]
+PARAMETERS = {"profile", "dataset", "bits", "seeds", "device", "data_root"}
+
+
+def name_of(path): return path.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(scope="module")
+def remade():
+    "A copy of the project in which the package was exported anew and the notebooks were cleaned."
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("settings.ini", "pyproject.toml", "README.md"): shutil.copy(ROOT/name, copy)
+        shutil.copytree(ROOT/"nbs", copy/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+        shutil.copytree(ROOT/"s5vh_nb", copy/"s5vh_nb", ignore=shutil.ignore_patterns("__pycache__", "data", "*.py"))
+        shutil.copy(ROOT/"s5vh_nb"/"__init__.py", copy/"s5vh_nb")
+        for command in ("nbdev_export", "nbdev_clean"):
+            subprocess.run([f"{sys.prefix}/bin/{command}"], cwd=copy, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""})
+        yield copy
+
+
+def test_package_equals_notebooks(remade):
+    modules = {path.name for path in (ROOT/"s5vh_nb").glob("*.py")}
+    assert modules == {path.name for path in (remade/"s5vh_nb").glob("*.py")}, "modules without a notebook, or not exported (make prepare)"
+    different = [name for name in sorted(modules) if (ROOT/"s5vh_nb"/name).read_text() != (remade/"s5vh_nb"/name).read_text()]
+    assert not different, f"these modules differ from their notebooks: {different} (make prepare)"
+
+
+def test_notebooks_are_clean(remade):
+    unclean = [name_of(path) for path in NOTEBOOKS if path.read_text() != (remade/path.relative_to(ROOT)).read_text()]
+    assert not unclean, f"nbdev_clean would change {unclean} (make prepare)"
+
+
+def test_lib_imports_go_down():
+    "A module imports only from modules with a lower number."
+    number = {path.stem[3:]: int(path.stem[:2]) for path in NOTEBOOKS if path.parent.name == "lib"}
+    for module in number:
+        source = (ROOT/"s5vh_nb"/f"{module}.py").read_text()
+        used = re.findall(r"^from \.(\w+) import", source, re.M)
+        used += [name.strip() for names in re.findall(r"^from \. import (.+)$", source, re.M) for name in names.split(",") if name.strip() in number]
+        assert all(number[name] < number[module] for name in used), f"{module} imports {used}"
+
+
+def test_package_needs_no_development_tools():
+    for path in (ROOT/"s5vh_nb").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) (fastcore|nbdev|execnb)", path.read_text(), re.M) or path.name == "_modidx.py", path.name
+
+
+@pytest.mark.parametrize("path", ARTEFACTS, ids=name_of)
+def test_artefact_notebook(path):
+    artefact, nb = read_artefact(path), nbformat.read(path, as_version=4)
+    assert PARAMETERS <= set(artefact.parameters)
+    assert nb.metadata.kernelspec.name == "python3"
+    assert not any(cell.outputs for cell in nb.cells if cell.cell_type == "code"), "artefact sources carry no outputs"
+    assert artefact.tables + artefact.figures, "it saves no table and no figure"
+    assert all(name == path.stem or name.startswith(f"{path.stem}_") for name in artefact.tables + artefact.figures), "outputs begin with the notebook's stem"
+    assert f"nbs/{artefact.name}.ipynb" in (ROOT/"README.md").read_text(), "not listed in the index (make readme)"
+
+
+def test_main_job_has_artefacts():
+    assert any(read_artefact(path).default for path in ARTEFACTS)
+
+
+@pytest.fixture(scope="module")
+def readme():
+    "The script that makes the README."
+    spec = importlib.util.spec_from_file_location("readme", ROOT/"tools"/"readme.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def test_readme_is_current(readme):
+    current = (ROOT/"README.md").read_text()
+    assert readme.to_markdown(nbformat.read(readme.INDEX, as_version=4)) == current, "README.md differs from the index's stored outputs (make readme)"
+    assert readme.to_markdown(readme.executed_index()) == current, "the index's outputs are stale (make readme)"
+
+
+def test_readme_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)\s]+)\)", (ROOT/"README.md").read_text())
+    missing = [link for link in links if not re.match(r"[a-z]+:|#", link) and not (ROOT/link).exists()]
+    assert len(links) > 10 and not missing, missing
+
+
+def test_readme_script_runs(tmp_path):
+    "The example for scripts, in the smoke profile."
+    code = re.search(r"```python\n(.+?)```", (ROOT/"README.md").read_text(), re.S)[1]
+    assert '"quick"' in code
+    done = subprocess.run([sys.executable, "-c", code.replace('"quick"', '"smoke"')], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("(750, 8) uint8")
+
+
+def test_no_machine_paths():
+    "Notebooks and evidence name no folder of the machine they were made on."
+    folders = re.compile("|".join(map(re.escape, {"/home/", "/Users/", "/root/", f"{Path.home()}/", f"{tempfile.gettempdir()}/", f"{ROOT.parent}/"} - {"//"})))
+    shown = [*NOTEBOOKS, *(ROOT/"results"/"full").rglob("*.ipynb"), *(ROOT/"results"/"full").rglob("*.json")]
+    found = {name_of(path): hit[0] for path in shown if (hit := folders.search(path.read_text()))}
+    assert not found, found
