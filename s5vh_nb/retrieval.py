@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['jit', 'TIES', 'packed_codes', 'packed_pair', 'as_words', 'popcount', 'distance_row', 'hamming_distances',
-           'bucket_starts', 'hamming_search', 'as_multi_hot', 'label_words', 'relevant_row', 'harmonic_numbers', 'at',
-           'bucket_sums', 'cut_by_hits', 'distance_histograms', 'histogram_ap', 'ordered_ap', 'average_precision',
-           'map_at_k', 'gmap', 'precision_recall']
+           'bucket_starts', 'hamming_search', 'as_multi_hot', 'label_words', 'relevant_row', 'harmonic_numbers',
+           'lookup', 'bucket_sums', 'cut_by_hits', 'distance_histograms', 'histogram_ap', 'ordered_ap',
+           'average_precision', 'map_at_k', 'gmap', 'precision_recall']
 
 # %% ../nbs/lib/30_retrieval.ipynb #dac09d5c
 from collections.abc import Iterable
@@ -141,8 +141,8 @@ def harmonic_numbers(n:int, # The last index
     "$H_i = 1 + 1/2 + ... + 1/i$."
     return torch.cat([torch.zeros(1), 1/torch.arange(1, n+1, dtype=torch.float64)]).to(device).cumsum(0)
 
-def at(table, # (entries,)
-       index, # int64, any shape
+def lookup(table, # (entries,)
+           index, # int64, any shape
 ) -> torch.Tensor: # index's shape
     "`table[index]`; on a CPU many times faster than indexing, which hands even small work to all threads."
     return table.index_select(0, index.flatten()).view(index.shape)
@@ -158,9 +158,9 @@ def bucket_sums(S, # Items before the bucket, int64, any shape
     "Each bucket's share of the sum over ranks of rel(r)*prec(r): its expectation over random orders, or an extreme."
     if ties == "expected":
         p, s = rho/m.double().clamp(min=1), (rho-1)/(m-1).double().clamp(min=1)
-        return p*(s*J + (R + 1 - s*(S+1))*(at(H, S+J) - at(H, S)))
+        return p*(s*J + (R + 1 - s*(S+1))*(lookup(H, S+J) - lookup(H, S)))
     first, hits = (S, torch.minimum(rho, J)) if ties == "highest" else (S + m - rho, (J - (m-rho)).clamp(min=0))
-    return hits + (R - first)*(at(H, first+hits) - at(H, first))
+    return hits + (R - first)*(lookup(H, first+hits) - lookup(H, first))
 
 # %% ../nbs/lib/30_retrieval.ipynb #f5ef1ef2
 def cut_by_hits(A, # (nq,) float64: share of the buckets before the cut
@@ -171,7 +171,7 @@ def cut_by_hits(A, # (nq,) float64: share of the buckets before the cut
     "Sum over ranks divided by the hits found, when the number of hits depends on the order in the cut bucket."
     least, most = (J - (m-rho)).clamp(min=0), torch.minimum(rho, J)
     log_factorial = torch.lgamma(torch.arange(1, int(m.max()) + 2, dtype=torch.float64)).to(A.device)
-    log_binomial = lambda n, r: at(log_factorial, n) - at(log_factorial, r) - at(log_factorial, n-r)
+    log_binomial = lambda n, r: lookup(log_factorial, n) - lookup(log_factorial, r) - lookup(log_factorial, n-r)
     log_all = log_binomial(m, J)
     start = {"expected": 0., "lowest": torch.inf, "highest": -torch.inf}[ties]
     out = torch.full_like(A, start)
@@ -209,10 +209,12 @@ def distance_histograms(query_codes, # (nq, k/8) uint8, packed
     return torch.from_numpy(irrelevant + relevant), torch.from_numpy(relevant.copy())
 
 # %% ../nbs/lib/30_retrieval.ipynb #72186fda
-def _check_options(ks, n, **options):
+def _check_options(ks, n, **options): # Cuts, size of the database, name=(value, what it may be)
     for where, (value, allowed) in options.items(): expect(value in allowed, where, f"one of {allowed}", repr(value))
     expect(len(ks) > 0, "ks", "at least one cut", "none")
-    for N in ks: expect(N is None or 1 <= N <= n, "ks", f"cuts of 1..{n} (the size of the database), or None for all of it", N)
+    for N in ks:
+        ok = N is None or isinstance(N, (int, np.integer)) and 1 <= N <= n
+        expect(ok, "ks", f"cuts of 1..{n} (the size of the database), or None for all of it", repr(N))
 
 def histogram_ap(counts, # (nq, k+1): items at each distance, torch, any device
                  relevant_counts, # (nq, k+1): relevant items at each distance
@@ -249,8 +251,8 @@ def ordered_ap(query_codes, db_codes, query_labels, db_labels, # As in `average_
         rel = (wanted == found)[0] if single else (wanted & found).any(0)           # (tile, top)
         hits = rel.cumsum(1)                                                        # (tile, top)
         sums = (rel*hits/np.arange(1, top+1)).cumsum(1)                             # (tile, top)
-        at = np.array(cuts) - 1
-        out.append(sums[:, at]/(np.array(cuts) if denominator == "k" else hits[:, at].clip(1)))
+        last = np.array(cuts) - 1                                                   # the cuts' columns
+        out.append(sums[:, last]/(last + 1 if denominator == "k" else hits[:, last].clip(1)))
     return np.concatenate(out)
 
 def average_precision(query_codes, # (nq, k/8) uint8, packed
