@@ -40,7 +40,7 @@ test-lib: $(READY)
 	$(BIN)/nbdev_test --path nbs/lib --n_workers 2 --do_print --timing
 
 test-artefacts: $(READY)
-	rm -rf results/smoke figures/smoke
+	rm -rf results/smoke figures/smoke && mkdir -p results/smoke
 	$(BIN)/papermill --log-level ERROR --no-progress-bar -p profile smoke nbs/s5vh/retrieval.ipynb results/smoke/plain.ipynb
 	$(BIN)/s5vh-nb reproduce --all --profile smoke
 
@@ -60,7 +60,7 @@ clean:  ## remove the environment and what smoke and quick runs wrote
 
 # torch first and by name: where the index offers a CPU build, that one is taken; elsewhere the ordinary build
 $(READY): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "make: expected Python >= 3.11 with its venv module (Debian: apt install python3-venv), found none; or say make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(or $(PYTHON),false) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "make: expected Python >= 3.11 with its venv module (Debian: apt install python3-venv), found $(or $(PYTHON),none); or say make PYTHON=/path/to/python" >&2; exit 1; }
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version); this takes some minutes, once"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 setuptools wheel
