@@ -74,6 +74,12 @@ def test_itq_finds_the_rotation_of_a_cubes_corners():
         losses.append(((np.where(p > 0, 1, -1) - p)**2).sum(1).mean())
     assert min(losses) < 1e-12                                                                 # local minima exist; some start finds the corners
 
+def test_no_step_of_itq_raises_the_loss():
+    v = VIDEOS.reshape(120, -1)
+    projections = [v @ itq_rotation(v, 0, steps) for steps in range(12)]
+    losses = [((np.where(p > 0, 1, -1) - p)**2).sum(1).mean() for p in projections]
+    assert (np.diff(losses) <= 1e-6).all() and losses[-1] < losses[0] - 0.1
+
 def test_lsh_works_beyond_the_width():
     _, directions = fit_lsh(VIDEOS.mean(1), 64, 0)
     assert directions.shape == (5, 64) and len(np.unique(np.abs(directions), axis=1).T) == 64
