@@ -1,0 +1,98 @@
+"Training: deterministic, exact when killed and resumed, clear when a checkpoint or the data are wrong."
+import os, random, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from s5vh_nb import datasets, training
+from s5vh_nb.config import replace, train_config
+
+CONFIG = train_config("spoken-digits", "smoke", epochs=6)
+SCRIPT = """
+import sys, numpy as np
+from s5vh_nb import datasets, training
+from s5vh_nb.config import train_config
+data = datasets.load("spoken-digits")
+run = training.train(train_config("spoken-digits", "smoke", epochs=6), data, device="cpu", checkpoint=sys.argv[1], every=1, resume=True, progress=False)
+np.save(sys.argv[2], run.model.encode(data.query.features).numpy())
+"""
+
+@pytest.fixture(scope="module")
+def data(): return datasets.load("spoken-digits")
+
+def start(folder, name): return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder/f"{name}.pt"), str(folder/f"{name}.npy")])
+
+def test_a_killed_run_resumes_to_the_same_codes(tmp_path):
+    assert start(tmp_path, "whole").wait() == 0
+    checkpoint = tmp_path/"killed.pt"
+    process = start(tmp_path, "killed")
+    while not checkpoint.exists() and process.poll() is None: time.sleep(.01)
+    time.sleep(random.random()*.3)                       # anywhere inside an epoch, or inside the next checkpoint's writing
+    process.send_signal(signal.SIGKILL); process.wait()
+    assert start(tmp_path, "killed").wait() == 0
+    assert np.array_equal(np.load(tmp_path/"killed.npy"), np.load(tmp_path/"whole.npy"))
+
+def test_another_seed_gives_other_codes(data):
+    codes = [training.train(replace(CONFIG, seed=s, epochs=1), data, device="cpu", progress=False).model.encode(data.query.features) for s in (1, 2)]
+    assert not torch.equal(*codes)
+
+@pytest.fixture(scope="module")
+def checkpoint(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")/"run.pt"
+    training.train(replace(CONFIG, epochs=1), data, device="cpu", checkpoint=path, progress=False)
+    return path
+
+def resume(path, data, **changes): return training.train(replace(CONFIG, epochs=1, **changes), data, device="cpu", checkpoint=path, resume=True, progress=False)
+
+def test_a_finished_checkpoint_is_not_trained_again(checkpoint, data):
+    assert resume(checkpoint, data).epoch == 1
+
+def test_a_truncated_checkpoint_is_named(checkpoint, data, tmp_path):
+    broken = tmp_path/"broken.pt"
+    broken.write_bytes(checkpoint.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="broken.pt: expected a checkpoint of this package, found a damaged"): resume(broken, data)
+
+def test_a_checkpoint_with_code_in_it_is_not_run(data, tmp_path):
+    path, proof = tmp_path/"evil.pt", tmp_path/"ran"
+    class Evil:
+        def __reduce__(self): return (os.system, (f"touch {proof}",))
+    torch.save({"schema": 1, "config": Evil()}, path)
+    with pytest.raises(ValueError, match="evil.pt"): resume(path, data)
+    assert not proof.exists()
+
+def test_a_checkpoint_of_another_configuration_is_refused(checkpoint, data):
+    with pytest.raises(ValueError, match="expected a checkpoint of TrainConfig"): resume(checkpoint, data, lr=1e-3)
+
+def test_a_checkpoint_of_other_data_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="data with fingerprint"): resume(checkpoint, datasets.load("spoken-pairs"))
+
+def test_a_checkpoint_of_another_schema_is_refused(checkpoint, data, tmp_path):
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({**state, "schema": 99}, tmp_path/"new.pt")
+    with pytest.raises(ValueError, match="schema 1, found schema 99"): resume(tmp_path/"new.pt", data)
+
+def test_a_loss_that_explodes_is_reported(data):
+    with pytest.raises(FloatingPointError, match="epoch .*: expected a finite loss"):
+        training.train(replace(CONFIG, lr=1e18), data, device="cpu", progress=False)
+
+def test_more_centers_than_videos_is_an_error(data):
+    with pytest.raises(ValueError, match="n_centers"): training.train(replace(CONFIG, n_centers=5000), data, device="cpu", progress=False)
+
+def test_a_mask_that_hides_all_frames_is_an_error(data):
+    with pytest.raises(ValueError, match="mask_ratio"): training.train(replace(CONFIG, mask_ratio=.01), data, device="cpu", progress=False)
+
+def test_a_write_that_fails_keeps_the_old_checkpoint(checkpoint, data):
+    "The file-size limit stands for a full disk."
+    before = checkpoint.read_bytes()
+    code = f"""
+import resource, signal
+from s5vh_nb import datasets, training
+from s5vh_nb.config import replace, train_config
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+training.train(replace(train_config("spoken-digits", "smoke"), epochs=1), datasets.load("spoken-digits"), device="cpu", checkpoint={str(checkpoint)!r}, progress=False)
+"""
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert failed.returncode != 0 and "File too large" in failed.stderr + "File too large" * ("PytorchStreamWriter" in failed.stderr)
+    assert checkpoint.read_bytes() == before and [f.name for f in checkpoint.parent.iterdir()] == [checkpoint.name]
