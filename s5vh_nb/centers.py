@@ -131,9 +131,13 @@ def _add(pull, scale, A, i):
     for l in range(len(pull)): pull[l] += scale*A[i, l]
 
 @njit(cache=True, fastmath=True)
-def _step(u, Q, P, x, y1, y2, y3, delta, gamma, rho, rho_next, pull):
-    "From u = Q'x of one ADMM step: x, the multipliers, and (added to `pull`) the next right-hand side; P = H_o Q. z is needed for a moment only."
-    for j in range(len(x)): x[j] = _dot(Q, j, u)                                       # x = Q u
+def _step(u, Q, P, x, y1, y2, y3, moved, due, delta, gamma, rho, rho_next, pull):
+    "From u = Q'x of one ADMM step: x, the multipliers, and (added to `pull`) the next right-hand side; P = H_o Q. Returns how far x has come."
+    square = 0.
+    for j in range(len(x)):                                                            # x = Q u
+        old, x[j] = x[j], _dot(Q, j, u)
+        square += (x[j] - old)**2
+    moved += sqrt(square)
     scale = sqrt(len(x)/((x + y2/rho)**2).sum())
     for j in range(len(x)):
         z1 = min(1., max(-1., x[j] + y1[j]/rho))                                       # box
@@ -142,19 +146,23 @@ def _step(u, Q, P, x, y1, y2, y3, delta, gamma, rho, rho_next, pull):
         y2[j] += gamma*rho*(x[j] - z2)
         _add(pull, rho_next*(z1 + z2) - y1[j] - y2[j], Q, j)
     for i in range(len(P)):
+        if moved < due[i]: continue                                                    # too far from the constraint to be at work
         slack = delta - _dot(P, i, u)                                                  # delta - (H_o x)_i
-        if slack >= 0 and y3[i] == 0: continue                                         # its pull is in rho*Lambda*u
+        if slack >= 0 and y3[i] == 0:
+            due[i] = moved + slack/sqrt(len(x))
+            continue
         z3 = max(0., slack - y3[i]/rho)
         y3[i] += gamma*rho*(z3 - slack)
         if abs(y3[i]) < 1e-12*rho: y3[i] = 0.                                          # has died away
         _add(pull, rho_next*(slack - z3) - y3[i], P, i)
+    return moved
 
 # %% ../nbs/lib/20_centers.ipynb #3141e556
 @njit(cache=True)
 def _solve(x, Ho, s, delta, a, Q, lam, p): # lam (k,), Q (k, k): eigenvalues and eigenvectors of H_o' H_o; p: `ADMM`
     "The best corner (k,) among `x` and the rounded iterate of every round."
     P, q = Ho@Q, (2*a*(s@Ho) - Ho.sum(0)/len(Ho))@Q                                    # (c-1, k), (k,)
-    y1, y2, y3 = np.zeros(len(x)), np.zeros(len(x)), np.zeros(len(Ho))
+    y1, y2, y3, moved, due = np.zeros(len(x)), np.zeros(len(x)), np.zeros(len(Ho)), 0., np.zeros(len(Ho))
     best, corner, x = x.copy(), x.copy(), x.copy()
     record = merit(best, Ho, s, delta, a)
     rho = p.rho
@@ -164,7 +172,7 @@ def _solve(x, Ho, s, delta, a, Q, lam, p): # lam (k,), Q (k, k): eigenvalues and
             rho_next = rho if step < p.inner - 1 else rho*p.growth
             u = pull/(2*rho + (rho + 2*a)*lam)
             pull = q + rho_next*lam*u
-            _step(u, Q, P, x, y1, y2, y3, delta, p.gamma, rho, rho_next, pull)
+            moved = _step(u, Q, P, x, y1, y2, y3, moved, due, delta, p.gamma, rho, rho_next, pull)
         rho *= p.growth
         if ((x > 0) == (corner > 0)).all(): continue                                   # seen already
         corner = np.where(x > 0, 1., -1.)
@@ -194,35 +202,37 @@ def sweep_centers(H:np.ndarray, # (c, k) start
                   sweeps:int=20): # At most
     "The best set (c, k) after one or more sweeps, and the quality after each sweep (S5VH, hash centers)."
     H, best, history = H.copy(), None, []
-    for _ in (bar := tqdm(range(sweeps), desc="hash centers", unit="sweep", leave=False, disable=not progress)):
-        before = H.copy()
-        for i in range(len(H)): H[i] = improved(H, i, S[i], distance, a, p)
-        history.append(quality(H, W))
-        bar.set_postfix(quality=f"{history[-1]:.3f}")
-        if history[-1] == max(history) and history.count(history[-1]) == 1: best = H.copy()
-        if len(history) - history.index(max(history)) > 5 or (H == before).all(): break
+    bar = tqdm(range(sweeps), desc="hash centers", unit="sweep", leave=False, disable=not progress)
+    with threadpool_limits(1):                                                         # small matrices: threads would only wait for each other
+        for _ in bar:
+            before = H.copy()
+            for i in range(len(H)): H[i] = improved(H, i, S[i], distance, a, p)
+            history.append(quality(H, W))
+            bar.set_postfix(quality=f"{history[-1]:.3f}")
+            since = len(history) - 1 - history.index(max(history))                     # sweeps since the best one
+            if since == 0: best = H.copy()
+            if since == 5 or (H == before).all(): break
     return best, history
 
 # %% ../nbs/lib/20_centers.ipynb #9b0cfa04
+def _next_flip(H, targets, delta):
+    "The (center, bit) whose flip evens out that bit and suits the targets best, or None."
+    G = H@H.T                                                                          # (c, c)
+    surplus = G - targets
+    np.fill_diagonal(surplus, 0)
+    np.fill_diagonal(G, -np.inf)
+    gain, sums = H*(surplus@H), H.sum(0)                                               # (c, k), (k,)
+    rows, bits = np.nonzero((H*sums > 0) & (np.abs(sums) > 1))
+    for n in np.argsort(-gain[rows, bits]):
+        i, l = rows[n], bits[n]
+        if (G[i] - 2*H[i, l]*H[:, l]).max() <= max(G[i].max(), delta): return i, l
+
 def balanced_bits(H:np.ndarray, # (c, k) centers
                   S:np.ndarray, # (c, c) wanted inner products
                   distance:int) -> np.ndarray: # d_max
-    "Centers with single bits flipped until each bit is +1 for half of them, where distances allow; the quality never falls. Ours, not the paper's."
-    H, targets, others = H.copy(), (S + S.T)/2, ~np.eye(len(H), dtype=bool)
-    G, delta = H@H.T, H.shape[1] - 2*distance                                          # (c, c)
-    def nearest(G): return np.where(others, G, -np.inf).max(1)                         # (c,) largest inner product
-    flipped = True
-    while flipped:
-        flipped = False
-        for bit in H.T:                                                                # (c,), a view into H
-            while abs(bit.sum()) > 1:
-                new = G - 2*np.outer(bit, bit)                                         # row i: what a flip in center i gives
-                allowed = (bit*bit.sum() > 0) & (nearest(new) <= np.maximum(nearest(G), delta))
-                if not allowed.any(): break
-                gain = bit*np.where(others, G - targets, 0)@bit                        # (c,)
-                i = np.where(allowed, gain, -np.inf).argmax()
-                G[i], G[:, i], bit[i], flipped = new[i], new[i], -bit[i], True
-                G[i, i] = H.shape[1]
+    "Centers with single bits flipped until each bit is +1 for half of them, where distances allow; the quality only rises. Ours, not the paper's."
+    H, targets = H.copy(), (S + S.T)/2
+    while flip := _next_flip(H, targets, H.shape[1] - 2*distance): H[flip] *= -1
     return H
 
 # %% ../nbs/lib/20_centers.ipynb #4dc71081

@@ -1,0 +1,106 @@
+"Hash centers: properties over many sizes, independence of batch shape and dtype, faults."
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from s5vh_nb.centers import (ADMM, balanced_bits, hadamard, hash_centers, improved, merit, quality, semantic_targets, semantic_vectors, start_centers,
+                             sweep_centers, wanted_distance)
+
+QUICK = ADMM(growth=2., inner=3)
+
+
+def features(n=60, d=12, seed=0): return np.random.default_rng(seed).normal(size=(n, d))
+
+
+def smallest(H):
+    H = H.astype(int)
+    return (H.shape[1] - (H@H.T)[np.triu_indices(len(H), 1)].max())//2
+
+
+@settings(max_examples=25, deadline=None)
+@given(c=st.integers(2, 40), k=st.sampled_from([8, 16, 24, 56]), init=st.sampled_from(["hadamard", "random"]), semantic=st.booleans(), seed=st.integers(0, 5))
+def test_any_size_gives_distinct_signs(c, k, init, semantic, seed):
+    found = hash_centers(features(), c, k, init=init, semantic=semantic, seed=seed, admm=QUICK, progress=False)
+    assert found.centers.dtype == np.int8 and found.centers.shape == (c, k) and set(np.unique(found.centers)) <= {-1, 1}
+    assert len(np.unique(found.centers, axis=0)) == c
+    assert found.labels.dtype == np.int64 and sorted(set(found.labels)) == list(range(c))
+    assert found.distance == smallest(found.centers) >= 1
+    assert found.objective == pytest.approx(quality(found.centers, found.semantics))
+    assert found.objective >= max(found.history[1:]) - 1e-9
+
+
+@pytest.mark.parametrize("c,k", [(20, 16), (33, 16), (40, 24)])
+def test_a_center_never_gets_worse_and_keeps_its_distance(c, k):
+    W, _ = semantic_vectors(features(200), c)
+    H, S, distance = start_centers(c, k, "hadamard", np.random.default_rng(0)), semantic_targets(W, k), wanted_distance(c, k)
+    for i in range(c):
+        Ho, s, delta = np.delete(H, i, 0), np.delete(S[i], i), float(k - 2*distance)
+        new = improved(H, i, S[i], distance, p=QUICK)
+        assert merit(new, Ho, s, delta, 1.) <= merit(H[i], Ho, s, delta, 1.)
+        H[i] = new
+    assert smallest(balanced_bits(H, S, distance)) >= min(distance, smallest(H))
+
+
+def test_every_flip_raises_the_quality():
+    W, _ = semantic_vectors(features(), 15)
+    H = start_centers(15, 16, "random", np.random.default_rng(1))
+    even = balanced_bits(H, semantic_targets(W, 16), 1)
+    assert quality(even, W) > quality(H, W) and np.abs(even.sum(0)).max() == 1         # c is odd
+    assert (balanced_bits(even, semantic_targets(W, 16), 1) == even).all()
+
+
+def test_semantics_lower_the_mismatch():
+    x = features(300, 6)
+    def mismatch(r):
+        H = r.centers.astype(float)
+        return np.abs(H@H.T/H.shape[1] - r.semantics@r.semantics.T).mean()
+    with_, without = (mismatch(hash_centers(x, 24, 32, semantic=on, progress=False)) for on in (True, False))
+    assert with_ < .8*without
+
+
+def test_sweeps_stop():
+    W, _ = semantic_vectors(features(), 6)
+    H, S = start_centers(6, 8, "hadamard", np.random.default_rng(0)), semantic_targets(W, 8)
+    best, history = sweep_centers(H, S, W, wanted_distance(6, 8), progress=False)
+    assert len(history) <= 20 and quality(best, W) == max(history)
+    assert len(sweep_centers(H, S, W, 2, progress=False, sweeps=1)[1]) == 1
+
+
+def test_what_may_be_passed():
+    x = features().astype(np.float32)
+    alike = [hash_centers(v, 7, 16, seed=3, progress=False) for v in (x, torch.from_numpy(x), np.stack([x, x], 1))]
+    assert all((r.centers == alike[0].centers).all() and (r.labels == alike[0].labels).all() for r in alike)
+    assert (hash_centers(x, 7, 16, seed=4, progress=False).labels != alike[0].labels).any()
+    assert x.flags.owndata and (x == features().astype(np.float32)).all()              # left alone
+
+
+def test_all_samples_their_own_center():
+    found = hash_centers(features(16), 16, 8, progress=False)
+    assert sorted(found.labels) == list(range(16))
+
+
+def test_hadamard_leaves_out_what_it_says():
+    left = [k for k in range(8, 257, 8) if not len(hadamard(k))]
+    assert left == [k for k in left if (start_centers(4, k, "hadamard", np.random.default_rng(0)).sum(1) == 0).all()] and 56 in left
+    for k in set(range(8, 257, 8)) - set(left): assert (hadamard(k)@hadamard(k).T == k*np.eye(k)).all()
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(bits=12), "bits: expected a positive multiple of 8, found 12"),
+    (dict(bits=0), "bits: expected a positive multiple of 8, found 0"),
+    (dict(n_centers=1), "n_centers: expected 2 to 60, the number of samples, found 1"),
+    (dict(n_centers=61), "n_centers: expected 2 to 60, the number of samples, found 61"),
+    (dict(n_centers=257, bits=8, features=features(300)), "n_centers: expected at most 2^8, the number of codes, found 257"),
+    (dict(features=np.zeros((60, 3))), "n_centers: expected at most 1, the number of distinct samples, found 5"),
+    (dict(features=np.full((60, 3), np.inf)), "features: expected finite numbers, found 180 that are NaN or infinite"),
+    (dict(features=np.zeros(60)), "features: expected shape (n, d) or (n, t, d), found (60,)"),
+    (dict(init="sylvester"), "init: expected one of hadamard, random, found 'sylvester'"),
+])
+def test_faults_are_named(change, message):
+    with pytest.raises(ValueError) as error, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hash_centers(**(dict(features=features(), n_centers=5, bits=16) | change))
+    assert message in str(error.value)
