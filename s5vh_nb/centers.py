@@ -34,7 +34,7 @@ def semantic_vectors(features, # (n, d) time means, or (n, t, d) frame features:
     if x.ndim == 3: x = x.mean(1)                                                      # (n, d)
     expect(np.isfinite(x).all(), "features", "finite numbers", f"{(~np.isfinite(x)).sum()} that are NaN or infinite")
     expect(2 <= n_centers <= len(x), "n_centers", f"2 to {len(x)}, the number of samples", n_centers)
-    distinct = len(np.unique(x, axis=0))
+    distinct = len({hash(row.tobytes()) for row in x})
     expect(n_centers <= distinct, "n_centers", f"at most {distinct}, the number of distinct samples", n_centers)
     x = PCA(min(pca, *x.shape), random_state=seed).fit_transform(x)                    # (n, p)
     with threadpool_limits(1): found = KMeans(n_centers, n_init=1, random_state=seed).fit(x)
@@ -131,13 +131,12 @@ def _add(pull, scale, A, i):
     for l in range(len(pull)): pull[l] += scale*A[i, l]
 
 @njit(cache=True, fastmath=True)
-def _step(u, Q, P, x, y1, y2, y3, moved, due, delta, gamma, rho, rho_next, pull):
-    "From u = Q'x of one ADMM step: x, the multipliers, and (added to `pull`) the next right-hand side; P = H_o Q. Returns how far x has come."
+def _project(u, Q, x, y1, y2, gamma, rho, rho_next, pull):
+    "x = Q u, its projections on box and sphere, their multipliers, and their part of the next right-hand side `pull`; returns how far x moved."
     square = 0.
-    for j in range(len(x)):                                                            # x = Q u
+    for j in range(len(x)):
         old, x[j] = x[j], _dot(Q, j, u)
         square += (x[j] - old)**2
-    moved += sqrt(square)
     scale = sqrt(len(x)/((x + y2/rho)**2).sum())
     for j in range(len(x)):
         z1 = min(1., max(-1., x[j] + y1[j]/rho))                                       # box
@@ -145,24 +144,28 @@ def _step(u, Q, P, x, y1, y2, y3, moved, due, delta, gamma, rho, rho_next, pull)
         y1[j] += gamma*rho*(x[j] - z1)
         y2[j] += gamma*rho*(x[j] - z2)
         _add(pull, rho_next*(z1 + z2) - y1[j] - y2[j], Q, j)
+    return sqrt(square)
+
+@njit(cache=True, fastmath=True)
+def _constrain(u, P, y3, due, moved, delta, gamma, rho, rho_next, pull):
+    "The slack of H_o x = P u, its multipliers, and what constraints at work add to `pull`; a row is looked up when x has moved as far as its `due`."
     for i in range(len(P)):
-        if moved < due[i]: continue                                                    # too far from the constraint to be at work
+        if moved < due[i]: continue
         slack = delta - _dot(P, i, u)                                                  # delta - (H_o x)_i
         if slack >= 0 and y3[i] == 0:
-            due[i] = moved + slack/sqrt(len(x))
+            due[i] = moved + slack/sqrt(len(u))
             continue
         z3 = max(0., slack - y3[i]/rho)
         y3[i] += gamma*rho*(z3 - slack)
         if abs(y3[i]) < 1e-12*rho: y3[i] = 0.                                          # has died away
         _add(pull, rho_next*(slack - z3) - y3[i], P, i)
-    return moved
 
 # %% ../nbs/lib/20_centers.ipynb #3141e556
 @njit(cache=True)
 def _solve(x, Ho, s, delta, a, Q, lam, p): # lam (k,), Q (k, k): eigenvalues and eigenvectors of H_o' H_o; p: `ADMM`
     "The best corner (k,) among `x` and the rounded iterate of every round."
     P, q = Ho@Q, (2*a*(s@Ho) - Ho.sum(0)/len(Ho))@Q                                    # (c-1, k), (k,)
-    y1, y2, y3, moved, due = np.zeros(len(x)), np.zeros(len(x)), np.zeros(len(Ho)), 0., np.zeros(len(Ho))
+    y1, y2, y3, due, moved = np.zeros(len(x)), np.zeros(len(x)), np.zeros(len(Ho)), np.zeros(len(Ho)), 0.
     best, corner, x = x.copy(), x.copy(), x.copy()
     record = merit(best, Ho, s, delta, a)
     rho = p.rho
@@ -172,7 +175,8 @@ def _solve(x, Ho, s, delta, a, Q, lam, p): # lam (k,), Q (k, k): eigenvalues and
             rho_next = rho if step < p.inner - 1 else rho*p.growth
             u = pull/(2*rho + (rho + 2*a)*lam)
             pull = q + rho_next*lam*u
-            moved = _step(u, Q, P, x, y1, y2, y3, moved, due, delta, p.gamma, rho, rho_next, pull)
+            moved += _project(u, Q, x, y1, y2, p.gamma, rho, rho_next, pull)
+            _constrain(u, P, y3, due, moved, delta, p.gamma, rho, rho_next, pull)
         rho *= p.growth
         if ((x > 0) == (corner > 0)).all(): continue                                   # seen already
         corner = np.where(x > 0, 1., -1.)
