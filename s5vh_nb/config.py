@@ -124,7 +124,7 @@ DATASETS = {
 # %% ../nbs/lib/01_config.ipynb #5cd777ca
 PROFILES = {
     "smoke": dict(m=16, depth=1, decoder_m=16, epochs=2, warmup=1, n_centers=8),
-    "quick": dict(m=64, depth=2, decoder_m=48, epochs=60, warmup=9),
+    "quick": dict(m=64, depth=2, decoder_m=48, epochs=30, warmup=4, lr=2e-3),
     "full": {},
     "paper": {},
 }
