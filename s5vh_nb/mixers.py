@@ -179,7 +179,7 @@ def wkv(r:Tensor, # (b, h, t, w) receptance: what is asked for
         log_w:Tensor, # (b, h, t, w) logarithm of the decay, negative
         u:Tensor, # (h, w) bonus of the present frame
         chunk:int=8) -> Tensor: # Frames handled at once; returns (b, h, t, w)
-    "RWKV-6's recurrence in chunks (Peng et al., 2024, equations 18 and 19)."
+    "RWKV-6's recurrence in chunks (Peng et al., 2024, section on Finch's time mixing)."
     S, outs = r.new_zeros(*r.shape[:2], r.shape[3], v.shape[3]), []
     for parts in zip(*(x.split(chunk, 2) for x in (r, k, v, log_w))):
         out, S = _wkv_chunk(*parts, u, S)
@@ -203,7 +203,7 @@ class LowRank(nn.Module):
     def forward(self, x:Tensor) -> Tensor: return self.base + torch.tanh(x @ self.A) @ self.B # (b, t, m) -> (b, t, n_out)
 
 class TimeMix(nn.Module):
-    "RWKV-6's time mixing (Peng et al., 2024, section 4.2). Causal."
+    "RWKV-6's time mixing (Peng et al., 2024, section on Finch). Causal."
     def __init__(self, m:int, # Model width
                  heads:int): # Heads
         super().__init__()
