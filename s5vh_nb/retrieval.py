@@ -196,17 +196,39 @@ def _histograms(q, db, q_labels, db_labels, single, bits):
         for slot in slots: out[i, slot] += 1
     return out
 
+# %% ../nbs/lib/30_retrieval.ipynb #cc972a9e
+_TILE, _COUNTED = 1024, 64 # Queries of one matrix product, and of one count
+
+def _signs(packed:np.ndarray, device) -> torch.Tensor: # (n, k/8) -> (n, k) half precision, -1 and +1
+    return torch.from_numpy(np.unpackbits(packed, axis=1)).to(device).half()*2 - 1
+
+def _histograms_by_product(q, db, q_labels, db_labels, single, device) -> torch.Tensor: # (nq, k/8), (n, k/8), words as for `_histograms`
+    bits, a, b = 8*q.shape[1], _signs(q, device), _signs(db, device)
+    y_q, y_db = (torch.from_numpy(words.view(np.int64)).to(device) for words in (q_labels, db_labels))     # (words, nq), (words, n)
+    out = torch.empty(len(q), 2*(bits + 1), dtype=torch.int32, device=device)
+    for i in range(0, len(q), _TILE):
+        wanted = y_q[:, i:i + _TILE, None]                                                 # (words, tile, 1)
+        rel = wanted[0] == y_db[0] if single else torch.stack([(w & found) != 0 for w, found in zip(wanted, y_db)]).any(0)    # (tile, n)
+        slots = (bits - (a[i:i + _TILE] @ b.T).int()) + rel                                # (tile, n): 2*distance + relevant
+        for j in range(0, len(slots), _COUNTED):
+            part = slots[j:j + _COUNTED]
+            rows = torch.arange(len(part), dtype=torch.int32, device=device)[:, None]
+            out[i + j:i + j + len(part)] = (part + rows*out.shape[1]).flatten().bincount(minlength=part.shape[0]*out.shape[1]).view(len(part), -1)
+    return out
+
 def distance_histograms(query_codes, # (nq, k/8) uint8, packed
                         db_codes, # (n, k/8) uint8, packed
                         query_labels, # int (nq,) or multi-hot (nq, classes)
                         db_labels, # int (n,) or multi-hot (n, classes)
+                        device="cpu", # Where to count; the result stays there
 ) -> tuple[torch.Tensor, torch.Tensor]: # Two (nq, k+1) int32: all items, and the relevant ones, at each distance
     "How many database items lie at each distance of each query, and how many of them are relevant; `ValueError` for input that does not fit."
     q, db = packed_pair(query_codes, db_codes)
     words = label_words(query_labels, db_labels, (len(q), len(db)))
-    both = _histograms(as_words(q), as_words(db), *words, 8*q.shape[1])    # (nq, 2*(k+1))
+    if torch.device(device).type == "cpu": both = torch.from_numpy(_histograms(as_words(q), as_words(db), *words, 8*q.shape[1]))    # (nq, 2*(k+1))
+    else: both = _histograms_by_product(q, db, *words, device)
     irrelevant, relevant = both[:, ::2], both[:, 1::2]                     # (nq, k+1) each
-    return torch.from_numpy(irrelevant + relevant), torch.from_numpy(relevant.copy())
+    return irrelevant + relevant, relevant.contiguous()
 
 # %% ../nbs/lib/30_retrieval.ipynb #72186fda
 def _check_options(ks, n, **options): # Cuts, size of the database, name=(value, what it may be)

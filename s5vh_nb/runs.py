@@ -22,10 +22,11 @@ from .config import BaselineConfig, SEEDS, TrainConfig, known, replace, to_dict
 CUTS = (5, 20, 40, 60, 80, 100)  # N of the paper's mAP@N
 
 def scores(codes:dict, # packed codes "query" (nq, k/8) and "database" (n, k/8)
-           data:datasets.VideoDataset) -> dict:
+           data:datasets.VideoDataset,
+           device="cpu") -> dict: # Where to count distances
     "mAP@N (expected, lowest, highest over the order of ties) and GmAP of codes (S5VH, Evaluation)."
     cuts = [k for k in CUTS if k <= len(codes["database"])]
-    counts = retrieval.distance_histograms(codes["query"], codes["database"], data.query.labels, data.database.labels)   # 2 x (nq, k+1)
+    counts = retrieval.distance_histograms(codes["query"], codes["database"], data.query.labels, data.database.labels, device)   # 2 x (nq, k+1)
     maps = {ties: {k: retrieval.histogram_ap(*counts, k, ties=ties).mean().item() for k in cuts} for ties in ("expected", "lowest", "highest")}
     return {"map": maps["expected"], "map_lowest": maps["lowest"], "map_highest": maps["highest"], "gmap": retrieval.gmap(maps["expected"])}
 
@@ -83,7 +84,7 @@ def ask(config:TrainConfig|BaselineConfig, # What to run
     encode, row, history = learn(config, data, device, progress); clock.append(time.perf_counter())
     query = np.asarray(encode(data.query.features))
     codes = {"query": query, "database": query if data.database is data.query else np.asarray(encode(data.database.features))}; clock.append(time.perf_counter())
-    metrics = {"row": row, **scores(codes, data)}; clock.append(time.perf_counter())
+    metrics = {"row": row, **scores(codes, data, pick_device(device))}; clock.append(time.perf_counter())
     sizes = {split: len(getattr(data, split).features) for split in ("train", "database", "query")}
     record = records.RunRecord(config=describe(config), seed=config.seed, metrics=metrics, history=history, device=records.device_name(pick_device(device)),
                                data={"name": data.name, "fingerprint": data.fingerprint, **sizes},
