@@ -11,15 +11,11 @@ import dataclasses, re, warnings
 from pathlib import Path
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import mixers
-from .basics import atomic_write, expect
-from .codes import pack, relax
+from .basics import expect
+from .codes import HashNetwork, relax
 from .config import S5VHConfig, known
 
 # %% ../nbs/lib/14_s5vh.ipynb #8977b5d4
@@ -145,11 +141,10 @@ class S5VHOutput:
     hidden: Tensor         # (views*b, t-v) numbers of the frames that were not visible
     rebuilt: Tensor | None # (views*b, t-v, d) the decoder's features of those; None when all frames were visible
 
-class S5VH(nn.Module, PyTorchModelHubMixin, library_name="s5vh_nb", tags=["video-hashing", "mamba"]):
+class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"]):
     "Self-supervised video hashing with selective state spaces (S5VH, AAAI 2025)."
     def __init__(self, config:S5VHConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.encoder, self.hash, self.decoder = Encoder(config), HashLayer(config), Decoder(config)
         for linear in (self.encoder.embed, self.encoder.head, self.hash.linear, self.decoder.embed, self.decoder.head):
             nn.init.xavier_uniform_(linear.weight)
@@ -171,17 +166,15 @@ class S5VH(nn.Module, PyTorchModelHubMixin, library_name="s5vh_nb", tags=["video
         expect(hidden.shape[1] > 0, "visible", "at least one hidden frame (pass None to see all)", f"all {x.shape[1]} frames")
         return S5VHOutput(codes, h, hidden, self.decoder(codes, visible, hidden))
 
-    @torch.no_grad()
+    def h(self, x:Tensor) -> Tensor: # (b, t, d) -> (b, k)
+        "The mean of the frame codes, all frames visible."
+        return self(x).h
+
     def encode(self, x, # (n, t, d) frame features: a tensor, an array, or anything that slices to one
                batch:int=512, # videos at a time
                progress:bool=False) -> Tensor: # uint8 (n, k/8)
         "Packed codes of videos, all frames visible: bit = sign of the mean of the frame codes."
-        device, parts = self.hash.linear.weight.device, []
-        for start in tqdm(range(0, len(x), batch), desc="encode", unit="batch", disable=not progress):
-            part = torch.as_tensor(x[start:start + batch]).to(device, torch.float32)      # (batch, t, d)
-            self.check(part)
-            parts.append(pack(self(part).h))
-        return torch.cat(parts).cpu()
+        return self.packed((x,), batch, progress)
 
     @classmethod
     def load_released(cls, path:str|Path) -> "S5VH": # A checkpoint file of the public S5VH release
@@ -194,11 +187,3 @@ class S5VH(nn.Module, PyTorchModelHubMixin, library_name="s5vh_nb", tags=["video
         if unused: warnings.warn(f"{path}: {len(unused)} tensors are not used: {', '.join(unused)}")
         model.load_state_dict(state)
         return model
-
-    def _save_pretrained(self, save_directory:Path):
-        with atomic_write(Path(save_directory)/"model.safetensors") as tmp: save_file(self.state_dict(), tmp)
-
-    @classmethod
-    def _load_as_safetensor(cls, model, model_file, map_location, strict):
-        try: return super()._load_as_safetensor(model, model_file, map_location, strict)
-        except SafetensorError as e: raise ValueError(f"{model_file}: expected a complete safetensors file, found: {e}") from e
