@@ -36,6 +36,7 @@ def atomic_write(path:str|Path): # The file to create or replace; its folder is 
         with open(tmp, "rb") as f: os.fsync(f.fileno())
         os.chmod(tmp, 0o644)
         os.replace(tmp, path)
+    except OSError as e: raise OSError(e.errno, f"{path}: expected to write the whole file, found: {e.strerror or e} (what was there before is kept)") from e
     finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/lib/00_basics.ipynb #6e4e2176

@@ -8,7 +8,7 @@ __all__ = ['EpochPlan', 'plan_epoch', 'learning_rate', 'TrainedRun', 'start', 's
            'matmul_precision', 'train']
 
 # %% ../nbs/lib/23_training.ipynb #d84d640f
-import contextlib, functools, math, time
+import contextlib, functools, io, math, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +79,8 @@ def save_checkpoint(run:TrainedRun, path:str|Path):
     "Write everything that resuming needs, in one step."
     state = dict(schema=_SCHEMA, config=to_dict(run.config), fingerprint=run.fingerprint, epoch=run.epoch, history=run.history, seconds=run.seconds,
                  model=run.model.state_dict(), objective=run.objective.state_dict(), optimizer=run.optimizer.state_dict())
-    with atomic_write(path) as tmp: torch.save(state, tmp)
+    torch.save(state, whole := io.BytesIO())      # in memory first: a full disk is then an ordinary, readable error of the write
+    with atomic_write(path) as tmp: tmp.write_bytes(whole.getbuffer())
 
 def _read_checkpoint(path:str|Path) -> dict:
     expect(Path(path).is_file(), str(path), "a checkpoint", "no such file", FileNotFoundError)
@@ -209,7 +210,7 @@ def train(config:TrainConfig, # What to train; the frame width `d` is set from t
     if resume and checkpoint and Path(checkpoint).exists(): run = load_checkpoint(checkpoint, config, data, device)
     else:
         run = start(config, data, device)
-        run.objective.fit(time_means(features))
+        run.objective.fit(time_means(features), progress)
         run.seconds.append(time.perf_counter() - clock)
     steps = {warm: make_step(run, warm) for warm in (False, True)}
     bar = tqdm(total=config.epochs, initial=run.epoch, desc=f"{config.dataset} {config.model.bits} bits seed {config.seed}", unit="epoch", disable=not progress)
