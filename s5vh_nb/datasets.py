@@ -40,6 +40,8 @@ class Split:
         expect((y.ndim, y.dtype) in ((1, np.int64), (2, np.uint8)), f"{at}: labels", "(n,) int64 or (n, classes) uint8", f"{y.shape} {y.dtype}")
         expect(len(y) == len(x), f"{at}: labels", f"{len(x)} rows, one for each video", len(y))
 
+    @property
+    def inputs(self) -> tuple: return (self.features,) # What a network is given
     def __len__(self): return len(self.features)
     def __repr__(self): return f"Split({len(self)} videos, {'no ' if self.labels is None else ''}labels, from {self.source})"
 
@@ -78,6 +80,8 @@ class VideoDataset:
     def t(self) -> int: return self.train.features.shape[1] # Frames of a video
     @property
     def d(self) -> int: return self.train.features.shape[2] # Width of a frame's feature
+    @property
+    def widths(self) -> dict: return {"d": self.d} # What only the data can tell a configuration
 
     @functools.cached_property
     def fingerprint(self) -> str:

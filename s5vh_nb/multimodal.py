@@ -57,6 +57,8 @@ class PairSplit:
         bits = np.concatenate(parts, axis=1).view(np.uint32).astype(np.uint64)               # (n, up to 2*64 + classes)
         return bits @ np.random.RandomState(0).randint(2**62, size=bits.shape[1], dtype=np.uint64)    # (n,)
 
+    @property
+    def inputs(self) -> tuple: return self.image, self.text # What a network is given
     def __len__(self): return len(self.image)
     def __repr__(self): return f"PairSplit({len(self)} pairs, from {self.source})"
 
@@ -116,6 +118,8 @@ class MultiModalDataset:
     def dt(self) -> int: return self.train.text.shape[1] # Width of a text feature
     @property
     def n_classes(self) -> int: return len(self.classes) # Number of labels
+    @property
+    def widths(self) -> dict: return {"di": self.di, "dt": self.dt, "n_classes": self.n_classes} # What only the data can tell a configuration
 
     @functools.cached_property
     def fingerprint(self) -> str:
