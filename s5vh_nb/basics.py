@@ -9,6 +9,8 @@ __all__ = ['expect', 'atomic_write', 'project_root', 'pick_device']
 import contextlib, os, tempfile
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded: idle threads sleep instead of keeping a shared core busy
+
 import torch
 
 # %% ../nbs/lib/00_basics.ipynb #2c2108c0
