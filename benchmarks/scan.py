@@ -16,7 +16,7 @@ from s5vh_nb.records import RunRecord, device_name, save
 from s5vh_nb.scan import causal_conv1d, selective_scan
 
 D, N, WIDTH = 512, 16, 4
-PARITY = (8, 512, 13, 16), (2, 33, 29, 5), (1, 1, 1, 1), (2, 96, 301, 16)               # b, d, t, n
+PARITY = (8, 512, 13, 16), (2, 33, 29, 5), (2, 512, 301, 16)                          # b, d, t, n
 
 
 def arguments(b, d, t, n, dtype, device, seed=0):
@@ -44,26 +44,33 @@ def parity(backend, dtype, device) -> float:
     return worst
 
 
-def seconds(call, device, graph, milliseconds) -> float:
-    "Median seconds of `call`: of single calls, or of replays of a CUDA graph that holds ten."
-    calls = 10 if graph else 1
+def clocked(call, device) -> float:
+    "Seconds of one call, the device's work included."
+    if device.type != "cuda":
+        begun = time.perf_counter()
+        call()
+        return time.perf_counter() - begun
+    begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begun.record(); call(); done.record(); done.synchronize()
+    return begun.elapsed_time(done)/1000
+
+
+def captured(call, calls:int=10):
+    "A function that replays a CUDA graph of some calls."
     for _ in range(3): call()
-    if graph:
-        torch.cuda.synchronize()
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            for _ in range(calls): call()
-        call = captured.replay
-    def once():
-        if device.type != "cuda":
-            begun = time.perf_counter()
-            call()
-            return time.perf_counter() - begun
-        begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begun.record(); call(); done.record(); done.synchronize()
-        return begun.elapsed_time(done)/1000
-    first = once()
-    return statistics.median(once() for _ in range(max(3, min(200, int(milliseconds/1000/first)))))/calls
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls): call()
+    return graph.replay, calls
+
+
+def seconds(call, device, graph:bool, milliseconds:float) -> float:
+    "Median seconds of a call, after 0.2 seconds at work: a GPU at rest runs at a fraction of its clock."
+    call, calls = captured(call) if graph else (call, 1)
+    begun, found = time.perf_counter(), []
+    while time.perf_counter() - begun < (0.2 if device.type == "cuda" else 0) + milliseconds/1000 or len(found) < 3: found.append(clocked(call, device)/calls)
+    return statistics.median(found[len(found)//2:])
 
 
 def copy_bandwidth(device) -> float:
