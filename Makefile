@@ -17,8 +17,8 @@ PYTHON  ?= $(shell for python in python3 python3.13 python3.12 python3.11 python
 	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$python && break; done)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# idle threads sleep instead of keeping a core busy: on a machine that is shared, up to ten times faster
-export OMP_WAIT_POLICY := passive
+# threads that wait soon sleep instead of keeping a core busy: on a machine that is shared, up to ten times faster
+export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
 .PHONY: help reproduce report test test-python test-lib test-artefacts lab readme prepare clean
@@ -30,7 +30,7 @@ reproduce: $(READY)  ## the main job: tables and figures from real data (ALL=1 a
 	$(BIN)/s5vh-nb reproduce --profile $(PROFILE) $(if $(ALL),--all) $(ARGS)
 
 report: $(READY)  ## draw the committed tables and figures again from their records, without training
-	$(BIN)/s5vh-nb report $(ARGS)
+	$(BIN)/s5vh-nb report $(or $(ARGS),s5vh/retrieval -p seeds=1)
 
 test: test-python test-lib test-artefacts  ## every check: pytest, all lib notebooks, all artefact notebooks in the smoke profile
 	@echo "make test: all well"

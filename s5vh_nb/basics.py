@@ -9,7 +9,7 @@ __all__ = ['expect', 'atomic_write', 'project_root', 'pick_device']
 import contextlib, os, tempfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded: idle threads sleep instead of keeping a shared core busy
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is loaded: threads that wait soon sleep, instead of keeping a shared core busy
 
 import torch
 

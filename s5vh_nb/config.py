@@ -56,6 +56,8 @@ class SLGConfig:
     refresh_normed: bool = True # the refresh sees what training sees; False: no LayerNorm, no temperature, as the released code runs
 
     def __post_init__(self):
+        weights = {name: getattr(self, name) for name in ("reconstruction", "alpha", "beta")}
+        expect(min(weights.values()) >= 0 and max(weights.values()) > 0, "reconstruction, alpha, beta", "weights of at least 0, one of them above 0", weights)
         expect(0 < self.mask_ratio < 1, "mask_ratio", "a share between 0 and 1, both excluded", self.mask_ratio)
         expect(0 <= self.tau_plus < 1, "tau_plus", "a prior in [0, 1)", self.tau_plus)
         expect(0 <= self.refresh <= 1, "refresh", "a share in [0, 1]", self.refresh)
@@ -122,6 +124,7 @@ class TrainConfig:
 
     def __post_init__(self):
         expect(self.epochs >= 1, "epochs", "at least 1", self.epochs)
+        for name in ("lr", "lr_end"): expect(0 < getattr(self, name) < 1e30, name, "a positive, finite number", getattr(self, name))
         expect(self.batch >= 2, "batch", "at least 2 (the contrast needs another video)", self.batch)
         pair = (type(self.model), type(self.objective))
         expect(pair in ((S5VHConfig, SLGConfig), (DMMHConfig, MetricConfig)), "objective", "SLGConfig with S5VHConfig, MetricConfig with DMMHConfig", [c.__name__ for c in pair])
@@ -176,7 +179,7 @@ DMMH_TRAINING = dict(model=DMMHConfig(), objective=MetricConfig(), batch=1024, l
 # %% ../nbs/lib/01_config.ipynb #5cd777ca
 PROFILES = {
     "smoke": dict(m=16, depth=1, decoder_m=16, epochs=2, warmup=1, n_centers=8),
-    "quick": dict(m=64, depth=2, decoder_m=48, epochs=30, warmup=4, lr=2e-3),
+    "quick": dict(m=64, depth=2, decoder_m=48, epochs=24, warmup=4, lr=2e-3),
     "full": {},
     "paper": {},
 }

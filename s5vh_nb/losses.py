@@ -30,6 +30,7 @@ def contrastive_loss(view1:Tensor, # (b, k) codes of the first view
                      temperature:float=.5) -> Tensor:
     "Debiased contrastive loss (S5VH, L_CL; Chuang et al., 2020, eq. 8); needs b >= 2."
     b = len(view1)
+    expect(0 <= tau_plus < 1, "tau_plus", "a prior in [0, 1)", tau_plus)
     expect(view1.shape == view2.shape and b >= 2, "contrast", "two views of at least 2 videos, of one shape", (tuple(view1.shape), tuple(view2.shape)))
     h = F.normalize(torch.cat([view1, view2]), dim=1)             # (2b, k)
     s = torch.exp(h @ h.T / temperature)                          # (2b, 2b)
@@ -49,6 +50,7 @@ def center_alignment_loss(logits:Tensor, # (views*b, c) from `center_logits`
                           soft_labels:Tensor) -> Tensor: # (b, c) rows that sum to 1, one per video
     "Soft cross-entropy of the views' logits to the videos' labels, averaged over views and videos (S5VH, L_CA)."
     expect(len(logits) % len(soft_labels) == 0, "center alignment", f"a whole number of views of {len(soft_labels)} videos", len(logits))
+    expect(logits.shape[1] == soft_labels.shape[1], "center alignment", f"labels over {logits.shape[1]} centers", soft_labels.shape[1])
     views = len(logits) // len(soft_labels)
     return F.cross_entropy(logits, soft_labels.repeat(views, 1))
 

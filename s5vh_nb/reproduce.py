@@ -153,7 +153,10 @@ def execute(artefact:Artefact,
         except Exception as error:
             executed = nbformat.read(copy, 4) if copy.exists() else nbformat.v4.new_notebook()
             failure = first_failure(executed, nbformat.read(artefact.path, 4), error)
-        else: executed = nbformat.read(copy, 4)
+        else:
+            executed = nbformat.read(copy, 4)
+            for cell in executed.cells:
+                if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]    # progress bars
         with atomic_write(failed if failure else out) as tmp: tmp.write_text(shareable(executed, parameters.get("data_root")))
     if not failure: failed.unlink(missing_ok=True)
     return failure

@@ -152,7 +152,7 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
 
     def check(self, x:Tensor): # (b, t, d)
         "`ValueError` unless `x` has the shape that this model was made for."
-        expect(x.ndim == 3 and x.shape[2] == self.config.d, "frames", f"shape (b, t, {self.config.d})", tuple(x.shape))
+        expect(x.ndim == 3 and x.shape[2] == self.config.d and x.shape[1] > 0, "frames", f"shape (b, t, {self.config.d}), t at least 1", tuple(x.shape))
 
     def forward(self, x:Tensor, # (b, t, d) frame features
                 visible:Tensor|None=None, # (views*b, v) frame numbers; None: all frames, no decoder
@@ -178,7 +178,7 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
 
     @classmethod
     def load_released(cls, path:str|Path) -> "S5VH": # A checkpoint file of the public S5VH release
-        "The released network, tied as it ran; unused tensors give a warning, missing or misshapen ones an error."
+        "The released network, tied as it ran; unused tensors give a warning, a missing one `KeyError`, a misshapen one `ValueError`."
         state, unused = released_state(path)
         model = cls(_released_config(state, str(path)))
         for name, tensor in model.state_dict().items():

@@ -104,7 +104,7 @@ def test_readme_script_runs(tmp_path):
     assert '"quick"' in code
     done = subprocess.run([sys.executable, "-c", code.replace('"quick"', '"smoke"')], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("(750, 8) uint8")
+    assert done.stdout.startswith("(750, 8) torch.uint8")
 
 
 def test_no_machine_paths():

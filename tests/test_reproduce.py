@@ -1,4 +1,5 @@
 "The runner where a notebook cell can't test it: other kernels on the machine, kills, interrupts, tracebacks, progress bars."
+import functools
 import json
 import os
 import signal
@@ -53,7 +54,9 @@ def test_traceback_and_progress_bar_in_the_kept_copy(project, tmp_path):
     assert kept.count("2000/2000") == 1 and "1000/2000" not in kept and "widget" not in kept
 
 
-def start(*words): return subprocess.Popen([sys.executable, "-c", "import sys; from s5vh_nb.reproduce import main; sys.exit(main(sys.argv[1:]))", *words], stderr=subprocess.PIPE, text=True)
+def start(*words): # a background shell may have told its children to ignore interrupts
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([sys.executable, "-c", "import sys; from s5vh_nb.reproduce import main; sys.exit(main(sys.argv[1:]))", *words], stderr=subprocess.PIPE, text=True, preexec_fn=listen)
 
 
 def wait_for(path, process):

@@ -95,3 +95,10 @@ def test_a_truncated_model_file_is_named(saved):
 def test_frames_of_another_shape_are_refused(found):
     model = S5VH(S5VHConfig(d=13, bits=16, m=16, depth=1, decoder_m=16))
     with pytest.raises(ValueError, match=r"frames: expected shape \(b, t, 13\)"): model.encode(found)
+
+def test_frames_that_are_not_numbers_or_not_there_are_refused():
+    model, x = S5VH(S5VHConfig(d=13, bits=16, m=16, depth=1, decoder_m=16)), torch.randn(3, 25, 13)
+    x[1, 4, 2] = torch.nan
+    with pytest.raises(ValueError, match="features: expected finite numbers"): model.encode(x)
+    with pytest.raises(ValueError, match="features: expected at least one item"): model.encode(x[:0])
+    with pytest.raises(ValueError, match="t at least 1"): model.encode(x[:, :0])

@@ -1,5 +1,5 @@
 "Training: deterministic, exact when killed and resumed, clear when a checkpoint or the data are wrong."
-import os, random, signal, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +24,26 @@ def data(): return datasets.load("spoken-digits")
 
 def start(folder, name): return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder/f"{name}.pt"), str(folder/f"{name}.npy")])
 
-def test_a_killed_run_resumes_to_the_same_codes(tmp_path):
-    assert start(tmp_path, "whole").wait() == 0
-    checkpoint = tmp_path/"killed.pt"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "Codes of a run that nobody disturbed."
+    folder = tmp_path_factory.mktemp("whole")
+    assert start(folder, "whole").wait() == 0
+    return np.load(folder/"whole.npy")
+
+@pytest.mark.parametrize("after, delay", [(0, .05), (1, .0), (1, .11), (2, .07)])
+def test_a_killed_run_resumes_to_the_same_codes(whole, tmp_path, after, delay):
+    "Killed `delay` seconds after its checkpoint was written for the `after`-th time (0: before the first): inside an epoch, or while writing the next."
+    checkpoint, seen, stamp = tmp_path/"killed.pt", 0, None
     process = start(tmp_path, "killed")
-    while not checkpoint.exists() and process.poll() is None: time.sleep(.01)
-    time.sleep(random.random()*.3)                       # anywhere inside an epoch, or inside the next checkpoint's writing
-    process.send_signal(signal.SIGKILL); process.wait()
+    while seen < after and process.poll() is None:
+        time.sleep(.002)
+        if checkpoint.exists() and checkpoint.stat().st_mtime_ns != stamp: seen, stamp = seen + 1, checkpoint.stat().st_mtime_ns
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
     assert start(tmp_path, "killed").wait() == 0
-    assert np.array_equal(np.load(tmp_path/"killed.npy"), np.load(tmp_path/"whole.npy"))
+    assert np.array_equal(np.load(tmp_path/"killed.npy"), whole)
 
 def test_another_seed_gives_other_codes(data):
     codes = [training.train(replace(CONFIG, seed=s, epochs=1), data, device="cpu", progress=False).model.encode(data.query.features) for s in (1, 2)]
@@ -72,6 +83,14 @@ def test_a_checkpoint_of_another_schema_is_refused(checkpoint, data, tmp_path):
     state = torch.load(checkpoint, weights_only=True)
     torch.save({**state, "schema": 99}, tmp_path/"new.pt")
     with pytest.raises(ValueError, match="schema 1, found schema 99"): resume(tmp_path/"new.pt", data)
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(alpha=-1.), "reconstruction, alpha, beta: expected weights of at least 0"), (dict(alpha=0., beta=0., reconstruction=0.), "one of them above 0"),
+    (dict(lr=-1.), "lr: expected a positive"), (dict(lr_end=float("nan")), "lr_end: expected a positive"), (dict(batch=1), "batch"), (dict(epochs=0), "epochs"),
+    (dict(tau_plus=1.), "tau_plus"), (dict(mask_ratio=1.), "mask_ratio"), (dict(bits=20), "bits: expected a positive multiple of 8"), (dict(mixer="Mamba3"), "mixer"),
+])
+def test_a_configuration_that_makes_no_sense_is_refused(data, changes, said):
+    with pytest.raises(ValueError, match=said): training.train(replace(CONFIG, **changes), data, device="cpu", progress=False)
 
 def test_a_loss_that_explodes_is_reported(data):
     with pytest.raises(FloatingPointError, match="epoch .*: expected a finite loss"):
