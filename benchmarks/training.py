@@ -37,7 +37,8 @@ def encoding(model, config, device) -> dict:
         x = torch.randn(b, frames, config.model.d, device=device)
         call = lambda: model.encode(x, batch=b)
         with training.matmul_precision(config.precision): seconds = float(np.median(seconds_per_call(call, device)))
-        found[f"t={frames}, b={b}"] = {"ms": 1000*seconds, "videos_per_second": b/seconds, "peak_mb": (peak_bytes(call, device) or 0)/1e6}
+        peak = peak_bytes(call, device)
+        found[f"t={frames}, b={b}"] = {"ms": 1000*seconds, "videos_per_second": b/seconds, "peak_mb": peak and peak/1e6}
     return found
 
 def scoring(device, n:int=45600, bits:int=64) -> float:
@@ -52,13 +53,13 @@ def scoring(device, n:int=45600, bits:int=64) -> float:
 
 def measure(config, data, device) -> records.RunRecord:
     "Train, encode and score once."
-    (run, codes), whole = clocked(lambda: (lambda run: (run, [run.model.encode(s.features, batch=4096) for s in (data.database, data.query)]))(
-        training.train(config, data, device=str(device))), device)
+    run, trained = clocked(lambda: training.train(config, data, device=str(device)), device)
+    _, encoded = clocked(lambda: [run.model.encode(split.features, batch=4096) for split in (data.database, data.query)], device)
     steps, epochs = -(-len(data.train)//config.batch), np.array(run.seconds[1:])
     phases = {"warm-up": epochs[1:config.objective.warmup], "main": epochs[config.objective.warmup + 1:]}
     metrics = {"step_ms": {phase: float(1000*np.median(seconds)/steps) for phase, seconds in phases.items() if len(seconds)},
                "encode": encoding(run.model, run.config, device), "last_loss": run.history[-1]["loss"]}
-    seconds = {"set-up": run.seconds[0], "epochs": float(epochs.sum()), "features to codes": whole, "score 45600 x 45600": scoring(device)}
+    seconds = {"set-up": run.seconds[0], "epochs": float(epochs.sum()), "features to codes": trained + encoded, "score 45600 x 45600": scoring(device)}
     described = {"name": data.name, "stand_in": True, "fingerprint": data.fingerprint, "train": len(data.train), "t": data.t, "d": data.d}
     return records.RunRecord(config={"kind": "training-benchmark", "device": records.device_name(device), **{"run": to_dict(run.config)}}, seed=config.seed, metrics=metrics,
                              data=described, device=records.device_name(device), seconds=seconds)

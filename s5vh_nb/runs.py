@@ -57,13 +57,14 @@ def checkpoint_of(config:TrainConfig) -> Path:
     return project_root()/"results"/"checkpoints"/f"{records.run_name(describe(config))}.pt"
 
 def learn(config:TrainConfig|BaselineConfig, data:datasets.VideoDataset|MultiModalDataset, device=None, progress:bool=True) -> tuple:
-    "`(encode, row, history)`: features to packed codes uint8 (n, k/8), what a table calls the method, losses per epoch."
+    "`(encode, row, history, seconds)`: features to packed codes uint8 (n, k/8), what a table calls the method, losses per epoch, time of all processes that took part."
+    begun = time.perf_counter()
     if isinstance(config, BaselineConfig):
         if config.view == "pair": hasher = baselines.fit_pair_baseline(config.method, data.train, config.bits, seed=config.seed)
         else: hasher = baselines.fit_baseline(config.method, data.train.features, config.bits, view=config.view, seed=config.seed)
-        return hasher.encode, hasher.name, []
+        return hasher.encode, hasher.name, [], time.perf_counter() - begun
     run = training.train(config, data, device=device, checkpoint=checkpoint_of(config), resume=True, progress=progress)
-    return run.model.encode, method_name(config), run.history
+    return run.model.encode, method_name(config), run.history, sum(run.seconds)
 
 def encode_splits(encode, data:datasets.VideoDataset|MultiModalDataset, alone:bool) -> dict: # alone: also queries that lack a modality
     "Packed codes of the queries and the database by name."
@@ -102,14 +103,14 @@ def ask(config:TrainConfig|BaselineConfig, # What to run
     config = settle(config, data)
     name = records.run_name(describe(config))
     expect("S5VH_NB_NO_TRAINING" not in os.environ, f"results/{profile}/runs/{name}.json", "a record (S5VH_NB_NO_TRAINING forbids new runs)", "none", FileNotFoundError)
+    encode, row, history, learnt = learn(config, data, device, progress)
     clock = [time.perf_counter()]
-    encode, row, history = learn(config, data, device, progress); clock.append(time.perf_counter())
     codes = encode_splits(encode, data, alone=getattr(getattr(config, "model", None), "modality", None) == "both"); clock.append(time.perf_counter())
     metrics = {"row": row, **scores(codes, data, pick_device(device))}; clock.append(time.perf_counter())
     sizes = {split: len(getattr(data, split)) for split in ("train", "database", "query")}
     record = records.RunRecord(config=describe(config), seed=config.seed, metrics=metrics, history=history, device=records.device_name(pick_device(device)),
                                data={"name": data.name, "fingerprint": data.fingerprint, **sizes},
-                               seconds=dict(zip(("train", "encode", "score"), np.diff(clock).tolist())))
+                               seconds={"train": learnt, **dict(zip(("encode", "score"), np.diff(clock).tolist()))})
     records.save(record, profile, codes)
     return records.load(records.path_of(name, profile))
 
