@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DEPTHS', 'VARIANTS', 'DATASETS', 'PAIR_DATASETS', 'DMMH_TRAINING', 'PROFILES', 'PAIR_PROFILES', 'SEEDS', 'BITS',
-           'PAIR_BITS', 'KINDS', 'S5VHConfig', 'SLGConfig', 'DMMHConfig', 'MetricConfig', 'TrainConfig', 'known',
-           'replace', 'variant', 'train_config', 'BaselineConfig', 'to_dict', 'from_dict']
+           'ABLATION_BITS', 'PAIR_BITS', 'KINDS', 'S5VHConfig', 'SLGConfig', 'DMMHConfig', 'MetricConfig',
+           'TrainConfig', 'known', 'replace', 'variant', 'train_config', 'BaselineConfig', 'TransferConfig', 'to_dict',
+           'from_dict']
 
 # %% ../nbs/lib/01_config.ipynb #65d5b4a9
 import dataclasses, difflib
@@ -29,6 +30,7 @@ class S5VHConfig:
     directions: str = "both"    # "both", "forward" or "backward" in time
     tied: bool = False          # one set of weights for both directions (as the released code runs)
     relaxation: str = "sign"    # training codes: "sign" (straight-through) or "tanh"
+    frozen: bool = False        # mixers stay as they were drawn (the released code draws those of the rivals anew in every pass)
 
     def __post_init__(self):
         expect(self.bits > 0 and self.bits % 8 == 0, "bits", "a positive multiple of 8", self.bits)
@@ -114,17 +116,21 @@ class TrainConfig:
     dataset: str = "spoken-digits" # a name that `datasets.load` knows
     seed: int = 1
     epochs: int = 350
+    share: float = 1.             # of the training items; below 1 a random part, drawn by the seed
     batch: int = 128
     lr: float = 5e-4
     lr_end: float = 1e-5
     weight_decay: float = 1e-4
     precision: str = "tf32"        # matrix products on a GPU: "float32", "tf32" (19 bits in, 32 out), or "bfloat16" autocast
+    watch: int = 0                 # epochs between two looks at the queries, for curves; 0: never. No look chooses or changes anything
     model: S5VHConfig|DMMHConfig = field(default_factory=S5VHConfig)
     objective: SLGConfig|MetricConfig = field(default_factory=SLGConfig)
 
     def __post_init__(self):
         expect(self.epochs >= 1, "epochs", "at least 1", self.epochs)
         for name in ("lr", "lr_end"): expect(0 < getattr(self, name) < 1e30, name, "a positive, finite number", getattr(self, name))
+        expect(0 < self.share <= 1, "share", "a share in (0, 1]", self.share)
+        expect(self.watch >= 0, "watch", "a number of epochs, or 0 for never", self.watch)
         expect(self.batch >= 2, "batch", "at least 2 (the contrast needs another video)", self.batch)
         pair = (type(self.model), type(self.objective))
         expect(pair in ((S5VHConfig, SLGConfig), (DMMHConfig, MetricConfig)), "objective", "SLGConfig with S5VHConfig, MetricConfig with DMMHConfig", [c.__name__ for c in pair])
@@ -155,9 +161,14 @@ def replace(config, # A `TrainConfig`, or any dataclass whose parts are dataclas
     return dataclasses.replace(config, **new)
 
 # %% ../nbs/lib/01_config.ipynb #0711ae6b
-VARIANTS = {"paper": {}, "released": dict(tied=True, wired=False, matched=False, refresh_normed=False)}
+VARIANTS = {
+    "paper": {},
+    "released": dict(tied=True, wired=False, matched=False, refresh_normed=False),
+    "conmh": dict(mixer="Transformer", directions="forward", beta=0.),
+    "ssth": dict(mixer="LSTM", directions="forward", alpha=0., beta=0.),
+}
 
-def variant(config:TrainConfig, name:str) -> TrainConfig: # "paper" or "released"
+def variant(config:TrainConfig, name:str) -> TrainConfig: # "paper", "released", "conmh" or "ssth"
     "`config` with the settings of a variant."
     return replace(config, **VARIANTS[known(name, VARIANTS, "variant")])
 
@@ -178,10 +189,10 @@ DMMH_TRAINING = dict(model=DMMHConfig(), objective=MetricConfig(), batch=1024, l
 
 # %% ../nbs/lib/01_config.ipynb #5cd777ca
 PROFILES = {
-    "smoke": dict(m=16, depth=1, decoder_m=16, epochs=2, warmup=1, n_centers=8),
-    "quick": dict(m=64, depth=2, decoder_m=48, epochs=24, warmup=4, lr=2e-3),
-    "full": {},
-    "paper": {},
+    "smoke": dict(m=16, depth=1, decoder_m=16, epochs=2, warmup=1, n_centers=8, watch=1),
+    "quick": dict(m=64, depth=2, decoder_m=48, epochs=24, warmup=4, lr=2e-3, watch=4),
+    "full": dict(watch=20),
+    "paper": dict(watch=20),
 }
 PAIR_PROFILES = {
     "smoke": dict(width=16, image_hidden=32, text_hidden=32, layers=1, cnn_width=8, epochs=2, batch=100),
@@ -191,6 +202,7 @@ PAIR_PROFILES = {
 }
 SEEDS = {"smoke": (1,), "quick": (1,), "full": (1, 2, 3, 4, 5), "paper": (1, 2, 3, 4, 5)}  # the default seeds of a profile
 BITS = {"smoke": (16,), "quick": (16, 32, 64), "full": (16, 32, 64), "paper": (16, 32, 64)}  # and its code lengths
+ABLATION_BITS = {"smoke": (16,), "quick": (64,), "full": (16, 64), "paper": (16, 64)}  # those of paper 1's ablations
 PAIR_BITS = {"smoke": (16,), "quick": (16, 32, 64, 128), "full": (16, 32, 64, 128), "paper": (16, 32, 64, 128)}  # those of paper 2
 
 def train_config(dataset:str="spoken-digits", # A name that `datasets.load` knows
@@ -211,8 +223,18 @@ class BaselineConfig:
     bits: int = 64
     seed: int = 1
 
+# %% ../nbs/lib/01_config.ipynb #d14a4642
+@dataclass(frozen=True)
+class TransferConfig:
+    "A run whose codes are of another data set than it learnt from (S5VH, transfer)."
+    dataset: str                        # what is indexed and searched
+    source: TrainConfig|BaselineConfig  # the run that learns
+
+    @property
+    def seed(self) -> int: return self.source.seed
+
 # %% ../nbs/lib/01_config.ipynb #7f2db05b
-KINDS = {cls.__name__: cls for cls in (S5VHConfig, SLGConfig, DMMHConfig, MetricConfig, TrainConfig, BaselineConfig)}
+KINDS = {cls.__name__: cls for cls in (S5VHConfig, SLGConfig, DMMHConfig, MetricConfig, TrainConfig, BaselineConfig, TransferConfig)}
 
 def to_dict(config) -> dict:
     "A configuration as nested plain values, each part with its `kind`."

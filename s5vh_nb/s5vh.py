@@ -45,8 +45,9 @@ def temporal_layers(m:int, # width
                     depth:int, # layers
                     c:S5VHConfig) -> nn.Sequential:
     "`depth` bidirectional layers of the configured mixer, (b, t, m) -> (b, t, m)."
-    make = mixers.MIXERS[known(c.mixer, mixers.MIXERS, "mixer")]
-    return nn.Sequential(*[mixers.Bidirectional(lambda: make(m), tied=c.tied, directions=c.directions) for _ in range(depth)])
+    kind = mixers.MIXERS[known(c.mixer, mixers.MIXERS, "mixer")]
+    def make(): return kind(m).requires_grad_(not c.frozen)
+    return nn.Sequential(*[mixers.Bidirectional(make, tied=c.tied, directions=c.directions) for _ in range(depth)])
 
 class Encoder(nn.Module):
     "Visible frames to frame embeddings (S5VH, Temporal encoder)."
