@@ -116,7 +116,7 @@ class TrainConfig:
     dataset: str = "spoken-digits" # a name that `datasets.load` knows
     seed: int = 1
     epochs: int = 350
-    share: float = 1.             # of the training items; below 1 a random part, drawn by the seed
+    share: float = 1.              # of the training items; below 1 a random part, drawn by the seed
     batch: int = 128
     lr: float = 5e-4
     lr_end: float = 1e-5

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'OBJECTIVES', 'EpochPlan', 'epoch_seed', 'plan_epoch', 'learning_rate', 'TrainedRun', 'start',
            'save_checkpoint', 'load_checkpoint', 'step', 'CapturedStep', 'make_step', 'place', 'time_means', 'batches',
-           'map_ahead', 'train_epoch', 'matmul_precision', 'prepare', 'train']
+           'map_ahead', 'train_epoch', 'training_share', 'matmul_precision', 'prepare', 'watched', 'seen', 'train']
 
 # %% ../nbs/lib/23_training.ipynb #d84d640f
-import contextlib, functools, io, math, time
+import contextlib, dataclasses, functools, io, math, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +70,7 @@ class TrainedRun:
     optimizer: torch.optim.Optimizer
     device: torch.device
     epoch: int = 0              # the next one
-    history: list = field(default_factory=list) # one dict per epoch: mean of each loss term
+    history: list = field(default_factory=list) # one dict per epoch: mean of each loss term, and what a look said
     seconds: list = field(default_factory=list) # wall-clock time of the set-up, then of each epoch
 
 def start(config:TrainConfig, data:datasets.VideoDataset|MultiModalDataset, device:torch.device) -> TrainedRun:
@@ -198,6 +198,18 @@ def train_epoch(run:TrainedRun, take_step, inputs:tuple) -> dict: # `make_step`'
     for name, value in means.items(): expect(math.isfinite(value), f"epoch {run.epoch}, {name}", "a finite loss (try a smaller lr)", value, FloatingPointError)
     return means
 
+# %% ../nbs/lib/23_training.ipynb #88c176e1
+def training_share(data:datasets.VideoDataset|MultiModalDataset,
+                   share:float, # Of the training items, in (0, 1]
+                   seed:int) -> datasets.VideoDataset|MultiModalDataset: # Which ones
+    "`data` with a random part of its training items, read into memory; `data` itself where the share is 1."
+    if share == 1: return data
+    rows = np.sort(np.random.default_rng(seed).permutation(len(data.train))[:max(2, round(share*len(data.train)))])
+    columns = {f.name: getattr(data.train, f.name) for f in dataclasses.fields(data.train) if f.name != "source"}
+    part = dataclasses.replace(data.train, **{name: x[rows] for name, x in columns.items() if x is not None})
+    inside = {} if getattr(data, "train_ids", None) is None else {"train_ids": data.train_ids[rows]}
+    return dataclasses.replace(data, train=part, **inside)
+
 # %% ../nbs/lib/23_training.ipynb #d7403c6d
 @contextlib.contextmanager
 def matmul_precision(precision:str): # As in `TrainConfig`
@@ -212,6 +224,17 @@ def prepare(run:TrainedRun, data:datasets.VideoDataset|MultiModalDataset, inputs
     if isinstance(run.objective, MetricObjective): run.objective.fit(data.train.labels)
     else: run.objective.fit(time_means(*inputs), progress)
 
+def watched(config:TrainConfig, epochs:int) -> bool: # epochs: how many are done
+    "Whether the run is looked at now."
+    return config.watch > 0 and (epochs % config.watch == 0 or epochs == config.epochs)
+
+def seen(run:TrainedRun, look) -> dict: # look: as for `train`
+    "What a look says of the run, in evaluation mode and plain float32; the run does not notice it."
+    run.model.eval()
+    with torch.no_grad(), matmul_precision("float32"), torch.random.fork_rng([run.device] if run.device.type == "cuda" else []): said = look(run)
+    run.model.train()
+    return said
+
 def train(config:TrainConfig, # What to train; the widths are set from the data
           data:datasets.VideoDataset|MultiModalDataset|None=None, # Loaded by name when None
           *, data_root:str|Path|None=None, # Folder with the papers' files, for official sets
@@ -219,10 +242,11 @@ def train(config:TrainConfig, # What to train; the widths are set from the data
           checkpoint:str|Path|None=None, # File to save to as training goes
           every:int=10, # Epochs between two checkpoints
           resume:bool=False, # Go on from `checkpoint` when it exists
+          look=None, # Called with the run every `config.watch` epochs and after the last; its dict joins the history of that epoch
           progress:bool=True) -> TrainedRun:
     "Train S5VH or DMMH as configured; the same seed on the same machine gives the same weights, resumed or not."
     data, device, clock = data or datasets.load(config.dataset, data_root), pick_device(device), time.perf_counter()
-    config = replace(config, **data.widths)
+    config, data = replace(config, **data.widths), training_share(data, config.share, config.seed)
     inputs = tuple(place(x, device) for x in data.train.inputs)                   # (n, t, d), or (n, di) and (n, dt)
     if resume and checkpoint and Path(checkpoint).exists(): run = load_checkpoint(checkpoint, config, data, device)
     else:
@@ -235,8 +259,10 @@ def train(config:TrainConfig, # What to train; the widths are set from the data
         while run.epoch < config.epochs:
             clock = time.perf_counter()
             terms = train_epoch(run, steps[run.objective.warm(run.epoch)], inputs)
-            run.history.append({"epoch": run.epoch, **terms}); run.seconds.append(time.perf_counter() - clock)
+            run.history.append({"epoch": run.epoch, **terms})
             run.epoch += 1
+            if look and watched(config, run.epoch): run.history[-1] |= seen(run, look)
+            run.seconds.append(time.perf_counter() - clock)
             bar.update(); bar.set_postfix(loss=f"{terms['loss']:.3f}", refresh=False)
             if checkpoint and (run.epoch % every == 0 or run.epoch == config.epochs): save_checkpoint(run, checkpoint)
     run.model.eval()
