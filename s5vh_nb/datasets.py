@@ -6,12 +6,12 @@
 __all__ = ['CONTENT_LIMIT', 'FSDD', 'PAIRS', 'DIRECTIONS', 'CANVAS', 'SPRITE', 'FRAMES', 'FCVID', 'OFFICIAL', 'IMAGE_TEXT',
            'LOADERS', 'Split', 'check_finite', 'VideoDataset', 'fingerprint', 'feature_bytes', 'resample',
            'spoken_digits', 'spoken_pairs', 'join_pairs', 'moving_digits', 'digit_clips', 'move', 'RowStore',
-           'LazyFeatures', 'open_hdf5', 'row_blocks', 'to_tensor', 'SplitFiles', 'Layout', 'two_files', 'read_labels',
-           'read_matlab', 'class_labels', 'official_folder', 'load_official', 'differences', 'write_official',
-           'write_features', 'SyntheticFeatures', 'synthetic_like', 'load_pairs', 'load']
+           'LazyFeatures', 'open_hdf5', 'hdf5_array', 'row_blocks', 'to_tensor', 'SplitFiles', 'Layout', 'two_files',
+           'read_labels', 'read_matlab', 'class_labels', 'official_folder', 'load_official', 'differences',
+           'write_official', 'write_features', 'SyntheticFeatures', 'synthetic_like', 'load_pairs', 'load']
 
 # %% ../nbs/lib/02_datasets.ipynb #7836f6c3
-import contextlib, functools, hashlib, importlib, importlib.resources, itertools
+import contextlib, functools, hashlib, importlib, importlib.resources, itertools, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,7 @@ class VideoDataset:
     n_classes:int # Number of classes
     origin:str # Where it comes from, and the licence
     notes:tuple[str, ...] = () # What a reader of results should know, e.g. sizes that differ from the paper's
+    folder:Path|None = None # Where an official set's files lie; hash centers of the release may lie there too
 
     def __post_init__(self):
         expected = self.train.features.shape[1:]
@@ -222,8 +223,8 @@ class LazyFeatures(RowStore):
                  key:str="feats"): # Its dataset
         self.path, self.key = Path(path), key
         with open_hdf5(path) as f:
-            expect(key in f, f"{path}", f"the key {key!r}", f"the keys {sorted(f)}")
-            self.shape, kind = f[key].shape, f[key].dtype
+            found = hdf5_array(f, key)
+            self.shape, kind = found.shape, found.dtype
         expect(len(self.shape) == 3, f"{path}[{key}]", "rank 3 (n, t, d)", f"shape {self.shape}")
         expect(kind.kind == "f", f"{path}[{key}]", "floating-point numbers", kind)
 
@@ -240,6 +241,11 @@ def open_hdf5(path:str|Path): # The file
     try:
         with h5py.File(path, "r") as f: yield f
     except OSError as e: raise ValueError(f"{path}: expected a complete HDF5 file, found: {e}") from e
+
+def hdf5_array(f:h5py.File, key:str) -> h5py.Dataset:
+    "The array called `key`; `ValueError` naming file and key when there is none."
+    expect(isinstance(f.get(key), h5py.Dataset), f.filename, f"the key {key!r}", f"the keys {sorted(k for k in f if isinstance(f[k], h5py.Dataset))}")
+    return f[key]
 
 # %% ../nbs/lib/02_datasets.ipynb #c222bbf9
 def row_blocks(features, # (n, t, d) features of any kind
@@ -338,10 +344,12 @@ def load_official(name:str, # One of OFFICIAL
     labels, n_classes = class_labels(onehot), onehot[layout.query].shape[1]
     splits = {f: Split(LazyFeatures(folder/f.feats), labels.get(f), f.feats) for f in files}
     train, database, query = (splits[f] for f in (layout.train, layout.database, layout.query))
-    notes = differences(layout, splits, n_classes)
-    notes += tuple(f"{f.labels}: {n} videos without a class" for f, y in onehot.items() if (n := int((y.sum(1) == 0).sum())))
+    sizes = differences(layout, splits, n_classes)
+    if sizes: warnings.warn(f"{folder}: not the sizes of {name} in the paper: {'; '.join(sizes)}")
+    notes = sizes + tuple(f"{f.labels}: {n} videos {what}" for f, y in onehot.items()
+                          for what, n in (("without a class", int((y.sum(1) == 0).sum())), ("with several classes", int((y.sum(1) > 1).sum()))) if n)
     origin = f"frame features shared by the authors of S5VH for {name}; rights stay with them and the videos' owners"
-    return VideoDataset(name, train, database, query, n_classes, origin, notes)
+    return VideoDataset(name, train, database, query, n_classes, origin, notes, folder)
 
 def differences(layout:Layout, splits:dict, n_classes:int) -> tuple[str, ...]: # What was expected; what is there
     "One sentence for each size that isn't the paper's."

@@ -1,10 +1,12 @@
 "Datasets: bad files and bad arguments, each with an error that says where, what was expected and what was found."
 import os, pickle, time
 
-import h5py, numpy as np, pytest, scipy.io, torch
+import h5py, numpy as np, pytest, scipy.io, scipy.sparse, torch
 
 from s5vh_nb import datasets
 from s5vh_nb.datasets import LazyFeatures, Split, VideoDataset, load, synthetic_like, to_tensor, write_official
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*not the sizes of:UserWarning") # most sets here are small
 
 FEATS, LABELS = "ucf_train_feats.h5", "ucf_train_labels.mat"
 
@@ -20,6 +22,12 @@ def rewrite(path, array, key="feats"):
 def features(n=120, t=25, d=8): return np.ones((n, t, d), np.float32)
 def onehot(n=120, classes=101): return np.eye(classes)[np.arange(n) % classes]
 
+def v73(path, array, key="labels"): # as MATLAB writes it: transposed, after a block of its own
+    with h5py.File(path, "w", userblock_size=512) as f: f[key] = array.T
+
+def patch(path, at, what):
+    with open(path, "r+b") as f: f.seek(at); f.write(what)
+
 # What is done to the files, the error, what it must name
 FAULTS = {
     "features missing": (lambda r: (r/FEATS).unlink(), FileNotFoundError, FEATS, "no such file"),
@@ -27,6 +35,7 @@ FAULTS = {
     "labels missing": (lambda r: (r/LABELS).unlink(), FileNotFoundError, LABELS, "nothing there"),
     "key missing": (lambda r: rewrite(r/FEATS, features(), "features"), ValueError, FEATS, "key 'feats', found the keys ['features']"),
     "label key missing": (lambda r: scipy.io.savemat(r/LABELS, {"label": onehot()}), ValueError, LABELS, "found the keys ['label']"),
+    "key is a folder": (lambda r: rewrite(r/FEATS, features(), "feats/x"), ValueError, FEATS, "key 'feats', found the keys []"),
     "rank 2": (lambda r: rewrite(r/FEATS, features()[0]), ValueError, FEATS, "rank 3 (n, t, d), found shape (25, 8)"),
     "integers": (lambda r: rewrite(r/FEATS, features().astype(int)), ValueError, FEATS, "floating-point numbers, found int64"),
     "empty split": (lambda r: rewrite(r/FEATS, features(n=0)), ValueError, FEATS, "at least one video, frame and feature"),
@@ -42,6 +51,12 @@ FAULTS = {
     "empty file": (lambda r: (r/FEATS).write_bytes(b""), ValueError, FEATS, "a complete HDF5 file, found: "),
     "not MATLAB": (lambda r: (r/LABELS).write_text("no such thing at all " * 20), ValueError, LABELS, "a MATLAB file (v5 or v7.3), found: "),
     "labels truncated": (lambda r: os.truncate(r/LABELS, 500), ValueError, LABELS, "a MATLAB file (v5 or v7.3), found: "),
+    "labels truncated, v7.3": (lambda r: (v73(r/LABELS, onehot()), os.truncate(r/LABELS, 5000)), ValueError, LABELS, "a complete HDF5 file, found: "),
+    "labels of an unknown version": (lambda r: patch(r/LABELS, 124, b"\x00\x09"), ValueError, LABELS, "a MATLAB file (v5 or v7.3), found: "),
+    "labels are class numbers": (lambda r: scipy.io.savemat(r/LABELS, {"labels": np.arange(120)[:, None]}), ValueError, LABELS, "only 0 and 1, found values such as [2]"),
+    "labels are -1 and 1": (lambda r: scipy.io.savemat(r/LABELS, {"labels": 2*onehot() - 1}), ValueError, LABELS, "only 0 and 1, found values such as [-1.]"),
+    "labels are text": (lambda r: scipy.io.savemat(r/LABELS, {"labels": ["walk", "swim"]}), ValueError, LABELS, "rank 2 (n, classes), found shape (2,)"),
+    "labels are sparse": (lambda r: scipy.io.savemat(r/LABELS, {"labels": scipy.sparse.csc_matrix(onehot())}), ValueError, LABELS, "rank 2 (n, classes), found shape ()"),
 }
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -90,11 +105,24 @@ def test_label_widths_must_agree(tmp_path):
 
 def test_v73_labels_multi_hot_and_a_video_without_class(root):
     y = onehot(); y[5, 7], y[6] = 1, 0                      # video 5 has two classes, video 6 none
-    with h5py.File(root/LABELS, "w", userblock_size=512) as f: f["labels"] = y.T
+    v73(root/LABELS, y)
     data = load("ucf101", root)
     assert data.query.labels.shape == (40, 101) and data.query.labels.dtype == np.uint8
     np.testing.assert_array_equal(data.train.labels, y)
-    assert "ucf_train_labels.mat: 1 videos without a class" in data.notes
+    assert {f"ucf_train_labels.mat: 1 videos {what}" for what in ("without a class", "with several classes")} <= set(data.notes)
+
+def test_old_matlab_files_are_read(root):
+    scipy.io.savemat(root/LABELS, {"labels": onehot()}, format="4")
+    np.testing.assert_array_equal(load("ucf101", root).train.labels, onehot().argmax(1))
+
+@pytest.mark.parametrize("name, n, d, told", [
+    ("ucf101", (9537, 9537, 40), 8, ["ucf_test_feats.h5: videos: 3783 in the paper, 40 here", "feature width d: 4096 in the paper, 8 here"]),
+    ("activitynet", (9722, 20, 1000), 2, ["test_feats.h5: videos: 3758 in the paper, 20 here", "feature width d: 2048 in the paper, 2 here"]),
+    ("hmdb51", (3570, 3570, 1530), 1, ["feature width d: 4096 in the paper, 1 here"])])
+def test_other_sizes_than_the_papers_are_told(tmp_path, name, n, d, told):
+    write_official(tmp_path, name, synthetic_like(name, n=n, d=d))
+    with pytest.warns(UserWarning) as warned: data = load(name, tmp_path)
+    assert list(data.notes) == told and [str(w.message) for w in warned] == [f"{tmp_path}: not the sizes of {name} in the paper: {'; '.join(told)}"]
 
 def test_release_folder_names(tmp_path):
     write_official(tmp_path/"ucf", "ucf101", synthetic_like("ucf101", n=(120, 120, 40), d=8))
