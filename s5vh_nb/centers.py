@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['semantic_vectors', 'paley', 'hadamard', 'start_centers', 'wanted_distance', 'quality', 'semantic_targets', 'ADMM',
-           'merit', 'improved', 'sweep_centers', 'balanced_bits', 'HashCenters', 'hash_centers']
+           'merit', 'improved', 'sweep_centers', 'balanced_bits', 'read_centers', 'suited', 'HashCenters',
+           'hash_centers']
 
 # %% ../nbs/lib/20_centers.ipynb #aa55dfda
 from dataclasses import dataclass
 from math import comb, isqrt, sqrt
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
 from numba import njit
+from scipy.optimize import quadratic_assignment
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
@@ -22,6 +25,7 @@ from tqdm.auto import tqdm
 
 from .basics import expect
 from .config import known
+from .datasets import hdf5_array, open_hdf5
 
 # %% ../nbs/lib/20_centers.ipynb #f91c92bd
 def semantic_vectors(features, # (n, d) time means, or (n, t, d) frame features: array or CPU tensor
@@ -239,6 +243,28 @@ def balanced_bits(H:np.ndarray, # (c, k) centers
     while flip := _next_flip(H, targets, H.shape[1] - 2*distance): H[flip] *= -1
     return H
 
+# %% ../nbs/lib/20_centers.ipynb #4dec4ff6
+def read_centers(path:str|Path, # `hash_center_{k}.h5`
+                 n_centers:int, # c
+                 bits:int) -> np.ndarray: # k
+    "Hash centers (c, k) int8 of the release; `FileNotFoundError` or `ValueError` naming file and key."
+    with open_hdf5(path) as f: H, at = np.asarray(hdf5_array(f, "matrix")[()]), f"{path}[matrix]"
+    expect(H.shape == (n_centers, bits), at, f"shape {(n_centers, bits)}, {n_centers} centers of {bits} bits", H.shape)
+    expect(np.isin(H, (-1, 1)).all(), at, "only -1 and +1", f"values such as {H[~np.isin(H, (-1, 1))][:1]}")
+    H, distinct = H.astype(np.int8), len(np.unique(H, axis=0))
+    expect(distinct == n_centers, at, f"{n_centers} distinct rows", distinct)
+    return H
+
+# %% ../nbs/lib/20_centers.ipynb #393bd9c9
+def suited(H:np.ndarray, # (c, k) centers, in any order
+           W:np.ndarray) -> np.ndarray: # (c, p) unit vectors
+    "The rows of H in the order, row i for cluster i, that suits the similarity of the clusters best, as far as FAQ finds it [inferred]."
+    H, S = H.astype(float), semantic_targets(W, H.shape[1])
+    G = H@H.T*(1 - np.eye(len(H)))                                                     # (c, c)
+    def climb(start): return quadratic_assignment((S + S.T)/2, G, options={"maximize": True, "P0": start, "rng": np.random.default_rng(0)})
+    with threadpool_limits(1): best = max(climb("barycenter"), climb("randomized"), key=lambda found: found.fun)
+    return H[best.col_ind]                                                             # (c, k)
+
 # %% ../nbs/lib/20_centers.ipynb #4dc71081
 @dataclass(frozen=True)
 class HashCenters:
@@ -265,16 +291,18 @@ def hash_centers(features, # (n, d) time means, or (n, t, d) frame features
                  optimise:bool=True, # False: the start as it is
                  pca:int=512, # Principal components kept before k-means
                  seed:int=0, # Of k-means and of random rows
+                 given:np.ndarray|None=None, # Ready-made centers (c, k), taken as they are in the order of `suited`; no start, nothing optimised
                  admm:ADMM=ADMM(), # Schedule
                  progress:bool=True) -> HashCenters: # Show a bar over the sweeps
     "One center per k-means cluster of the features (S5VH, hash centers); `ValueError` for sizes that don't fit or features that aren't finite."
     expect(bits > 0 and bits % 8 == 0, "bits", "a positive multiple of 8", bits)
     expect(n_centers <= 2**bits, "n_centers", f"at most 2^{bits}, the number of codes", n_centers)
     known(init, ("hadamard", "random"), "init")
+    expect(given is None or given.shape == (n_centers, bits), "given", f"shape {(n_centers, bits)}", getattr(given, "shape", None))
     W, labels = semantic_vectors(features, n_centers, pca, seed)
-    H = start_centers(n_centers, bits, init, np.random.default_rng(seed))
+    H = start_centers(n_centers, bits, init, np.random.default_rng(seed)) if given is None else suited(given, W)
     wanted, history = wanted_distance(n_centers, bits), [quality(H, W)]
-    if optimise:
+    if optimise and given is None:
         S = semantic_targets(W, bits) if semantic else np.zeros((n_centers, n_centers))
         H, sweeps = sweep_centers(H, S, W, wanted, float(semantic), admm, progress)
         H = balanced_bits(H, S, wanted)

@@ -1,13 +1,15 @@
-"Hash centers: properties over many sizes, independence of batch shape and dtype, faults."
+"Hash centers: properties over many sizes, independence of batch shape and dtype, centers from a file, faults."
+import os
 import warnings
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from s5vh_nb.centers import (ADMM, balanced_bits, hadamard, hash_centers, improved, merit, quality, semantic_targets, semantic_vectors, start_centers,
-                             sweep_centers, wanted_distance)
+from s5vh_nb.centers import (ADMM, balanced_bits, hadamard, hash_centers, improved, merit, quality, read_centers, semantic_targets, semantic_vectors,
+                             start_centers, sweep_centers, wanted_distance)
 
 QUICK = ADMM(growth=2., inner=3)
 
@@ -88,7 +90,65 @@ def test_hadamard_leaves_out_what_it_says():
     for k in set(range(8, 257, 8)) - set(left): assert (hadamard(k)@hadamard(k).T == k*np.eye(k)).all()
 
 
+def rows(n=100, k=16): return start_centers(n, k, "random", np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("c, k", [(100, 16), (101, 64), (200, 32)])
+def test_given_centers_are_used_in_an_order_that_suits(c, k):
+    made = hash_centers(features(500), c, k, seed=1, progress=False, admm=QUICK)
+    given = np.random.default_rng(0).permutation(made.centers)
+    found = hash_centers(features(500), c, k, seed=1, given=given, semantic=False, progress=False)
+    def mismatch(H): return ((H.astype(float)@H.T - semantic_targets(made.semantics, k))**2)[~np.eye(c, dtype=bool)].mean()
+    assert found.centers.dtype == np.int8 and (np.unique(found.centers, axis=0) == np.unique(given, axis=0)).all()
+    assert mismatch(found.centers) < .6*mismatch(given) + .4*mismatch(made.centers)
+    assert (found.labels == made.labels).all() and len(found.history) == 1 and found.objective == pytest.approx(quality(given, made.semantics))
+    again = hash_centers(features(500), c, k, seed=1, given=given, progress=False)
+    assert (again.centers == found.centers).all()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int64", "float32", "float64"])
+def test_centers_from_a_file(tmp_path, dtype):
+    with h5py.File(tmp_path/"hash_center_16.h5", "w") as f: f["matrix"] = rows().astype(dtype)
+    found = read_centers(tmp_path/"hash_center_16.h5", 100, 16)
+    assert found.dtype == np.int8 and (found == rows()).all()
+
+
+# What the file holds, what is said
+CENTER_FAULTS = {
+    "transposed": ({"matrix": rows().T}, "hash_center_16.h5[matrix]: expected shape (100, 16), 100 centers of 16 bits, found (16, 100)"),
+    "other c": ({"matrix": rows(99)}, "expected shape (100, 16), 100 centers of 16 bits, found (99, 16)"),
+    "other k": ({"matrix": rows(100, 32)}, "found (100, 32)"),
+    "key missing": ({"centers": rows()}, "hash_center_16.h5: expected the key 'matrix', found the keys ['centers']"),
+    "key is a folder": ({"matrix/x": rows()}, "hash_center_16.h5: expected the key 'matrix', found the keys []"),
+    "a number": ({"matrix": 1.}, "found ()"),
+    "0 and 1": ({"matrix": rows() > 0}, "hash_center_16.h5[matrix]: expected only -1 and +1, found values such as [False]"),
+    "not binary": ({"matrix": .5*rows()}, "expected only -1 and +1, found values such as ["),
+    "NaN": ({"matrix": np.where(rows() > 0, rows(), np.nan)}, "expected only -1 and +1, found values such as [nan]"),
+    "infinite": ({"matrix": rows()*np.inf}, "expected only -1 and +1, found values such as ["),
+    "text": ({"matrix": np.full((100, 16), b"+1")}, "expected only -1 and +1, found values such as [b'+1']"),
+    "alike": ({"matrix": np.concatenate([rows(98), rows(2)])}, "hash_center_16.h5[matrix]: expected 100 distinct rows, found 98"),
+}
+
+
+@pytest.mark.parametrize("fault", CENTER_FAULTS)
+def test_bad_center_files(tmp_path, fault):
+    content, message = CENTER_FAULTS[fault]
+    with h5py.File(tmp_path/"hash_center_16.h5", "w") as f:
+        for key, value in content.items(): f[key] = value
+    with pytest.raises(ValueError) as error: read_centers(tmp_path/"hash_center_16.h5", 100, 16)
+    assert message in str(error.value)
+
+
+def test_center_files_that_cannot_be_read(tmp_path):
+    path = tmp_path/"hash_center_16.h5"
+    with pytest.raises(FileNotFoundError, match="hash_center_16.h5: expected a file, found nothing there"): read_centers(path, 100, 16)
+    with h5py.File(path, "w") as f: f["matrix"] = rows()
+    os.truncate(path, 5000)
+    with pytest.raises(ValueError, match="hash_center_16.h5: expected a complete HDF5 file"): read_centers(path, 100, 16)
+
+
 @pytest.mark.parametrize("change,message", [
+    (dict(given=rows(5, 24)), "given: expected shape (5, 16), found (5, 24)"),
     (dict(bits=12), "bits: expected a positive multiple of 8, found 12"),
     (dict(bits=0), "bits: expected a positive multiple of 8, found 0"),
     (dict(n_centers=1), "n_centers: expected 2 to 60, the number of samples, found 1"),
