@@ -41,10 +41,14 @@ def write(path, state):
     torch.save({"model_state_dict": state, "epoch": 1}, path)
     return path
 
-def test_the_released_names_count_as_many_parameters_as_the_release():
-    "UCF101 at 64 bits: 9,191,489 in all (measured on the release)."
-    shapes = released_shapes(4096, 256, 64, 192, 6, 101)
-    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 9_191_489
+def test_a_released_checkpoint_of_full_size_is_accounted_for(tmp_path):
+    "UCF101 at 64 bits: 9,191,489 parameters in all (measured on the release), each either in the network or among the tensors that are reported."
+    full = {name: torch.zeros(shape) for name, shape in released_shapes(4096, 256, 64, 192, 6, 101).items()}
+    assert sum(tensor.numel() for tensor in full.values()) == 9_191_489
+    with pytest.warns(UserWarning) as caught: model = S5VH.load_released(write(tmp_path/"released.pt", full))
+    reported = str(caught[0].message).split("not used: ")[1].split(", ")
+    assert model.config == S5VHConfig(tied=True)
+    assert sum(p.numel() for p in model.parameters()) + sum(full[name].numel() for name in reported) == 9_191_489
 
 def test_a_released_checkpoint_loads_tied_and_names_what_it_leaves(state, tmp_path):
     with pytest.warns(UserWarning, match="classifier.weight.*get_token_probs") as caught: model = S5VH.load_released(write(tmp_path/"released.pt", state))
@@ -62,10 +66,22 @@ def test_the_loaded_forward_mixer_is_the_released_one(state, tmp_path):
     matches = [name for name, value in named.items() if torch.equal(value, state["encoder.blocks.1.mamba1.A_log"])]
     assert len(matches) == 1
 
-@pytest.mark.parametrize("missing", ["encoder.patch_embed.weight", "ln.bias", "decoder.blocks.0.mamba1.D", "mask_token"])
+UNUSED = ("mamba2.", "classifier.", "get_token_probs.")
+NEEDED = [name for name in released_shapes(D, M, K, DECODER, DEPTH, CLASSES) if not any(part in name for part in UNUSED)]
+
+@pytest.mark.parametrize("missing", NEEDED)
 def test_a_missing_tensor_is_named(state, tmp_path, missing):
     del state[missing]
     with pytest.raises(KeyError, match="released.pt.*expected the tensor that becomes"): S5VH.load_released(write(tmp_path/"released.pt", state))
+
+@pytest.mark.parametrize("extra", ["encoder.blocks.0.mamba3.D", "teacher.weight", "ln2.bias", "module.ln.weight"])
+def test_a_tensor_that_the_release_does_not_have_is_reported(state, tmp_path, extra):
+    state[extra] = torch.zeros(3)
+    with pytest.warns(UserWarning, match=f"not used: .*{extra}"): S5VH.load_released(write(tmp_path/"released.pt", state))
+
+def test_every_tensor_that_is_not_used_is_reported(state, tmp_path):
+    with pytest.warns(UserWarning) as caught: S5VH.load_released(write(tmp_path/"released.pt", state))
+    assert sorted(str(caught[0].message).split("not used: ")[1].split(", ")) == sorted(set(state) - set(NEEDED))
 
 def test_a_tensor_of_another_shape_is_named(state, tmp_path):
     state["encoder.head.weight"] = torch.zeros(M, M + 1)
