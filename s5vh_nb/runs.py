@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CUTS', 'scores', 'pair_scores', 'method_name', 'describe', 'checkpoint_of', 'look', 'trained', 'learn',
-           'encode_splits', 'load_data', 'settle', 'read', 'store', 'check_may_run', 'ask', 'codes_of', 'ask_about',
-           'ask_all', 'several', 'default_pairs', 'default_datasets']
+           'encode_splits', 'encoded', 'load_data', 'settle', 'read', 'data_of', 'store', 'check_may_run', 'ask',
+           'codes_of', 'ask_about', 'ask_transfer', 'ask_all', 'several', 'default_pairs', 'default_datasets']
 
 # %% ../nbs/lib/42_runs.ipynb #16aa685e
 import functools, multiprocessing, os, time
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from . import baselines, datasets, records, retrieval, training
 from .basics import expect, pick_device, project_root
-from .config import BaselineConfig, SEEDS, TrainConfig, known, replace, to_dict
+from .config import BaselineConfig, SEEDS, TrainConfig, TransferConfig, known, replace, to_dict
 from .multimodal import PAIR_LAYOUTS, MultiModalDataset, official_file
 
 # %% ../nbs/lib/42_runs.ipynb #f63d6ce1
@@ -45,11 +45,12 @@ def pair_scores(codes:dict, data:MultiModalDataset, device="cpu") -> dict: # As 
     return found
 
 # %% ../nbs/lib/42_runs.ipynb #4a7d08d7
-def method_name(config:TrainConfig|BaselineConfig) -> str:
+def method_name(config:TrainConfig|BaselineConfig|TransferConfig) -> str:
     "What a table calls the method of a configuration, without its options."
+    if isinstance(config, TransferConfig): return f"{method_name(config.source)} from {config.source.dataset}"
     return config.method if isinstance(config, BaselineConfig) else type(config.model).__name__.removesuffix("Config")
 
-def describe(config:TrainConfig|BaselineConfig, what:str="") -> dict: # what: the name of a measurement, see `ask_about`
+def describe(config:TrainConfig|BaselineConfig|TransferConfig, what:str="") -> dict: # what: the name of a measurement, see `ask_about`
     "The configuration as plain data with its method: what names a run."
     return {"method": f"{method_name(config)} {what}".strip(), **to_dict(config)}
 
@@ -83,18 +84,25 @@ def encode_splits(encode, data:datasets.VideoDataset|MultiModalDataset, alone:bo
     if alone: codes |= {"query_image": np.asarray(encode(data.query.image, None)), "query_text": np.asarray(encode(None, data.query.text))}
     return codes
 
+def encoded(encode, data:datasets.VideoDataset|MultiModalDataset, device, alone:bool=False) -> tuple: # As for `encode_splits`
+    "Packed codes by split, their scores, and the seconds of both."
+    clock = [time.perf_counter()]
+    codes = encode_splits(encode, data, alone); clock.append(time.perf_counter())
+    metrics = scores(codes, data, pick_device(device)); clock.append(time.perf_counter())
+    return codes, metrics, dict(zip(("encode", "score"), np.diff(clock).tolist()))
+
 # %% ../nbs/lib/42_runs.ipynb #a00740cc
 @functools.lru_cache(maxsize=4)
 def load_data(name:str, root:str|None=None) -> datasets.VideoDataset|MultiModalDataset:
     "`datasets.load`, remembered: several runs share one copy of the features."
     return datasets.load(name, root)
 
-def settle(config:TrainConfig|BaselineConfig, data:datasets.VideoDataset|MultiModalDataset) -> TrainConfig|BaselineConfig:
+def settle(config:TrainConfig|BaselineConfig|TransferConfig, data:datasets.VideoDataset|MultiModalDataset) -> TrainConfig|BaselineConfig:
     "The configuration with what only the data can say: widths, the number of labels, that a baseline sees pairs."
     if isinstance(config, TrainConfig): return replace(config, **data.widths)
     return replace(config, view="pair") if isinstance(data, MultiModalDataset) else config
 
-def read(config:TrainConfig|BaselineConfig, profile:str, data:datasets.VideoDataset|MultiModalDataset, what:str="") -> records.RunRecord|None:
+def read(config:TrainConfig|BaselineConfig|TransferConfig, profile:str, data:datasets.VideoDataset|MultiModalDataset, what:str="") -> records.RunRecord|None:
     "The record of a run, or of a measurement of its network, or None; `ValueError` when it was made from other data."
     path = records.path_of(records.run_name(describe(settle(config, data), what)), profile)
     if not path.exists(): return None
@@ -102,12 +110,16 @@ def read(config:TrainConfig|BaselineConfig, profile:str, data:datasets.VideoData
     expect(record.data["fingerprint"] == data.fingerprint, f"{path}, data", f"the fingerprint {data.fingerprint} of {data.name} here", record.data["fingerprint"])
     return record
 
-def store(config:TrainConfig|BaselineConfig, profile:str, data:datasets.VideoDataset|MultiModalDataset, device, codes:dict|None, what:str="",
+def data_of(data:datasets.VideoDataset|MultiModalDataset) -> dict:
+    "What a record says of a data set: name, fingerprint and sizes of the splits."
+    return {"name": data.name, "fingerprint": data.fingerprint, **{split: len(getattr(data, split)) for split in ("train", "database", "query")}}
+
+def store(config:TrainConfig|BaselineConfig|TransferConfig, profile:str, data:datasets.VideoDataset|MultiModalDataset, device, codes:dict|None, what:str="",
+          home:datasets.VideoDataset|None=None, # What it learnt from, where that is another set
           **parts) -> records.RunRecord: # metrics, seconds, history
     "Write the record of a run or a measurement, with its codes, and read it back."
-    sizes = {split: len(getattr(data, split)) for split in ("train", "database", "query")}
-    record = records.RunRecord(config=describe(config, what), seed=config.seed, device=records.device_name(pick_device(device)),
-                               data={"name": data.name, "fingerprint": data.fingerprint, **sizes}, **parts)
+    said = data_of(data) | ({"source": data_of(home)} if home else {})
+    record = records.RunRecord(config=describe(config, what), seed=config.seed, data=said, device=records.device_name(pick_device(device)), **parts)
     return records.load(records.save(record, profile, codes))
 
 def check_may_run(name:str, profile:str):
@@ -125,11 +137,8 @@ def ask(config:TrainConfig|BaselineConfig, # What to run
     config = settle(config, data)
     check_may_run(records.run_name(describe(config)), profile)
     encode, row, history, learnt = learn(config, data, device, progress)
-    clock = [time.perf_counter()]
-    codes = encode_splits(encode, data, alone=getattr(getattr(config, "model", None), "modality", None) == "both"); clock.append(time.perf_counter())
-    metrics = {"row": row, **scores(codes, data, pick_device(device))}; clock.append(time.perf_counter())
-    seconds = {"train": learnt, **dict(zip(("encode", "score"), np.diff(clock).tolist()))}
-    return store(config, profile, data, device, codes, metrics=metrics, history=history, seconds=seconds)
+    codes, metrics, seconds = encoded(encode, data, device, alone=getattr(getattr(config, "model", None), "modality", None) == "both")
+    return store(config, profile, data, device, codes, metrics={"row": row, **metrics}, history=history, seconds={"train": learnt, **seconds})
 
 def codes_of(record:records.RunRecord, profile:str) -> dict:
     "The packed codes of a run, by split."
@@ -150,6 +159,22 @@ def ask_about(config:TrainConfig, # Whose network
     metrics = {**measure(run.model, data)}
     codes = metrics.pop("codes", None)
     return store(config, profile, data, device, codes, what, metrics=metrics, seconds={"train": sum(run.seconds), "measure": time.perf_counter() - begun})
+
+# %% ../nbs/lib/42_runs.ipynb #45e50b4d
+def ask_transfer(config:TrainConfig|BaselineConfig, # What learns, and from what
+                 dataset:str, # Whose database and queries are encoded: videos with features of the same width
+                 profile:str, *, data_root:str|None=None, device:str|None=None, progress:bool=True) -> records.RunRecord: # As for `ask`
+    "The record of a transfer: read when it exists; else the hash function is loaded from its checkpoint or learnt, and its codes are scored and recorded."
+    home, away = load_data(config.dataset, data_root), load_data(dataset, data_root)
+    expect(home.widths == away.widths, f"{dataset}, widths", f"{home.widths}, those of {config.dataset}", away.widths)
+    transfer = TransferConfig(dataset, settle(config, home))
+    if record := read(transfer, profile, away):
+        expect(record.data["source"] == data_of(home), f"{record.name}, source", f"{data_of(home)}, the data here", record.data["source"])
+        return record
+    check_may_run(records.run_name(describe(transfer)), profile)
+    encode, row, _, learnt = learn(transfer.source, home, device, progress)
+    codes, metrics, seconds = encoded(encode, away, device)
+    return store(transfer, profile, away, device, codes, metrics={"row": row, **metrics}, seconds={"train": learnt, **seconds}, home=home)
 
 # %% ../nbs/lib/42_runs.ipynb #f442cc74
 def ask_all(configs:list, # Runs, as for `ask`
