@@ -69,26 +69,32 @@ def _peak_on_cpu(call) -> int:
 # %% ../nbs/lib/31_efficiency.ipynb #aa40b385
 SCAN_OPERATIONS = 8  # per (video, frame, channel, state)
 
-def _scan_operations(layer, shape) -> int: # a Mamba or Bidirectional layer, (b, t, m)
-    states = sum(m.A_log.numel() for m in layer.modules() if isinstance(m, mixers.Mamba))
-    return SCAN_OPERATIONS*shape[0]*shape[1]*states*(2 if getattr(layer, "tied", False) else 1)
+def _states(module) -> int:
+    "States that a frame updates; twice where one mixer serves both directions."
+    if isinstance(module, mixers.Mamba): return module.A_log.numel()
+    return (2 if getattr(module, "tied", False) else 1)*sum(map(_states, module.children()))
+
+def _topmost(module, kinds) -> list:
+    "The modules of these kinds that lie in no other such module."
+    return [module] if isinstance(module, kinds) else [m for child in module.children() for m in _topmost(child, kinds)]
+
+def _scan_operations(layer, shape) -> int: return SCAN_OPERATIONS*shape[0]*shape[1]*_states(layer)
 
 def _lstm_operations(lstm, shape) -> int: return 8*shape[0]*shape[1]*lstm.hidden_size*(lstm.input_size + lstm.hidden_size)
 
 def _attention_operations(q, k, *_, **__) -> int: return 4*q[0]*q[1]*q[2]*k[2]*q[3] # shapes (b, h, t, w)
 
 def operations(model:torch.nn.Module, x:torch.Tensor) -> int: # (b, t, d)
-    "Floating-point operations of one forward pass: matrix products, attention, LSTMs and scans."
-    formulas, hooks, extra = {mixers.Bidirectional: _scan_operations, mixers.Mamba: _scan_operations, torch.nn.LSTM: _lstm_operations}, [], []
-    inside = {id(m) for layer in model.modules() if isinstance(layer, mixers.Bidirectional) for m in layer.modules() if isinstance(m, mixers.Mamba)}
-    for module in model.modules():
-        if type(module) not in formulas or id(module) in inside: continue
-        hooks.append(module.register_forward_pre_hook(lambda m, inputs: extra.append(formulas[type(m)](m, inputs[0].shape))))
+    "Floating-point operations that one forward pass carries out: matrix products, attention, LSTMs and scans."
+    extra, lstms = [], [m for m in model.modules() if isinstance(m, torch.nn.LSTM)]
+    formulas = [(m, _scan_operations) for m in _topmost(model, (mixers.Mamba, mixers.Bidirectional, torch.nn.Sequential))] + [(m, _lstm_operations) for m in lstms]
+    def hook(module, formula): return module.register_forward_pre_hook(lambda m, inputs: extra.append(formula(m, inputs[0].shape)))
+    hooks = [hook(module, formula) for module, formula in formulas]
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations})
     try:
         with counter, torch.no_grad(): model(x)
     finally:
-        for hook in hooks: hook.remove()
+        for handle in hooks: handle.remove()
     return counter.get_total_flops() + sum(extra)
 
 # %% ../nbs/lib/31_efficiency.ipynb #1e8d97ca
