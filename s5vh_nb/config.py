@@ -50,7 +50,7 @@ class SLGConfig:
     temperature: float = 0.5    # of the contrast
     n_centers: int = 101        # c
     pca: int = 512              # dimensions kept before k-means
-    centers: str = "semantic"   # "semantic", "plain" (optimised without the semantic term), "hadamard" (start only), "random"
+    centers: str = "semantic"   # "semantic", "plain" (optimised without the semantic term), "hadamard" (start only), "random"; "file:<SHA-256>" is set by `training.settled`
     wired: bool = True          # logits from the centers; False: from a trainable Linear, as the released code runs
     matched: bool = True        # label i means center i; False: labels of a second k-means, as the released code runs
     warmup: int = 50            # epochs before the soft labels start to move
@@ -65,7 +65,8 @@ class SLGConfig:
         expect(0 <= self.refresh <= 1, "refresh", "a share in [0, 1]", self.refresh)
         expect(self.n_centers > 1, "n_centers", "at least 2", self.n_centers)
         expect(self.temperature > 0, "temperature", "a positive number", self.temperature)
-        expect(self.centers in ("semantic", "plain", "hadamard", "random"), "centers", "'semantic', 'plain', 'hadamard' or 'random'", repr(self.centers))
+        fits = self.centers in ("semantic", "plain", "hadamard", "random") or self.centers.startswith("file:")
+        expect(fits, "centers", "'semantic', 'plain', 'hadamard' or 'random'", repr(self.centers))
 
 # %% ../nbs/lib/01_config.ipynb #77acbd2f
 @dataclass(frozen=True)

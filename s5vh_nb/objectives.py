@@ -36,11 +36,12 @@ class SLGObjective(nn.Module):
         self.classifier = None if c.wired else nn.Linear(bits, c.n_centers, bias=False)
 
     def fit(self, means:Tensor, # (n, d) time means of the training videos
-            progress:bool=True):
+            progress:bool=True,
+            given=None): # Ready-made centers (c, k), see `hash_centers`
         "Find the hash centers and the first, one-hot labels; needed only when alignment counts."
         if self.c.beta == 0: return
         kind = dict(init="random" if self.c.centers == "random" else "hadamard", semantic=self.c.centers == "semantic",
-                    optimise=self.c.centers in ("semantic", "plain"), pca=self.c.pca, progress=progress)
+                    optimise=self.c.centers in ("semantic", "plain"), pca=self.c.pca, given=given, progress=progress)
         found = hash_centers(means, self.c.n_centers, self.centers.shape[1], seed=self.seed, **kind)
         labels = found.labels if self.c.matched else hash_centers(means, self.c.n_centers, self.centers.shape[1], seed=self.seed + 1000, **(kind | dict(optimise=False))).labels
         self.centers.copy_(torch.as_tensor(found.centers))

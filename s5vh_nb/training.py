@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'OBJECTIVES', 'EpochPlan', 'epoch_seed', 'plan_epoch', 'learning_rate', 'TrainedRun', 'start',
            'save_checkpoint', 'load_checkpoint', 'step', 'CapturedStep', 'make_step', 'place', 'time_means', 'batches',
-           'map_ahead', 'train_epoch', 'training_share', 'matmul_precision', 'prepare', 'watched', 'seen', 'train']
+           'map_ahead', 'train_epoch', 'training_share', 'centers_file', 'stamp', 'settled', 'given_centers',
+           'matmul_precision', 'prepare', 'watched', 'seen', 'train']
 
 # %% ../nbs/lib/23_training.ipynb #d84d640f
-import contextlib, dataclasses, functools, io, math, time
+import contextlib, dataclasses, functools, hashlib, io, math, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,8 @@ from tqdm.auto import tqdm
 
 from . import datasets
 from .basics import atomic_write, expect, pick_device
-from .config import DMMHConfig, MetricConfig, S5VHConfig, SLGConfig, TrainConfig, from_dict, replace, to_dict
+from .centers import read_centers
+from .config import DATASETS, DMMHConfig, MetricConfig, S5VHConfig, SLGConfig, TrainConfig, from_dict, replace, to_dict
 from .dmmh import DMMH
 from .multimodal import MultiModalDataset
 from .objectives import MetricObjective, SLGObjective
@@ -210,6 +212,30 @@ def training_share(data:datasets.VideoDataset|MultiModalDataset,
     inside = {} if getattr(data, "train_ids", None) is None else {"train_ids": data.train_ids[rows]}
     return dataclasses.replace(data, train=part, **inside)
 
+# %% ../nbs/lib/23_training.ipynb #87c280c7
+def centers_file(data:datasets.VideoDataset, bits:int) -> Path|None:
+    "The release's hash centers of `bits` bits beside the features, None where there are none."
+    path = data.folder and data.folder/f"hash_center_{bits}.h5"
+    return path if path and path.is_file() else None
+
+def stamp(path:Path) -> str: return f"file:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+
+def settled(config:TrainConfig, data:datasets.VideoDataset|MultiModalDataset) -> TrainConfig:
+    "The configuration with what only the data can tell: widths, the number of labels, and which file the centers are from."
+    config = replace(config, **data.widths)
+    c = config.objective
+    if not isinstance(c, SLGConfig) or c.beta == 0 or not c.wired or c.centers != "semantic": return config
+    path = centers_file(data, config.model.bits)
+    return replace(config, centers=stamp(path)) if path and c.n_centers == DATASETS[data.name]["n_centers"] else config
+
+def given_centers(config:TrainConfig, data:datasets.VideoDataset) -> np.ndarray|None:
+    "The centers (c, k) of the file that a settled configuration names; None where it names none, `ValueError` where the file is another one now."
+    wanted, path = config.objective.centers, centers_file(data, config.model.bits)
+    if not wanted.startswith("file:"): return None
+    found = stamp(path) if path else "no such file"
+    expect(found == wanted, f"{data.name}: hash_center_{config.model.bits}.h5", wanted, found)
+    return read_centers(path, config.objective.n_centers, config.model.bits)
+
 # %% ../nbs/lib/23_training.ipynb #d7403c6d
 @contextlib.contextmanager
 def matmul_precision(precision:str): # As in `TrainConfig`
@@ -222,7 +248,7 @@ def matmul_precision(precision:str): # As in `TrainConfig`
 def prepare(run:TrainedRun, data:datasets.VideoDataset|MultiModalDataset, inputs:tuple, progress:bool=True): # inputs from `place`
     "Tell the objective what it knows before the first step: S5VH's the time means of the features, DMMH's the labels."
     if isinstance(run.objective, MetricObjective): run.objective.fit(data.train.labels)
-    else: run.objective.fit(time_means(*inputs), progress)
+    else: run.objective.fit(time_means(*inputs), progress, given_centers(run.config, data))
 
 def watched(config:TrainConfig, epochs:int) -> bool: # epochs: how many are done
     "Whether the run is looked at now."
@@ -235,7 +261,7 @@ def seen(run:TrainedRun, look) -> dict: # look: as for `train`
     run.model.train()
     return said
 
-def train(config:TrainConfig, # What to train; the widths are set from the data
+def train(config:TrainConfig, # What to train; see `settled`
           data:datasets.VideoDataset|MultiModalDataset|None=None, # Loaded by name when None
           *, data_root:str|Path|None=None, # Folder with the papers' files, for official sets
           device:str|None=None, # "cpu", "cuda", ...; None takes a GPU when there is one
@@ -246,7 +272,7 @@ def train(config:TrainConfig, # What to train; the widths are set from the data
           progress:bool=True) -> TrainedRun:
     "Train S5VH or DMMH as configured; the same seed on the same machine gives the same weights, resumed or not."
     data, device, clock = data or datasets.load(config.dataset, data_root), pick_device(device), time.perf_counter()
-    config, data = replace(config, **data.widths), training_share(data, config.share, config.seed)
+    config, data = settled(config, data), training_share(data, config.share, config.seed)
     inputs = tuple(place(x, device) for x in data.train.inputs)                   # (n, t, d), or (n, di) and (n, dt)
     if resume and checkpoint and Path(checkpoint).exists(): run = load_checkpoint(checkpoint, config, data, device)
     else:
