@@ -43,11 +43,11 @@ def hidden_frames(visible:Tensor, # (views*b, v) frame numbers, each at most onc
 # %% ../nbs/lib/14_s5vh.ipynb #9a1a3f40
 def temporal_layers(m:int, # width
                     depth:int, # layers
-                    c:S5VHConfig) -> nn.Sequential:
+                    c:S5VHConfig) -> mixers.Layers:
     "`depth` bidirectional layers of the configured mixer, (b, t, m) -> (b, t, m)."
     kind = mixers.MIXERS[known(c.mixer, mixers.MIXERS, "mixer")]
     def make(): return kind(m).requires_grad_(not c.frozen)
-    return nn.Sequential(*[mixers.Bidirectional(make, tied=c.tied, directions=c.directions) for _ in range(depth)])
+    return mixers.Layers(*[mixers.Bidirectional(make, tied=c.tied, directions=c.directions) for _ in range(depth)])
 
 class Encoder(nn.Module):
     "Visible frames to frame embeddings (S5VH, Temporal encoder)."

@@ -98,22 +98,22 @@ def _torch_backward(dout, softplus, u, delta, A, B, C, D, z, bias):
 
 # %% ../nbs/lib/10_scan.ipynb #6b05bd06
 class _Scan(torch.autograd.Function):
-    "A scan of token-major tensors with a given pair (forward, backward)."
+    "A scan of token-major tensors with a given pair (forward, backward) and its options."
     @staticmethod
-    def forward(ctx, passes, softplus, *tensors):
-        ctx.passes, ctx.softplus = passes, softplus
+    def forward(ctx, passes, options, *tensors):
+        ctx.passes, ctx.options = passes, options
         ctx.save_for_backward(*tensors)
-        out, last = passes[0](softplus, *tensors)
+        out, last = passes[0](*options, *tensors)
         ctx.mark_non_differentiable(last)
         return out, last
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, dlast): return None, None, *ctx.passes[1](dout, ctx.softplus, *ctx.saved_tensors)
+    def backward(ctx, dout, dlast): return None, None, *ctx.passes[1](dout, *ctx.options, *ctx.saved_tensors)
 
-def _scan_with(passes, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+def _scan_with(passes, u, delta, A, B, C, D, z, delta_bias, *options):
     "Run `passes` on token-major views of the arguments."
-    out, last = _Scan.apply(passes, delta_softplus, *_token_major(u, delta, A, B, C, D, z, delta_bias))
+    out, last = _Scan.apply(passes, options, *_token_major(u, delta, A, B, C, D, z, delta_bias))
     return out.transpose(1, 2).to(u.dtype), last                                              # (b, t, d) -> (b, d, t)
 
 # %% ../nbs/lib/10_scan.ipynb #9bc3b684
@@ -155,6 +155,9 @@ def _row(x, i, s, c, e):
     "Channels c to e of step s of sequence i, for x = (flat memory, stride of i, stride of s)."
     start = i*x[1] + s*x[2]
     return x[0][start + c:start + e]
+
+@njit(**_INLINE)
+def _position(step, steps, backward): return steps - 1 - step if backward else step
 
 @njit(**_INLINE)
 def _copy(x, y):
@@ -207,12 +210,13 @@ def _gate_backward(z, y, dy, dz):
         dy[j] = dy[j]*z[j]*s
 
 # %% ../nbs/lib/10_scan.ipynb #79003b90
-def _scan_forward(first, stride, group, block, c, e, softplus, gated, u, delta, z, B, C, A, D, bias, out, last):
+def _scan_forward(first, stride, group, block, c, e, backward, softplus, gated, u, delta, z, B, C, A, D, bias, out, last):
     m, A, D, bias = e - c, A[c:e].T.copy(), D[c:e].copy(), bias[c:e].copy()
     dt, du, y, h = np.empty(m, A.dtype), np.empty(m, A.dtype), np.empty(m, A.dtype), np.empty(A.shape, A.dtype)
     for i in range(first, len(out), stride):
         h[:] = 0
-        for s in range(out.shape[1]):
+        for step in range(out.shape[1]):
+            s = _position(step, out.shape[1], backward)
             us = _row(u, i, s, c, e)
             _step_sizes(_row(delta, i, s, c, e), bias, softplus, us, dt, du)
             _advance(A, B[i, s, group], C[i, s, group], dt, du, h, y)
@@ -221,7 +225,7 @@ def _scan_forward(first, stride, group, block, c, e, softplus, gated, u, delta, 
             _copy(y, out[i, s, c:e])
         last[i, c:e] = h.T
 
-def _scan_backward(first, stride, group, block, c, e, softplus, gated, u, delta, z, dout, B, C, A, D, bias,
+def _scan_backward(first, stride, group, block, c, e, backward, softplus, gated, u, delta, z, dout, B, C, A, D, bias,
                    gu, gdelta, gz, gB, gC, gA, gD, gbias):
     m, steps, A, D, bias = e - c, gu.shape[1], A[c:e].T.copy(), D[c:e].copy(), bias[c:e].copy()
     n, one = len(A), A.dtype.type(1)
@@ -231,18 +235,20 @@ def _scan_backward(first, stride, group, block, c, e, softplus, gated, u, delta,
     dA, dD, dbias = np.zeros((n, m), A.dtype), np.zeros(m, A.dtype), np.zeros(m, A.dtype)
     for i in range(first, len(gu), stride):
         h[:] = 0
-        for s in range(steps):
-            _step_sizes(_row(delta, i, s, c, e), bias, softplus, _row(u, i, s, c, e), dt[s], du[s])
-            _advance(A, B[i, s, group], C[i, s, group], dt[s], du[s], h, y[s])
-            for r in range(n): _copy(h[r], states[s + 1, r])
+        for step in range(steps):
+            s = _position(step, steps, backward)
+            _step_sizes(_row(delta, i, s, c, e), bias, softplus, _row(u, i, s, c, e), dt[step], du[step])
+            _advance(A, B[i, s, group], C[i, s, group], dt[step], du[step], h, y[step])
+            for r in range(n): _copy(h[r], states[step + 1, r])
         carried[:] = 0
-        for s in range(steps - 1, -1, -1):
-            us, raw, ys, dts = _row(u, i, s, c, e), _row(delta, i, s, c, e), y[s], dt[s]
+        for step in range(steps - 1, -1, -1):
+            s = _position(step, steps, backward)
+            us, raw, ys, dts, dus = _row(u, i, s, c, e), _row(delta, i, s, c, e), y[step], dt[step], du[step]
             _copy(_row(dout, i, s, c, e), dy)
             if gated:
                 for j in range(m): ys[j] += D[j]*us[j]
                 _gate_backward(_row(z, i, s, c, e), ys, dy, gz[i, s, c:e])
-            _retreat(A, B[i, s, group], C[i, s, group], dts, du[s], states[s], states[s + 1], dy, carried, dA, ddt, ddu,
+            _retreat(A, B[i, s, group], C[i, s, group], dts, dus, states[step], states[step + 1], dy, carried, dA, ddt, ddu,
                      gB[block, i, s, group], gC[block, i, s, group])
             for j in range(m):
                 ddt[j] += ddu[j]*us[j]
@@ -262,18 +268,19 @@ def _compiled(kernel, dtype, flags:int, strided:int, loose:tuple, packed:tuple):
     T = numba.from_dtype(dtype)
     strided = [types.Tuple((types.Array(T, 1, "C"), types.int64, types.int64))]*strided
     arrays = [types.Array(T, rank, "A") for rank in loose] + [types.Array(T, rank, "C") for rank in packed]
-    signature = types.void(*[types.int64]*6, *[types.boolean]*flags, *strided, *arrays)
+    signature = types.void(*[types.int64]*6, *[types.boolean]*(1 + flags), *strided, *arrays)
     try: return njit(signature, cache=True, **_FAST)(kernel)
     except RuntimeError: return njit(signature, **_FAST)(kernel)   # no folder for a cache
 
 @functools.cache
 def _pool(process:int, threads:int) -> ThreadPoolExecutor: return ThreadPoolExecutor(threads)
 
-def _tasks(b:int, d:int, g:int) -> list:
-    "(first, stride, group, block, c, e) of each task, from the shapes alone."
-    stride, width, p = min(b, 32), 256 if b > 8 else 64, d//g
-    return [(first, stride, group, block, group*p + c, group*p + min(c + width, p))
-            for first in range(stride) for group in range(g) for block, c in enumerate(range(0, p, width))]
+def _tasks(b:int, d:int, g:int, reversed_channels:int=0) -> list:
+    "(first, stride, group, block, c, e, backward) of each task, from the shapes alone."
+    stride, width, p, turn = min(b, 32), 256 if b > 8 else 64, d//g, d - reversed_channels
+    edges = sorted({*range(0, d + 1, p), turn})
+    return [(first, stride, start//p, block, c, min(c + width, stop), start >= turn)
+            for first in range(stride) for start, stop in zip(edges, edges[1:]) for block, c in enumerate(range(start, stop, width))]
 
 def _run(kernel, tasks, *args):
     "Run `kernel(*task, *args)` for all tasks on as many threads as torch uses."
@@ -293,19 +300,19 @@ def _strided(x:torch.Tensor) -> tuple:
 # %% ../nbs/lib/10_scan.ipynb #bf885120
 def _arrays(*tensors): return [v.detach().numpy() for v in tensors]
 
-def _numba_forward(softplus, u, delta, A, B, C, D, z, bias):
+def _numba_forward(softplus, reversed_channels, u, delta, A, B, C, D, z, bias):
     "Output (b, t, d) and last state (b, d, n)."
     (b, t, d), n, gated = u.shape, A.shape[1], z is not None
     out, last = u.new_empty(b, t, d), u.new_empty(b, d, n)
     loose, packed = _arrays(B, C, A, D, bias), _arrays(out, last)
     kernel = _compiled(_scan_forward, packed[0].dtype, 2, 3, (4, 4, 2, 1, 1), (3, 3))
-    _run(kernel, _tasks(b, d, B.shape[2]), softplus, gated, *(_strided(v) for v in (u, delta, z if gated else u)), *loose, *packed)
+    _run(kernel, _tasks(b, d, B.shape[2], reversed_channels), softplus, gated, *(_strided(v) for v in (u, delta, z if gated else u)), *loose, *packed)
     return out, last
 
-def _numba_backward(dout, softplus, u, delta, A, B, C, D, z, bias):
+def _numba_backward(dout, softplus, reversed_channels, u, delta, A, B, C, D, z, bias):
     "Gradients of u, delta, A, B, C, D, z, bias."
     (b, t, d), (g, n), gated = u.shape, B.shape[2:], z is not None
-    tasks = _tasks(b, d, g)
+    tasks = _tasks(b, d, g, reversed_channels)
     parts, blocks = tasks[0][1], 1 + max(task[3] for task in tasks)
     shapes = [(b, t, d)]*3 + [(blocks, b, t, g, n)]*2 + [(parts, d, n), (parts, d), (parts, d)]
     grads = gu, gdelta, gz, gB, gC, gA, gD, gbias = [u.new_empty(shape) for shape in shapes]
@@ -315,25 +322,39 @@ def _numba_backward(dout, softplus, u, delta, A, B, C, D, z, bias):
     return gu, gdelta, gA.sum(0), gB.sum(0), gC.sum(0), gD.sum(0), gz if gated else None, gbias.sum(0)
 
 # %% ../nbs/lib/10_scan.ipynb #e31db420
-def _scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+def _flipped(scan):
+    "`scan` for channels of both directions: those that run from the end are flipped before and after."
+    def both(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, reversed_channels):
+        def turn(v): # (b, rows, ..., t), the last rows of which belong to the channels that run from the end
+            if v is None or v.dim() == 2 or reversed_channels == 0: return v
+            kept = v.shape[1] - v.shape[1]*reversed_channels//u.shape[1]
+            return torch.cat([v[:, :kept], v[:, kept:].flip(-1)], 1)
+        B, C = (v[:, None] if v.dim() == 3 else v for v in (B, C))                            # (b, n, t) -> (b, 1, n, t)
+        out, last = scan(turn(u), turn(delta), A, turn(B), turn(C), D, turn(z), delta_bias, delta_softplus)
+        return turn(out), last
+    return both
+
+def _scan_numba(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, reversed_channels):
+    "This package's compiled loops."
+    return _scan_with((_numba_forward, _numba_backward), u, delta, A, B, C, D, z, delta_bias, delta_softplus, reversed_channels)
+
+def _scan_triton(u, *args):
     "This package's GPU kernels."
     _need("triton", u)
-    kernels = importlib.import_module("s5vh_nb.scan_triton")
-    return kernels.selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True)
+    return importlib.import_module("s5vh_nb.scan_triton").selective_scan_triton(u, *args)
 
-def _scan_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+def _scan_mamba_ssm(u, *args):
     "The original GPU kernels, from the optional package mamba-ssm."
     _need("mamba_ssm", u)
-    kernels = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
-    return kernels.selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True)
+    return importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn(u, *args, return_last_state=True)
 
 def _need(package:str, u:torch.Tensor):
     "Complain unless the backend's package is installed and `u` is on a GPU."
     expect(importlib.util.find_spec(package) is not None, f"backend={package!r}", f"the package {package} to be installed", "none", ImportError)
     expect(u.is_cuda, f"backend={package!r}", "tensors on a CUDA device", str(u.device))
 
-_BACKENDS = {"reference": _scan_reference, "torch": functools.partial(_scan_with, (_torch_forward, _torch_backward)),
-             "numba": functools.partial(_scan_with, (_numba_forward, _numba_backward)), "triton": _scan_triton, "mamba_ssm": _scan_mamba_ssm}
+_BACKENDS = {"reference": _flipped(_scan_reference), "torch": _flipped(functools.partial(_scan_with, (_torch_forward, _torch_backward))),
+             "numba": _scan_numba, "triton": _scan_triton, "mamba_ssm": _flipped(_scan_mamba_ssm)}
 
 _CHOSEN = contextvars.ContextVar("backend", default="auto")
 
@@ -356,7 +377,7 @@ def _pick(backend:str, x:torch.Tensor, backends:dict) -> str:
     return backend
 
 # %% ../nbs/lib/10_scan.ipynb #33080c7d
-def _check(u, delta, A, B, C, D, z, delta_bias):
+def _check(u, delta, A, B, C, D, z, delta_bias, reversed_channels):
     "Complain about the first argument that does not fit the shape of `u` and `A`."
     expect(u.dim() == 3 and u.numel() > 0, "u", "shape (b, d, t), not empty", tuple(u.shape))
     (b, d, t), n = u.shape, A.shape[-1]
@@ -368,6 +389,8 @@ def _check(u, delta, A, B, C, D, z, delta_bias):
     for name, v in (("B", B), ("C", C)):
         fits = v.shape in ((d, n), (b, n, t)) or v.dim() == 4 and v.shape == (b, v.shape[1], n, t) and v.shape[1] > 0 and d % v.shape[1] == 0
         expect(fits, name, f"shape ({d}, {n}), ({b}, {n}, {t}) or ({b}, g, {n}, {t}) where g divides {d}", tuple(v.shape))
+    g = max((1, d, 1, v.shape[1])[v.dim() - 1] for v in (B, C))
+    expect(0 <= reversed_channels <= d and reversed_channels*g % d == 0, "reversed_channels", f"whole groups of {d//g} channels, at most {d}", reversed_channels)
 
 def selective_scan(
     u:torch.Tensor, # Input (b, d, t), any strides; a transposed (b, t, d) tensor is the fast layout on a CPU
@@ -380,96 +403,98 @@ def selective_scan(
     delta_bias:torch.Tensor|None=None, # Added to `delta` (d,)
     delta_softplus:bool=False, # Pass `delta` through softplus
     return_last_state:bool=False, # Also return the last state (b, d, n), float32 or float64, without a gradient
+    reversed_channels:int=0, # So many channels, the last ones, run from t-1 to 0: whole groups of `B` and `C`
     backend:str="auto", # "reference", "torch", "numba", "triton", "mamba_ssm"; "auto": numba on a CPU, triton on a GPU, else torch
 ) -> torch.Tensor|tuple: # Output (b, d, t) in the dtype of `u`
     "Selective scan (Gu & Dao 2023, equations 2 and 4 with Mamba's discretisation); `ValueError` for a bad argument, `ImportError` for a missing package."
-    _check(u, delta, A, B, C, D, z, delta_bias)
-    out, last = _BACKENDS[_pick(backend, u, _BACKENDS)](u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    _check(u, delta, A, B, C, D, z, delta_bias, reversed_channels)
+    scan = _BACKENDS[_pick(backend, u, _BACKENDS)]
+    out, last = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, reversed_channels)
     return (out, last) if return_last_state else out
 
 # %% ../nbs/lib/10_scan.ipynb #62d417c5
 @njit(**_INLINE)
-def _convolve(x, W, bias, i, s, c, e, y):
+def _convolve(x, W, bias, i, step, steps, backward, c, e, y):
     _copy(bias, y)
-    for k in range(max(0, len(W) - 1 - s), len(W)):
-        xk, Wk = _row(x, i, s - len(W) + 1 + k, c, e), W[k]
+    for k in range(max(0, len(W) - 1 - step), len(W)):
+        xk, Wk = _row(x, i, _position(step - len(W) + 1 + k, steps, backward), c, e), W[k]
         for j in range(len(y)): y[j] += Wk[j]*xk[j]
 
-def _conv_forward(first, stride, group, block, c, e, silu, x, W, bias, out):
-    m, W, bias, y, one = e - c, W[c:e].T.copy(), bias[c:e].copy(), np.empty(e - c, W.dtype), W.dtype.type(1)
+def _conv_forward(first, stride, group, block, c, e, backward, silu, x, W, bias, out):
+    m, steps, W, bias, y, one = e - c, out.shape[1], W[c:e].T.copy(), bias[c:e].copy(), np.empty(e - c, W.dtype), W.dtype.type(1)
     for i in range(first, len(out), stride):
-        for s in range(out.shape[1]):
-            _convolve(x, W, bias, i, s, c, e, y)
+        for step in range(steps):
+            _convolve(x, W, bias, i, step, steps, backward, c, e, y)
             if silu:
                 for j in range(m): y[j] /= one + _exp(-y[j])
-            _copy(y, out[i, s, c:e])
+            _copy(y, out[i, _position(step, steps, backward), c:e])
 
-def _conv_backward(first, stride, group, block, c, e, silu, x, dout, W, bias, gx, gW, gbias):
+def _conv_backward(first, stride, group, block, c, e, backward, silu, x, dout, W, bias, gx, gW, gbias):
     m, steps, width, W, bias = e - c, gx.shape[1], W.shape[1], W[c:e].T.copy(), bias[c:e].copy()
     y, sums, da = np.empty(m, W.dtype), np.empty(m, W.dtype), np.empty((steps, m), W.dtype)
     dW, dbias, one = np.zeros((width, m), W.dtype), np.zeros(m, W.dtype), W.dtype.type(1)
     for i in range(first, len(gx), stride):
-        for s in range(steps):
-            das = da[s]
-            _copy(_row(dout, i, s, c, e), das)
+        for step in range(steps):
+            das = da[step]
+            _copy(_row(dout, i, _position(step, steps, backward), c, e), das)
             if silu:
-                _convolve(x, W, bias, i, s, c, e, y)
+                _convolve(x, W, bias, i, step, steps, backward, c, e, y)
                 for j in range(m):
                     g = one/(one + _exp(-y[j]))
                     das[j] *= g*(one + y[j]*(one - g))
             for j in range(m): dbias[j] += das[j]
-            for k in range(max(0, width - 1 - s), width):
-                xk, dWk = _row(x, i, s - width + 1 + k, c, e), dW[k]
+            for k in range(max(0, width - 1 - step), width):
+                xk, dWk = _row(x, i, _position(step - width + 1 + k, steps, backward), c, e), dW[k]
                 for j in range(m): dWk[j] += das[j]*xk[j]
-        for s in range(steps):
+        for step in range(steps):
             sums[:] = 0
-            for k in range(max(0, s + width - steps), width):
-                dak, Wk = da[s + width - 1 - k], W[k]
+            for k in range(max(0, step + width - steps), width):
+                dak, Wk = da[step + width - 1 - k], W[k]
                 for j in range(m): sums[j] += Wk[j]*dak[j]
-            _copy(sums, gx[i, s, c:e])
+            _copy(sums, gx[i, _position(step, steps, backward), c:e])
     gW[first, c:e], gbias[first, c:e] = dW.T, dbias
 
 # %% ../nbs/lib/10_scan.ipynb #67f38fc3
 class _Conv(torch.autograd.Function):
     "Causal convolution of a token-major (b, t, d) tensor, compiled."
     @staticmethod
-    def forward(ctx, x, W, bias, silu):
-        ctx.silu = silu
+    def forward(ctx, x, W, bias, silu, reversed_channels):
+        ctx.silu, ctx.tasks = silu, _tasks(x.shape[0], x.shape[2], 1, reversed_channels)
         ctx.save_for_backward(x, W, bias)
         out = x.new_empty(x.shape)
         loose, packed = _arrays(W, bias), _arrays(out)
         kernel = _compiled(_conv_forward, packed[0].dtype, 1, 1, (2, 1), (3,))
-        _run(kernel, _tasks(x.shape[0], x.shape[2], 1), silu, _strided(x), *loose, *packed)
+        _run(kernel, ctx.tasks, silu, _strided(x), *loose, *packed)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         x, W, bias = ctx.saved_tensors
-        tasks = _tasks(x.shape[0], x.shape[2], 1)
-        grads = gx, gW, gbias = [x.new_empty(shape) for shape in (x.shape, (tasks[0][1], *W.shape), (tasks[0][1], *bias.shape))]
+        grads = gx, gW, gbias = [x.new_empty(shape) for shape in (x.shape, (ctx.tasks[0][1], *W.shape), (ctx.tasks[0][1], *bias.shape))]
         loose, packed = _arrays(W, bias), _arrays(*grads)
         kernel = _compiled(_conv_backward, packed[0].dtype, 1, 2, (2, 1), (3, 3, 2))
-        _run(kernel, tasks, ctx.silu, _strided(x), _strided(dout), *loose, *packed)
-        return gx, gW.sum(0), gbias.sum(0), None
+        _run(kernel, ctx.tasks, ctx.silu, _strided(x), _strided(dout), *loose, *packed)
+        return gx, gW.sum(0), gbias.sum(0), None, None
 
-def _conv_numba(x, weight, bias, activation):
+def _conv_numba(x, weight, bias, activation, reversed_channels):
     "Fused and token-major, on the CPU."
     dtype = torch.promote_types(x.dtype, torch.float32)
     bias = weight.new_zeros(len(weight)) if bias is None else bias
-    out = _Conv.apply(x.transpose(1, 2).to(dtype), weight.to(dtype), bias.to(dtype), activation is not None)
+    out = _Conv.apply(x.transpose(1, 2).to(dtype), weight.to(dtype), bias.to(dtype), activation is not None, reversed_channels)
     return out.transpose(1, 2).to(x.dtype)                                                    # (b, t, d) -> (b, d, t)
 
-def _conv_torch(x, weight, bias, activation):
-    "torch's own convolution, padded on the left."
-    width = weight.shape[1]
-    out = F.conv1d(F.pad(x, (width - 1, 0)), weight[:, None].to(x.dtype), None if bias is None else bias.to(x.dtype), groups=len(weight))
+def _conv_torch(x, weight, bias, activation, reversed_channels):
+    "torch's own convolution, padded on the left; for the channels that run from the end, with flipped taps, on the right."
+    width, turn = weight.shape[1], len(weight) - reversed_channels
+    taps = torch.cat([F.pad(weight[:turn], (0, width - 1)), F.pad(weight[turn:].flip(1), (width - 1, 0))])[:, None]   # (d, 1, 2*width - 1)
+    out = F.conv1d(F.pad(x, (width - 1, width - 1)), taps.to(x.dtype), None if bias is None else bias.to(x.dtype), groups=len(weight))
     return out if activation is None else F.silu(out)                                         # (b, d, t)
 
-def _conv_triton(x, weight, bias, activation):
+def _conv_triton(x, weight, bias, activation, reversed_channels):
     "This package's GPU kernel."
     _need("triton", x)
-    return importlib.import_module("s5vh_nb.scan_triton").causal_conv1d_triton(x, weight, bias, activation)
+    return importlib.import_module("s5vh_nb.scan_triton").causal_conv1d_triton(x, weight, bias, activation, reversed_channels)
 
 _CONVS = {"torch": _conv_torch, "numba": _conv_numba, "triton": _conv_triton}
 
@@ -478,6 +503,7 @@ def causal_conv1d(
     weight:torch.Tensor, # Taps (d, width), the last one for the present step
     bias:torch.Tensor|None=None, # Added before the activation (d,)
     activation:str|None="silu", # "silu" or None
+    reversed_channels:int=0, # So many channels, the last ones, run from t-1 to 0
     backend:str="auto", # "torch", "numba" or "triton"; "auto" as for `selective_scan`
 ) -> torch.Tensor: # Output (b, d, t) in the dtype of `x`
     "Causal depthwise convolution with an activation, as causal_conv1d's `causal_conv1d_fn`; `ValueError` for a bad argument."
@@ -485,4 +511,5 @@ def causal_conv1d(
     expect(weight.dim() == 2 and len(weight) == x.shape[1], "weight", f"shape ({x.shape[1]}, width)", tuple(weight.shape))
     expect(bias is None or bias.shape == weight.shape[:1], "bias", f"shape ({x.shape[1]},)", bias is not None and tuple(bias.shape))
     expect(activation in ("silu", None), "activation", "'silu' or None", repr(activation))
-    return _CONVS[_pick(backend, x, _CONVS)](x, weight, bias, activation)
+    expect(0 <= reversed_channels <= x.shape[1], "reversed_channels", f"0 to {x.shape[1]}", reversed_channels)
+    return _CONVS[_pick(backend, x, _CONVS)](x, weight, bias, activation, reversed_channels)
