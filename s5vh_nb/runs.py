@@ -52,7 +52,7 @@ def method_name(config:TrainConfig|BaselineConfig|TransferConfig) -> str:
 
 def describe(config:TrainConfig|BaselineConfig|TransferConfig, what:str="") -> dict: # what: the name of a measurement, see `ask_about`
     "The configuration as plain data with its method: what names a run."
-    return {"method": f"{method_name(config)} {what}".strip(), **to_dict(config)}
+    return {**to_dict(config), "method": f"{method_name(config)} {what}".strip()}
 
 def checkpoint_of(config:TrainConfig) -> Path:
     "Where a training keeps its checkpoint; a killed run goes on from there."
@@ -98,8 +98,8 @@ def load_data(name:str, root:str|None=None) -> datasets.VideoDataset|MultiModalD
     return datasets.load(name, root)
 
 def settle(config:TrainConfig|BaselineConfig|TransferConfig, data:datasets.VideoDataset|MultiModalDataset) -> TrainConfig|BaselineConfig:
-    "The configuration with what only the data can say: widths, the number of labels, that a baseline sees pairs."
-    if isinstance(config, TrainConfig): return replace(config, **data.widths)
+    "The configuration with what only the data can say: see `training.settled`; that a baseline sees pairs."
+    if isinstance(config, TrainConfig): return training.settled(config, data)
     return replace(config, view="pair") if isinstance(data, MultiModalDataset) else config
 
 def read(config:TrainConfig|BaselineConfig|TransferConfig, profile:str, data:datasets.VideoDataset|MultiModalDataset, what:str="") -> records.RunRecord|None:
@@ -111,8 +111,9 @@ def read(config:TrainConfig|BaselineConfig|TransferConfig, profile:str, data:dat
     return record
 
 def data_of(data:datasets.VideoDataset|MultiModalDataset) -> dict:
-    "What a record says of a data set: name, fingerprint and sizes of the splits."
-    return {"name": data.name, "fingerprint": data.fingerprint, **{split: len(getattr(data, split)) for split in ("train", "database", "query")}}
+    "What a record says of a data set: name, fingerprint and sizes of the splits; notes where there are some, e.g. that sizes are not the paper's."
+    sizes = {split: len(getattr(data, split)) for split in ("train", "database", "query")}
+    return {"name": data.name, "fingerprint": data.fingerprint, **sizes, **({"notes": "; ".join(data.notes)} if data.notes else {})}
 
 def store(config:TrainConfig|BaselineConfig|TransferConfig, profile:str, data:datasets.VideoDataset|MultiModalDataset, device, codes:dict|None, what:str="",
           home:datasets.VideoDataset|None=None, # What it learnt from, where that is another set
