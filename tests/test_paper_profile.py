@@ -1,0 +1,107 @@
+"Profile `paper` from end to end: all four official layouts, by the real command and the real notebook; only the network and the schedule are smoke's, so that it takes seconds."
+import shutil
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+from s5vh_nb import config, datasets, records, reproduce, runs, training
+from s5vh_nb.basics import project_root
+
+SIZES = {"ucf101": (130, 130, 40), "hmdb51": (120, 120, 40), "fcvid": (120, 150, 150), "activitynet": (120, 110, 30)} # train, database, query
+STARTUP = f"""
+from s5vh_nb import config
+config.PROFILES["paper"] = {config.PROFILES["smoke"] | {"n_centers": 100, "epochs": 3}}
+"""
+
+def signs(c, k): return np.random.default_rng(0).choice([-1., 1.], (c, k))
+
+@pytest.fixture
+def data_root(tmp_path):
+    "Random numbers under the files' true names, keys and widths; few videos; ready-made centers for one set of the right number, for another of the wrong one."
+    for name, n in SIZES.items(): datasets.write_official(tmp_path/"data"/name, name, datasets.synthetic_like(name, n=n))
+    for name in ("hmdb51", "ucf101"):
+        with h5py.File(tmp_path/"data"/name/"hash_center_16.h5", "w") as f: f["matrix"] = signs(config.DATASETS[name]["n_centers"], 16)
+    return tmp_path/"data"
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "A project of its own, with the notebook and the published numbers; its kernels start with the small configuration."
+    home = tmp_path/"home"
+    for part in ("nbs/s5vh/retrieval.ipynb", "results/published"):
+        (home/part).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (project_root()/part).is_dir() else shutil.copy)(project_root()/part, home/part)
+    startup = tmp_path/"ipython"/"profile_default"/"startup"
+    startup.mkdir(parents=True)
+    (startup/"small.py").write_text(STARTUP)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path/"ipython"))
+    monkeypatch.setenv("S5VH_NB_HOME", str(home))
+    return home
+
+def reproduce_retrieval(data_root): return reproduce.main(["reproduce", "s5vh/retrieval", "--profile", "paper", "--device", "cpu", "-p", f"data_root={data_root}", "-p", "bits=16", "-p", "seeds=1"])
+
+def test_retrieval_of_all_four_sets(home, data_root, capfd):
+    assert reproduce_retrieval(data_root) == 0
+    warned = capfd.readouterr().err
+    for name in SIZES: assert f"{data_root/name}: not the sizes of {name} in the paper: " in warned
+    found = [r for r in records.read_all("paper") if r.metrics["row"] == "S5VH"]
+    by_name = {r.data["name"]: r for r in found}
+    assert len(found) == len(by_name) == len(SIZES) == 4
+    for name, (train, database, query) in SIZES.items():
+        record, layout = by_name[name], datasets.OFFICIAL[name]
+        assert [record.data[split] for split in ("train", "database", "query")] == [train, database, query]
+        assert record.config["model"]["d"] == layout.d and f"{layout.train.feats}: videos: {layout.train.size} in the paper, {train} here" in record.data["notes"]
+        assert record.config["objective"]["alpha"] == config.DATASETS[name]["alpha"] and len(record.history) == 3
+        assert record.metrics["gmap"] > 3/layout.n_classes                     # the stand-in's classes are easy: far above chance
+    kinds = {name: record.config["objective"]["centers"] for name, record in by_name.items()}
+    assert kinds == dict.fromkeys(SIZES, "semantic") | {"hmdb51": training.stamp(data_root/"hmdb51"/"hash_center_16.h5")} # ucf101's file has 101
+    table = pd.read_csv(home/"results"/"paper"/"tables"/"s5vh_retrieval.csv")
+    assert table.groupby("dataset").method.nunique().to_dict() == dict.fromkeys(SIZES, 5)
+    beside = pd.read_csv(home/"results"/"paper"/"tables"/"s5vh_retrieval_published.csv")
+    assert set(beside.dataset) == set(SIZES) and np.isfinite(beside.difference).all()
+    assert str(data_root) not in (home/"results"/"paper"/"executed"/"s5vh_retrieval.ipynb").read_text()
+    before = {path: path.stat().st_mtime_ns for path in (home/"results"/"paper"/"runs").iterdir()}
+    assert reproduce.main(["report", "s5vh/retrieval", "-p", "profile=paper", "-p", f"data_root={data_root}", "-p", "bits=16", "-p", "seeds=1"]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (home/"results"/"paper"/"runs").iterdir()}       # records are read, not made again
+
+@pytest.fixture
+def ucf(tmp_path):
+    datasets.write_official(tmp_path, "ucf101", datasets.synthetic_like("ucf101", n=(120, 120, 20), d=4))
+    return tmp_path
+
+def write_centers(folder, matrix):
+    with h5py.File(folder/"hash_center_16.h5", "w") as f: f["matrix"] = matrix
+
+SMALL = config.train_config("ucf101", "paper", bits=16, m=16, depth=1, decoder_m=16, epochs=1)
+
+def train(folder, **changes): return training.train(config.replace(SMALL, **changes), data_root=folder, device="cpu", progress=False)
+
+@pytest.mark.filterwarnings("ignore:.*not the sizes of:UserWarning")
+@pytest.mark.parametrize("matrix, said", [
+    (signs(100, 16), r"hash_center_16.h5\[matrix\]: expected shape \(101, 16\), 101 centers of 16 bits, found \(100, 16\)"),
+    (np.zeros((101, 16)), r"hash_center_16.h5\[matrix\]: expected only -1 and \+1"),
+    (np.ones((101, 16)), r"hash_center_16.h5\[matrix\]: expected 101 distinct rows, found 1")])
+def test_a_run_stops_at_a_bad_file_of_centers(ucf, matrix, said):
+    write_centers(ucf, matrix)
+    with pytest.raises(ValueError, match=said): train(ucf)
+
+@pytest.mark.filterwarnings("ignore:.*not the sizes of:UserWarning")
+def test_runs_that_ask_for_other_centers_do_not_look_at_the_file(ucf):
+    write_centers(ucf, np.zeros((101, 16)))
+    data = datasets.load("ucf101", ucf)
+    assert training.settled(SMALL, data).objective.centers.startswith("file:")
+    for changes in (dict(n_centers=50), dict(centers="hadamard"), dict(beta=0.), dict(wired=False), dict(bits=24)):
+        assert training.settled(config.replace(SMALL, **changes), data).objective.centers == changes.get("centers", "semantic")
+
+@pytest.mark.filterwarnings("ignore:.*not the sizes of:UserWarning")
+def test_other_centers_are_another_run(ucf, tmp_path, monkeypatch):
+    "A file that comes, changes or goes never meets a record or a checkpoint made without it."
+    monkeypatch.setenv("S5VH_NB_HOME", str(tmp_path/"home"))
+    def ask(): return runs.ask(SMALL, "paper", data_root=str(ucf), device="cpu", progress=False).name
+    names = [ask()]
+    for seed in (1, 2):
+        write_centers(ucf, np.random.default_rng(seed).choice([-1, 1], (101, 16)))
+        names.append(ask())
+    (ucf/"hash_center_16.h5").unlink()
+    assert len(set(names)) == 3 and ask() == names[0]
