@@ -8,11 +8,11 @@ __all__ = ['PROBE', 'OPENMOJI', 'HIT', 'MISS', 'PLAIN', 'IMAGENET', 'PAIR_LAYOUT
            'read_emoji', 'emoji', 'emoji_sheet', 'emoji_picture', 'framed', 'show_retrieved', 'bag_of_words',
            'hashed_words', 'check_captions', 'group_split', 'vgg_input', 'vgg_fc7', 'vgg_features', 'PairLayout',
            'LazyMatrix', 'read_variables', 'as_matrix', 'misfit', 'turned_shapes', 'orientation', 'turn',
-           'official_file', 'load_official_pairs', 'binary', 'pair_notes', 'write_official_pairs', 'write_v73',
-           'synthetic_pairs']
+           'official_file', 'load_official_pairs', 'binary', 'pair_differences', 'pair_notes', 'write_official_pairs',
+           'write_v73', 'synthetic_pairs']
 
 # %% ../nbs/lib/03_multimodal.ipynb #bae109cd
-import functools, importlib.resources
+import functools, importlib.resources, warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -397,9 +397,10 @@ def load_official_pairs(name:str, # One of PAIR_LAYOUTS
     train_ids = find_pairs(splits["train"], splits["database"])
     classes = tuple(f"label {i}" for i in range(splits["train"].labels.shape[1]))
     origin = f"features shared by authors of multi-modal hashing papers for {name}; rights stay with them and the pictures' owners"
-    notes = pair_notes(PAIR_LAYOUTS[name], splits, train_ids, way)
+    sizes = pair_differences(PAIR_LAYOUTS[name], splits)
+    if sizes: warnings.warn(f"{path}: not the sizes of {name} in the paper: {'; '.join(sizes)}")
     inside = train_ids if train_ids.min() >= 0 else None
-    return MultiModalDataset(name, **splits, classes=classes, origin=origin, train_ids=inside, notes=notes)
+    return MultiModalDataset(name, **splits, classes=classes, origin=origin, train_ids=inside, notes=sizes + pair_notes(splits, train_ids, way))
 
 def binary(x, where:str) -> np.ndarray: # Labels of either kind; file and key
     "Labels as uint8; `ValueError` unless all are 0 or 1."
@@ -408,18 +409,20 @@ def binary(x, where:str) -> np.ndarray: # Labels of either kind; file and key
     expect(len(odd) == 0, where, "only 0 and 1", f"values such as {odd[:1]}")
     return values.astype(np.uint8)                                                           # (n, classes)
 
-def pair_notes(layout:PairLayout, # What the paper says
-               splits:dict, # {role: PairSplit}: what is there
-               train_ids:np.ndarray, # (train,) rows in the database, -1 where not found
-               way:str) -> tuple[str, ...]: # Letters of the modalities that were turned
-    "One sentence for each thing that isn't as in the paper."
+def pair_differences(layout:PairLayout, splits:dict) -> tuple[str, ...]: # What the paper says; {role: PairSplit}: what is there
+    "One sentence for each size that isn't the paper's."
     train = splits["train"]
     sizes = [(f"{role} pairs", getattr(layout, role), len(s)) for role, s in splits.items()]
     sizes += [("labels", layout.n_classes, train.labels.shape[1]), ("image width", layout.di, train.image.shape[1]),
               ("text width", layout.dt, train.text.shape[1])]
-    notes = [f"{what}: {paper} in the paper, {here} here" for what, paper, here in sizes if paper != here]
-    missing, twins = (train_ids < 0).sum(), (find_pairs(splits["query"], splits["database"]) >= 0).sum()
-    if missing: notes.append(f"{missing} of {len(train)} training pairs are not in the retrieval set")
+    return tuple(f"{what}: {paper} in the paper, {here} here" for what, paper, here in sizes if paper != here)
+
+def pair_notes(splits:dict, # {role: PairSplit}: what is there
+               train_ids:np.ndarray, # (train,) rows in the database, -1 where not found
+               way:str) -> tuple[str, ...]: # Letters of the modalities that were turned
+    "One sentence for each thing that isn't as it should be."
+    notes, missing, twins = [], (train_ids < 0).sum(), (find_pairs(splits["query"], splits["database"]) >= 0).sum()
+    if missing: notes.append(f"{missing} of {len(splits['train'])} training pairs are not in the retrieval set")
     if twins: notes.append(f"{twins} of {len(splits['query'])} queries are equal to a pair of the retrieval set")
     if way: notes.append(f"stored with items as columns and turned: {', '.join(k for k, letter in MODALITIES.items() if letter in way)}")
     return tuple(notes)
