@@ -82,5 +82,5 @@ def plot_gains(table:pd.DataFrame, # From `compare`
         ax.errorbar(rows.gain, place, xerr=[rows.gain - rows.low, rows.high - rows.gain], fmt="o", ms=4, lw=1.5, color="C3")
         ax.axvline(0, color="k", lw=.8)
         ax.set(title=f"{d}, {k} bits", ylim=(-.6, most - .4)); ax.set_yticks(place, rows.row)
-    fig.supxlabel(f"{'GmAP' if 'GmAP' in table else 'mAP'} less that of {base}, 95 % interval", fontsize="medium")
+    fig.supxlabel(f"gain in {'GmAP' if 'GmAP' in table else 'mAP'} over {base}, 95 % interval", fontsize="medium")
     return fig
