@@ -1,0 +1,56 @@
+"Runs: watched ones that are interrupted, measurements that fail or belong to other data."
+import functools
+
+import pytest
+import torch
+
+from s5vh_nb import datasets, records, runs, training
+from s5vh_nb.config import replace, train_config
+
+CONFIG = train_config("spoken-digits", "smoke", epochs=4, watch=3)
+DEVICES = ["cpu"] + ["cuda"]*torch.cuda.is_available()
+
+
+@pytest.fixture(scope="module")
+def data(): return datasets.load("spoken-digits")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch): monkeypatch.setenv("S5VH_NB_HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_watched_run_learns_what_an_unwatched_one_learns(data, device):
+    "On a GPU the looks come between replays of a captured step."
+    alone = training.train(CONFIG, data, device=device, progress=False)
+    watched = training.train(CONFIG, data, device=device, look=functools.partial(runs.look, data=data), progress=False)
+    assert ["map@5" in h for h in watched.history] == [False, False, True, True]
+    assert [{name: h[name] for name in alone.history[0]} for h in watched.history] == alone.history
+    assert torch.equal(watched.model.encode(data.query.features), alone.model.encode(data.query.features))
+
+
+def test_a_run_interrupted_at_a_look_resumes_with_the_same_curve(data, tmp_path):
+    def interrupted(run):
+        if run.epoch == 3: raise KeyboardInterrupt
+        return runs.look(run, data)
+
+    train = functools.partial(training.train, replace(CONFIG, watch=1), data, device="cpu", progress=False)
+    whole = train(look=functools.partial(runs.look, data=data))
+    with pytest.raises(KeyboardInterrupt): train(look=interrupted, checkpoint=tmp_path/"run.pt", every=1)
+    assert train(look=functools.partial(runs.look, data=data), checkpoint=tmp_path/"run.pt", resume=True).history == whole.history
+
+
+def test_a_measurement_that_fails_leaves_no_record_and_is_made_again(home):
+    def fails(model, data): raise ArithmeticError("no")
+
+    with pytest.raises(ArithmeticError): runs.ask_about(CONFIG, "size", fails, "smoke", device="cpu", progress=False)
+    assert not records.read_all("smoke")
+    again = runs.ask_about(CONFIG, "size", lambda model, data: {"size": sum(p.numel() for p in model.parameters())}, "smoke", device="cpu", progress=False)
+    assert again.metrics["size"] > 0 and [record.name for record in records.read_all("smoke")] == [again.name]
+
+
+def test_a_measurement_of_other_data_is_refused(home):
+    record = runs.ask_about(CONFIG, "nothing", lambda model, data: {}, "smoke", device="cpu", progress=False)
+    path = records.path_of(record.name, "smoke")
+    path.write_text(path.read_text().replace(record.data["fingerprint"], "0"*16))
+    with pytest.raises(ValueError, match="data: expected the fingerprint"): runs.ask_about(CONFIG, "nothing", None, "smoke", device="cpu")
