@@ -1,0 +1,58 @@
+"Profile `paper` of paper 2 from end to end: all three official layouts in both formats, by the real command and the real notebooks; only the network and the schedule are smoke's, so that it takes seconds."
+import shutil
+
+import pandas as pd
+import pytest
+
+from s5vh_nb import config, multimodal, records, reproduce
+from s5vh_nb.basics import project_root
+
+SIZES = (60, 110, 30) # train (inside the database), database, query
+VERSIONS = {"mirflickr25k": "7.3", "nuswide": "5", "mscoco": "7.3"}
+STARTUP = f"""
+from s5vh_nb import config
+config.PAIR_PROFILES["paper"] = {config.PAIR_PROFILES["smoke"] | {"epochs": 2, "batch": 30}}
+"""
+GIVEN = ("-p", "bits=16", "-p", "seeds=1")
+
+@pytest.fixture
+def data_root(tmp_path):
+    "Random numbers under the files' true names and keys, with their true number of labels; few pairs, narrow features. Two files in folders of their own."
+    for name, version in VERSIONS.items():
+        multimodal.write_official_pairs(tmp_path/"data"/("" if name == "mscoco" else name), name, multimodal.synthetic_pairs(name, n=SIZES, di=32, dt=24), version)
+    return tmp_path/"data"
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "A project of its own, with paper 2's notebooks and the published numbers; its kernels start with the small configuration."
+    home = tmp_path/"home"
+    for part in ("nbs/dmmh", "results/published"): shutil.copytree(project_root()/part, home/part)
+    startup = tmp_path/"ipython"/"profile_default"/"startup"
+    startup.mkdir(parents=True)
+    (startup/"small.py").write_text(STARTUP)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path/"ipython"))
+    monkeypatch.setenv("S5VH_NB_HOME", str(home))
+    return home
+
+def test_tables_of_all_three_sets(home, data_root, capfd):
+    "Table 1 tells the sizes, Table 2 has our rows and the paper's, no output names the folder of the data."
+    tables = home/"results"/"paper"/"tables"
+    assert reproduce.main(["reproduce", "dmmh/table1", "dmmh/table2", "--profile", "paper", "--device", "cpu", "-p", f"data_root={data_root}", *GIVEN]) == 0
+    warned = capfd.readouterr().err
+    for name in VERSIONS: assert f"{multimodal.PAIR_LAYOUTS[name].file}: not the sizes of {name} in the paper: train pairs: {multimodal.PAIR_LAYOUTS[name].train} in the paper, 60 here" in warned
+    sizes = pd.read_csv(tables/"dmmh_table1.csv")
+    assert sizes.source.tolist() == ["paper", "here"]*3 and sizes.query("source == 'here'").retrieval.tolist() == [110]*3
+    assert set(pd.read_csv(tables/"dmmh_table1_notes.csv").dataset) == set(VERSIONS)
+    beside = pd.read_csv(tables/"dmmh_table2_published.csv")
+    assert (beside.source == "paper").sum() == 13 and (beside.source == "here").sum() == 8
+    assert not beside[[f"{name} 16" for name in VERSIONS]].isna().any(axis=None)
+    found = [r for r in records.read_all("paper") if r.metrics["row"] == "DMMH"]
+    assert {r.data["name"] for r in found} == set(VERSIONS) and all("in the paper" in r.data["notes"] for r in found)
+    assert not [path.name for path in (home/"results"/"paper"/"executed").iterdir() if str(data_root) in path.read_text()]
+
+def test_ablations_of_a_set(home, data_root):
+    assert reproduce.main(["reproduce", "dmmh/ablations", "--profile", "paper", "--device", "cpu", "-p", f"data_root={data_root}", "-p", "dataset=mscoco", *GIVEN]) == 0
+    table = pd.read_csv(home/"results"/"paper"/"tables"/"dmmh_ablations.csv")
+    assert table.row.is_unique and len(table) > 18 and table.dataset.unique().tolist() == ["mscoco"]
+    assert ((table.low <= table.gain) & (table.gain <= table.high)).all() and (table.gain[table.row != "DMMH"] != 0).any()
+    assert len(pd.read_csv(home/"results"/"paper"/"tables"/"dmmh_ablations_missing.csv")) == 2
