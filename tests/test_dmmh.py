@@ -92,6 +92,16 @@ def test_the_papers_files_end_to_end(home, version):
         assert runs.ask(asked, "paper", data_root=root, device="cpu") == record
     assert record.config["view"] == "pair"
 
+def test_a_share_of_the_papers_files(tmp_path):
+    "Fewer training pairs, read from a file: rows of the database still, as many labels, and the same ones again."
+    multimodal.write_official_pairs(tmp_path, "mirflickr25k", multimodal.synthetic_pairs("mirflickr25k", n=(120, 200, 40), di=64, dt=32))
+    whole = datasets.load("mirflickr25k", tmp_path)
+    part, again, other = (training.training_share(whole, .25, seed) for seed in (3, 3, 4))
+    assert len(part.train) == 30 and np.array_equal(whole.database.probe[part.train_ids], part.train.probe)
+    assert np.array_equal(part.train_ids, again.train_ids) and not np.array_equal(part.train_ids, other.train_ids)
+    run = train(whole, train_config("mirflickr25k", "smoke", bits=16, share=.25, batch=10))
+    assert run.objective.labels.shape == (30, 24) and run.config.share == .25
+
 def test_a_network_of_one_modality_has_no_queries_alone(home):
     record = runs.ask(train_config("emoji", "smoke", bits=16, modality="image"), "smoke", device="cpu", progress=False)
     assert "map_image" not in record.metrics and set(runs.codes_of(record, "smoke")) == {"query", "database"}
