@@ -53,9 +53,11 @@ def gain(ours:list, # Records, one per seed
     score = score or list(a[0])[-1]
     return report.paired_bootstrap(*([parts[score] for parts in rows] for rows in (a, b)))                                  # (seeds, nq) each
 
-def told(value:report.Interval) -> str: # From `gain`
-    "`better`, `worse`, or `not told apart` when the interval holds zero."
-    return "better" if value.low > 0 else "worse" if value.high < 0 else "not told apart"
+def told(value:report.Interval, # From `gain`
+         seeds:int|None=None) -> str: # How many trainings it rests on
+    "`better`, `worse`, or `not told apart` when the interval holds zero; a verdict that rests on one training says so."
+    if value.low <= 0 <= value.high: return "not told apart"
+    return ("better" if value.low > 0 else "worse") + " (one seed)"*(seeds == 1)
 
 # %% ../nbs/lib/44_ablations.ipynb #189fe84f
 def compare(found:dict, # As from `ask_rows`
@@ -80,7 +82,7 @@ def plot_gains(table:pd.DataFrame, # From `compare`
     for ax, ((d, k), rows) in zip(axes[0], panels):
         place = np.arange(len(rows))[::-1]
         ax.errorbar(rows.gain, place, xerr=[rows.gain - rows.low, rows.high - rows.gain], fmt="o", ms=4, lw=1.5, color="C3")
-        ax.axvline(0, color="k", lw=.8)
+        ax.axvline(0, color="k", lw=.8); ax.locator_params(axis="x", nbins=5)
         ax.set(title=f"{d}, {k} bits", ylim=(-.6, most - .4)); ax.set_yticks(place, rows.row)
     fig.supxlabel(f"gain in {'GmAP' if 'GmAP' in table else 'mAP'} over {base}, 95 % interval", fontsize="medium")
     return fig
