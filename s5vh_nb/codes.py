@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .basics import atomic_write, expect
+from .basics import Captured, atomic_write, expect
 
 # %% ../nbs/lib/13_codes.ipynb #33ef2b62
 class _StraightThroughSign(torch.autograd.Function):
@@ -59,7 +59,7 @@ def unpack(packed:Tensor) -> Tensor: # uint8 (b, k/8)
 # %% ../nbs/lib/13_codes.ipynb #9458c619
 def finite(x:Tensor) -> Tensor: # Features, any shape
     "`x`; `ValueError` when it holds NaN or infinity: a code would hide them."
-    expect(bool(torch.isfinite(x).all()), "features", "finite numbers", "NaN or infinity")
+    expect(bool(torch.isfinite(x.sum())), "features", "finite numbers", "NaN or infinity")    # a sum keeps NaN and infinity, and needs no memory
     return x
 
 class HashNetwork(nn.Module, PyTorchModelHubMixin):
@@ -81,8 +81,9 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         n = next(len(x) for x in inputs if x is not None)
         expect(n > 0, "features", "at least one item", "none")
         def part(x, start): return None if x is None else finite(torch.as_tensor(x[start:start + batch]).to(device, torch.float32))
+        call = Captured(lambda *parts: pack(self.h(*parts)))
         self.eval()
-        try: codes = [pack(self.h(*(part(x, start) for x in inputs))) for start in tqdm(range(0, n, batch), desc="encode", unit="batch", disable=not progress)]
+        try: codes = [call(*(part(x, start) for x in inputs)).clone() for start in tqdm(range(0, n, batch), desc="encode", unit="batch", disable=not progress)]
         finally: self.train(learning)
         return torch.cat(codes).cpu()
 

@@ -16,12 +16,24 @@ from torch import Tensor
 from .basics import expect
 
 # %% ../nbs/lib/21_losses.ipynb #94bb7c58
+class _MeanSquare(torch.autograd.Function):
+    "Mean square of a tensor in float32, kept for the backward pass in its own dtype."
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).square()/x.numel()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        return x*(grad*2/x.numel()).to(x.dtype)
+
 def reconstruction_loss(predicted:Tensor, # (views*b, t_masked, d) the decoder's frames
                         target:Tensor, # (views*b, t_masked, d) the true ones
                         views:int=2) -> Tensor:
     "Mean squared error on the masked frames, summed over the views (S5VH, L_TR)."
     expect(predicted.shape == target.shape, "reconstruction", f"the shape of the target {tuple(target.shape)}", tuple(predicted.shape))
-    return views * F.mse_loss(predicted, target)
+    return views * _MeanSquare.apply(predicted - target)
 
 # %% ../nbs/lib/21_losses.ipynb #c197f015
 def contrastive_loss(view1:Tensor, # (b, k) codes of the first view

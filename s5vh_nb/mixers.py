@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .basics import expect
-from .scan import causal_conv1d, selective_scan
+from .scan import PADDING, causal_conv1d, residual_norm, selective_scan
 
 # %% ../nbs/lib/12_mixers.ipynb #aac2bc0b
 def step_bias(d:int, # Channels
@@ -30,8 +30,7 @@ def step_bias(d:int, # Channels
 @dataclass
 class Weights:
     "The weights of `g` Mamba mixers of one input, side by side."
-    in_proj: Tensor       # (2*g*d, m): the signals of all, then their gates
-    in_bias: Tensor|None  # (2*g*d,)
+    in_proj: Tensor       # (2*g*d, width of the input): the signals of all, then their gates
     taps: Tensor          # (g*d, width) of the convolution
     conv_bias: Tensor     # (g*d,)
     x_proj: Tensor        # (g*(r + 2*n), g*d): rows of all deltas, then of all B, then of all C
@@ -46,7 +45,7 @@ def mamba(x:Tensor, # (b, t, m)
     "The Mamba formula (Gu & Dao, 2023, section 3.4)."
     (gd, gr), n = w.dt_proj.shape, w.A.shape[1]
     gn = (len(w.x_proj) - gr)//2
-    u, z = (v.transpose(1, 2) for v in F.linear(x, w.in_proj, w.in_bias).chunk(2, -1))        # (b, g*d, t), views of (b, t, 2*g*d)
+    u, z = (v.transpose(1, 2) for v in F.linear(x, w.in_proj).chunk(2, -1))        # (b, g*d, t), views of (b, t, 2*g*d)
     u = causal_conv1d(u, w.taps, w.conv_bias, reversed_channels=reversed_channels)            # (b, g*d, t)
     delta, B, C = F.linear(u.transpose(1, 2), w.x_proj).split((gr, gn, gn), -1)               # (b, t, g*r), (b, t, g*n), (b, t, g*n)
     delta = F.linear(delta, w.dt_proj).transpose(1, 2)                                        # (b, g*d, t); the bias is added in the scan
@@ -77,7 +76,7 @@ class Mamba(nn.Module):
 
     def weights(self) -> Weights:
         "The parameters as the formula needs them."
-        return Weights(self.in_proj.weight, None, self.conv1d.weight[:, 0], self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias,
+        return Weights(self.in_proj.weight, self.conv1d.weight[:, 0], self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias,
                        -torch.exp(self.A_log), self.D, self.out_proj.weight)
 
     def forward(self, x:Tensor) -> Tensor: return mamba(x, self.weights()) # (b, t, m) -> (b, t, m)
@@ -120,24 +119,26 @@ def gathered(layers:list) -> list: # Per layer its `ways`, with Mamba mixers of 
     W = stack(mix.in_proj.weight for mix in mixes)                                                        # (l, g, 2*d, m)
     halves = lambda v: v.unflatten(2, (2, -1)).transpose(1, 2).flatten(1, 3)                              # (l, g, 2*d, ...) -> (l, 2*g*d, ...)
     x_proj = _blocks(stack(mix.x_proj.weight for mix in mixes)).split(mixes[0].split, 2)                  # (l, g, r, g*d), (l, g, n, g*d) twice
-    matrices = [halves(W*gain[:, :, None]), halves(W @ bias[..., None])[..., 0], torch.cat([part.flatten(1, 2) for part in x_proj], 1),
+    W = torch.cat([W*gain[:, :, None], F.pad(W @ bias[..., None], (0, PADDING - 1))], -1)                 # (l, g, 2*d, m + 8)
+    matrices = [halves(W), torch.cat([part.flatten(1, 2) for part in x_proj], 1),
                 _blocks(stack(mix.dt_proj.weight for mix in mixes)).flatten(1, 2), stack(mix.out_proj.weight for mix in mixes).transpose(1, 2).flatten(2)]
     kind = W.device.type
     if torch.is_autocast_enabled(kind): matrices = [matrix.to(torch.get_autocast_dtype(kind)) for matrix in matrices]
     taps, conv_bias, dt_bias, A, D = (stack(get(mix) for mix in mixes).flatten(1, 2) for get in (lambda mix: mix.conv1d.weight[:, 0], lambda mix: mix.conv1d.bias,
                                       lambda mix: mix.dt_proj.bias, lambda mix: mix.A_log, lambda mix: mix.D))                        # (l, g*d, ...)
-    in_proj, in_bias, x_proj, dt_proj, out_proj = matrices
-    return [Weights(*each) for each in zip(*(v.unbind(0) for v in (in_proj, in_bias, taps, conv_bias, x_proj, dt_proj, dt_bias, -torch.exp(A), D, out_proj)))]
+    in_proj, x_proj, dt_proj, out_proj = matrices
+    return [Weights(*each) for each in zip(*(v.unbind(0) for v in (in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, -torch.exp(A), D, out_proj)))]
 
 def side_by_side(x:Tensor, # (b, t, m)
                  layers:list) -> Tensor: # `Bidirectional` ones with Mamba mixers, of the same directions; returns (b, t, m)
     "What the layers make of `x`, one after another, with both directions of a layer at once."
     expect(len({layer.directions for layer in layers}) == 1, "directions", "the same ones in every layer", [layer.directions for layer in layers])
-    ways = [layer.ways() for layer in layers]
+    ways, y = [layer.ways() for layer in layers], None
     for w in gathered(ways):
         backward = {"both": len(w.A)//2, "forward": 0, "backward": len(w.A)}[layers[0].directions]
-        x = x + mamba(F.layer_norm(x, x.shape[-1:], eps=ways[0][0][0].eps), w, backward)
-    return x
+        x, normed = residual_norm(x, y, ways[0][0][0].eps)
+        y = mamba(normed, w, backward)
+    return x + y
 
 class Layers(nn.Sequential):
     "`Bidirectional` layers, one after another; on a GPU Mamba's with both directions side by side."

@@ -32,7 +32,7 @@ def take(x:Tensor, # (b, t, ...)
          frames:Tensor) -> Tensor: # (views*b, v) frame numbers
     "The chosen frames of each video, (views*b, v, ...)."
     rows = torch.arange(len(frames), device=frames.device) % len(x)           # (views*b,)
-    return x[rows[:, None], frames]
+    return x.flatten(0, 1)[rows[:, None]*x.shape[1] + frames]                 # one index copies whole frames on a GPU
 
 def hidden_frames(visible:Tensor, # (views*b, v) frame numbers, each at most once per row
                   t:int) -> Tensor: # frames of a video

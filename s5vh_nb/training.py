@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'OBJECTIVES', 'EpochPlan', 'epoch_seed', 'plan_epoch', 'learning_rate', 'TrainedRun', 'start',
-           'save_checkpoint', 'load_checkpoint', 'step', 'CapturedStep', 'make_step', 'place', 'time_means', 'batches',
-           'map_ahead', 'train_epoch', 'training_share', 'centers_file', 'stamp', 'settled', 'given_centers',
-           'matmul_precision', 'prepare', 'watched', 'seen', 'train']
+           'save_checkpoint', 'load_checkpoint', 'step', 'make_step', 'place', 'time_means', 'batches', 'map_ahead',
+           'train_epoch', 'training_share', 'centers_file', 'stamp', 'settled', 'given_centers', 'matmul_precision',
+           'prepare', 'watched', 'seen', 'train']
 
 # %% ../nbs/lib/23_training.ipynb #d84d640f
 import contextlib, dataclasses, functools, hashlib, io, math, time
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import datasets
-from .basics import atomic_write, expect, pick_device
+from .basics import Captured, atomic_write, expect, pick_device
 from .centers import read_centers
 from .config import DATASETS, DMMHConfig, MetricConfig, S5VHConfig, SLGConfig, TrainConfig, from_dict, replace, to_dict
 from .dmmh import DMMH
@@ -118,52 +118,29 @@ def load_checkpoint(path:str|Path, config:TrainConfig, data:datasets.VideoDatase
 # %% ../nbs/lib/23_training.ipynb #4248d438
 def step(run:TrainedRun, warm:bool, *batch:Tensor) -> dict: # from `batches`
     "One update of the weights; the loss and its terms, scalars on the device."
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bfloat16"):
-        terms = run.objective(run.model, *batch, warm=warm)
     run.optimizer.zero_grad()
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bfloat16", cache_enabled=False):
+        terms = run.objective(run.model, *batch, warm=warm)
     terms["loss"].backward()
     run.optimizer.step()
     return {name: value.detach() for name, value in terms.items()}
 
-class CapturedStep:
-    "`step` as a CUDA graph, captured after three ordinary steps have set up the libraries; batches must keep their shape."
-    def __init__(self, run:TrainedRun, warm:bool):
-        self.run, self.warm, self.ordinary, self.graph = run, warm, 3, None
-
-    def __call__(self, *batch:Tensor) -> dict: # as for `step`
-        if self.ordinary: return self.first_steps(batch)
-        if self.graph is None: self.capture(batch)
-        for buffer, value in zip(self.buffers, batch): buffer.copy_(value)
-        self.graph.replay()
-        return self.terms
-
-    def first_steps(self, batch):
-        self.ordinary -= 1
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side): terms = step(self.run, self.warm, *batch)
-        torch.cuda.current_stream().wait_stream(side)
-        return terms
-
-    def capture(self, batch):
-        self.buffers, self.graph = [value.clone() for value in batch], torch.cuda.CUDAGraph()
-        self.run.optimizer.zero_grad()
-        with torch.cuda.graph(self.graph): self.terms = step(self.run, self.warm, *self.buffers)
-
 def make_step(run:TrainedRun, warm:bool): # warm: the soft labels move
-    "What takes a batch and goes one step further, on this run's device."
-    return CapturedStep(run, warm) if run.device.type == "cuda" else functools.partial(step, run, warm)
+    "What takes a batch of one shape and goes one step further, on this run's device."
+    return Captured(functools.partial(step, run, warm))
 
 # %% ../nbs/lib/23_training.ipynb #c6a39f8b
 def place(features, # (n, t, d) array or `datasets.RowStore`
-          device:torch.device):
-    "The features as a tensor on the device, or unchanged when they would take more than 60 % of the GPU's free memory."
+          device:torch.device,
+          precision:str="float32"): # As in `TrainConfig`
+    "The features as a tensor on the device (rounded to bfloat16 on a GPU that computes so), or unchanged when they would take more than 60 % of its free memory."
     fits = device.type == "cpu" or features.nbytes < .6*torch.cuda.mem_get_info(device)[0]
-    return datasets.to_tensor(features, device) if fits else features
+    dtype = torch.bfloat16 if precision == "bfloat16" and device.type == "cuda" else torch.float32
+    return datasets.to_tensor(features, device).to(dtype) if fits else features
 
 def time_means(features, block:int=1024) -> Tensor: # (n, t, d), from `place`
     "Means over time, float32 (n, d) on the CPU."
-    parts = (torch.as_tensor(features[i:i + block]).mean(1).cpu() for i in range(0, len(features), block))
+    parts = (torch.as_tensor(features[i:i + block]).float().mean(1).cpu() for i in range(0, len(features), block))
     return torch.cat(list(parts))
 
 def batches(inputs:tuple, # (n, ...) each, from `place`
@@ -273,7 +250,7 @@ def train(config:TrainConfig, # What to train; see `settled`
     "Train S5VH or DMMH as configured; the same seed on the same machine gives the same weights, resumed or not."
     data, device, clock = data or datasets.load(config.dataset, data_root), pick_device(device), time.perf_counter()
     config, data = settled(config, data), training_share(data, config.share, config.seed)
-    inputs = tuple(place(x, device) for x in data.train.inputs)                   # (n, t, d), or (n, di) and (n, dt)
+    inputs = tuple(place(x, device, config.precision) for x in data.train.inputs) # (n, t, d), or (n, di) and (n, dt)
     if resume and checkpoint and Path(checkpoint).exists(): run = load_checkpoint(checkpoint, config, data, device)
     else:
         run = start(config, data, device)

@@ -53,6 +53,9 @@ def agree(given, dtype=torch.float32, softplus=True, reversed_channels=0):
 def test_shapes_and_dtypes(b, d, t, n, dtype): agree(arguments(b, d, t, n, dtype=dtype), dtype)
 
 
+def test_many_sequences(): agree(arguments(b=512, d=256, t=3, n=16))  # several to a program
+
+
 @pytest.mark.parametrize("layout", ["channel", "every second"])
 def test_strides(layout): agree(arguments(layout=layout))
 

@@ -115,3 +115,12 @@ training.train(replace(train_config("spoken-digits", "smoke"), epochs=1), datase
     failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert failed.returncode != 0 and f"{checkpoint}: expected to write the whole file, found: File too large" in failed.stderr
     assert checkpoint.read_bytes() == before and [f.name for f in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
+def test_every_weight_learns_in_bfloat16(data):
+    "The refresh sees all frames without gradients, in the same step: its bfloat16 copies of the weights must not be those that learn."
+    run = training.start(replace(CONFIG, precision="bfloat16", **data.widths), data, torch.device("cpu"))
+    training.prepare(run, data, (data.train.features,), progress=False)
+    x, rows = torch.as_tensor(data.train.features[:8]), torch.arange(8)
+    training.step(run, True, x, rows, torch.rand(8, data.t).argsort(1))
+    assert [name for name, p in run.model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
