@@ -1,0 +1,97 @@
+"Claims: the verdict rule on made-up intervals; both notebooks on made-up records, and with none at all."
+import shutil
+from pathlib import Path
+
+import matplotlib
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from s5vh_nb import claims, records, runs
+from s5vh_nb.claims import Claim
+from s5vh_nb.config import train_config
+from s5vh_nb.report import Interval
+
+ROOT = Path(__file__).resolve().parent.parent
+NONE = {"not run yet", "not testable here"}
+
+
+@pytest.mark.parametrize("ends, wanted, said", [
+    ((.01, .2), (0, np.inf), "holds"), ((-.2, -.01), (0, np.inf), "does not hold"), ((-.1, .2), (0, np.inf), "undecided"), ((0, .2), (0, np.inf), "undecided"),
+    ((1.5, 5), (1, 6), "holds"), ((1.5, 7), (1, 6), "undecided"), ((7, 8), (1, 6), "does not hold"), ((-3, .5), (1, 6), "does not hold"), ((0, 7), (1, 6), "undecided"),
+    ((.8, 1.05), (-np.inf, 1.1), "holds"), ((1.2, 1.3), (-np.inf, 1.1), "does not hold"), ((np.nan, np.nan), (0, np.inf), "undecided")])
+def test_verdict(ends, wanted, said): assert claims.verdict(Interval(np.mean(ends), *ends), wanted) == said
+
+
+GOOD, OPEN, BAD = (Interval(m, m - .1, m + .1) for m in (.2, .05, -.2))
+
+
+@pytest.mark.parametrize("effects, seeds, said, shown", [
+    ([GOOD, GOOD], 5, "holds", 0), ([GOOD, GOOD], 2, "holds (two seeds)", 0), ([GOOD, OPEN], 1, "undecided", 1), ([OPEN, BAD, GOOD], 1, "does not hold (one seed)", 1), ([GOOD], None, "holds", 0),
+    ([GOOD, None], 5, "not run yet", None), ([BAD, None], 5, "not run yet", None), ([], 5, "not testable here", None), ([Interval(.3, np.nan, np.nan), Interval(.1, np.nan, np.nan)], 1, "undecided", 1)])
+def test_a_claim_is_as_strong_as_its_weakest_comparison(effects, seeds, said, shown):
+    claim = Claim("A beats B", "A less B", "s5vh/retrieval", "made up", dict(enumerate(effects)), seeds)
+    assert (claims.conclusion(claim), claims.weakest(claim)) == (said, shown)
+    line = claims.table([claim]).iloc[0]
+    assert line.verdict == said and np.isnan(line.effect) == (shown is None)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "A project that has the published figures and no runs; new ones are forbidden."
+    shutil.copytree(ROOT/"results"/"published", tmp_path/"results"/"published")
+    monkeypatch.setenv("S5VH_NB_HOME", str(tmp_path))
+    monkeypatch.setenv("S5VH_NB_NO_TRAINING", "1")
+    matplotlib.use("Agg")
+    return tmp_path
+
+
+def pretend(quality, name="spoken-digits", **changes):
+    "The record of a run that never was: a share of the items gets the code of its class, the others have random bits."
+    config, data, rng = train_config(name, "smoke", bits=16, **changes), runs.load_data(name), np.random.default_rng(0)
+    words = np.random.default_rng(1).integers(0, 256, (64, 2), np.uint8)
+    def codes(split):
+        first = split.labels if split.labels.ndim == 1 else split.labels.argmax(1)
+        return np.where(rng.random(len(first))[:, None] < quality, words[first], rng.integers(0, 256, (len(first), 2), np.uint8))
+    return runs.store(runs.settle(config, data), "smoke", data, "cpu", {"query": codes(data.query), "database": codes(data.database)}, metrics={}, seconds={"train": 0}, history=[{"epoch": e, "map@5": .1 + .1*e} for e in (0, 1)])
+
+
+def test_effect_of_made_up_runs(home):
+    good, bad = [pretend(.9)], [pretend(.5, beta=0.)]
+    assert claims.found([train_config("spoken-digits", "smoke", bits=16)], "smoke") == good
+    assert claims.found([train_config("spoken-digits", "smoke", bits=16, seed=s) for s in (1, 2)], "smoke") is None       # one of two seeds is not enough
+    over = claims.effect(claims.gain(good, bad), "smoke")
+    assert 0 < over.low < over.mean < over.high
+    assert claims.effect(claims.gain(good, None), "smoke") is None is claims.effect(claims.percent(None, bad, "smoke"), "smoke")
+    assert claims.effect(claims.percent(good, bad, "smoke"), "smoke").mean == pytest.approx(100*over.mean/claims.score_of(bad, "smoke").mean())
+
+
+def run_notebook(name):
+    "The cells of a claims notebook in this process, in smoke; its table."
+    space = {}
+    for cell in nbformat.read(ROOT/"nbs"/f"{name}.ipynb", as_version=4).cells:
+        if cell.cell_type == "code": exec(cell.source.replace('profile = "quick"', 'profile = "smoke"'), space)
+    return space["table"].set_index("claim")
+
+
+def test_notebook_of_paper_1(home):
+    assert set(run_notebook("s5vh/claims").verdict) == NONE
+    assert not list((home/"results"/"smoke").rglob("runs/*"))
+    pretend(.9), pretend(.5, beta=0.), pretend(.95, mixer="LSTM")
+    table = run_notebook("s5vh/claims")
+    decided = table.verdict[~table.verdict.isin(NONE)].index.tolist()
+    assert decided == ["Mamba beats LSTM", "center alignment helps", "with alignment training converges faster", "with alignment training ends better"]
+    assert table.verdict["center alignment helps"] == "holds (one seed)" and table.low["center alignment helps"] > 0
+    assert table.verdict["with alignment training converges faster"] == "undecided"                                    # equal curves, and a t-interval of one seed is none
+    assert table.verdict["Mamba beats LSTM"] == "does not hold (one seed)" and table.notebook["Mamba beats LSTM"] == "s5vh/temporal"
+    saved = pd.read_csv(home/"results"/"smoke"/"tables"/"s5vh_claims.csv")
+    assert saved.verdict.tolist() == table.verdict.tolist() and (home/"figures"/"smoke"/"s5vh"/"claims.png").exists()
+
+
+def test_notebook_of_paper_2(home):
+    table = run_notebook("dmmh/claims")
+    assert set(table[table.notebook != "dmmh/arithmetic"].verdict) == NONE
+    assert table.verdict["thirteen baselines"] == "does not hold" and table.effect["thirteen baselines"] == 12
+    pretend(.8, "emoji"), pretend(.9, "emoji", mixer="none")
+    assert run_notebook("dmmh/claims").verdict["Mamba helps"] == "does not hold (one seed)"
