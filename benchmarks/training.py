@@ -15,7 +15,7 @@ from s5vh_nb.basics import pick_device
 from s5vh_nb.config import DATASETS, to_dict, train_config
 from s5vh_nb.efficiency import peak_bytes, seconds_per_call
 
-ENCODED = (25, 128), (25, 4096), (1000, 128)     # frames, batch
+ENCODED = (25, 128), (25, 16384), (1000, 128)     # frames, videos
 
 def in_memory(data:datasets.VideoDataset, device) -> datasets.VideoDataset:
     "The same data set with its features as arrays, made on the device."
@@ -31,14 +31,14 @@ def clocked(call, device):
     return result, time.perf_counter() - begun
 
 def encoding(model, config, device) -> dict:
-    "Milliseconds, videos per second and peak memory of encoding a batch that lies on the device."
+    "Milliseconds, videos per second and peak memory (beyond the features) of encoding videos that lie on the device."
     found = {}
     for frames, b in ENCODED:
         x = torch.randn(b, frames, config.model.d, device=device)
         def call():
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"): model.encode(x, batch=b)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"): model.encode(x)
         with training.matmul_precision(config.precision): peak, seconds = peak_bytes(call, device), float(np.median(seconds_per_call(call, device)))
-        found[f"t={frames}, b={b}"] = {"ms": 1000*seconds, "videos_per_second": b/seconds, "peak_mb": peak and peak/1e6}
+        found[f"t={frames}, n={b}"] = {"ms": 1000*seconds, "videos_per_second": b/seconds, "peak_mb": peak and peak/1e6}
     return found
 
 def scoring(device, n:int=45600, bits:int=64) -> float:
