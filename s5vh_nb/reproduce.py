@@ -67,8 +67,9 @@ def read_artefact(path:Path) -> Artefact: # An artefact notebook
                     tables=tuple(n for source in code for n in _saved(source, "save_table")), figures=tuple(n for source in code for n in _saved(source, "savefig")))
 
 def artefacts() -> list:
-    "All artefacts of the project, paper by paper."
-    return [read_artefact(path) for paper in PAPERS for path in sorted((project_root()/"nbs"/paper).glob("*.ipynb"))]
+    "All artefacts of the project, paper by paper; the claims last, for they read what the others recorded."
+    def place(path): return path.stem == "claims", path.stem
+    return [read_artefact(path) for paper in PAPERS for path in sorted((project_root()/"nbs"/paper).glob("*.ipynb"), key=place)]
 
 # %% ../nbs/lib/43_reproduce.ipynb #5c64c3d8
 def select(names:list, # Artefacts by `paper/stem` or by stem alone; empty for those of the main job

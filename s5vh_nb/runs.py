@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CUTS', 'scores', 'pair_scores', 'method_name', 'describe', 'checkpoint_of', 'look', 'trained', 'learn',
-           'encode_splits', 'encoded', 'load_data', 'settle', 'read', 'data_of', 'store', 'check_may_run', 'ask',
-           'codes_of', 'ask_about', 'ask_transfer', 'ask_all', 'several', 'default_pairs', 'default_datasets']
+           'encode_splits', 'encoded', 'load_data', 'settle', 'read', 'data_of', 'store', 'may_run', 'check_may_run',
+           'ask', 'codes_of', 'ask_about', 'ask_transfer', 'ask_all', 'several', 'default_pairs', 'default_datasets']
 
 # %% ../nbs/lib/42_runs.ipynb #16aa685e
 import functools, multiprocessing, os, time
@@ -52,8 +52,9 @@ def method_name(config:TrainConfig|BaselineConfig|TransferConfig) -> str:
     return config.method if isinstance(config, BaselineConfig) else type(config.model).__name__.removesuffix("Config")
 
 def describe(config:TrainConfig|BaselineConfig|TransferConfig, what:str="") -> dict: # what: the name of a measurement, see `ask_about`
-    "The configuration as plain data with its method: what names a run."
-    return {**to_dict(config), "method": f"{method_name(config)} {what}".strip()}
+    "The configuration as plain data with its method: what names a run. `watch` is left out: a look changes nothing."
+    def lasting(values): return {k: lasting(v) if isinstance(v, dict) else v for k, v in values.items() if k != "watch"}
+    return {**lasting(to_dict(config)), "method": f"{method_name(config)} {what}".strip()}
 
 def checkpoint_of(config:TrainConfig) -> Path:
     "Where a training keeps its checkpoint; a killed run goes on from there."
@@ -124,9 +125,13 @@ def store(config:TrainConfig|BaselineConfig|TransferConfig, profile:str, data:da
     record = records.RunRecord(config=describe(config, what), seed=config.seed, data=said, device=records.device_name(pick_device(device)), **parts)
     return records.load(records.save(record, profile, codes))
 
+def may_run() -> bool:
+    "Whether runs without a record may be made."
+    return "S5VH_NB_NO_TRAINING" not in os.environ
+
 def check_may_run(name:str, profile:str):
     "`FileNotFoundError` where new runs are forbidden."
-    expect("S5VH_NB_NO_TRAINING" not in os.environ, f"results/{profile}/runs/{name}.json", "a record (S5VH_NB_NO_TRAINING forbids new runs)", "none", FileNotFoundError)
+    expect(may_run(), f"results/{profile}/runs/{name}.json", "a record (S5VH_NB_NO_TRAINING forbids new runs)", "none", FileNotFoundError)
 
 def ask(config:TrainConfig|BaselineConfig, # What to run
         profile:str, # "smoke", "quick", "full" or "paper": where its record lies

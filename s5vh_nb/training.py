@@ -228,8 +228,9 @@ def prepare(run:TrainedRun, data:datasets.VideoDataset|MultiModalDataset, inputs
     else: run.objective.fit(time_means(*inputs), progress, given_centers(run.config, data))
 
 def watched(config:TrainConfig, epochs:int) -> bool: # epochs: how many are done
-    "Whether the run is looked at now."
-    return config.watch > 0 and (epochs % config.watch == 0 or epochs == config.epochs)
+    "Whether the run is looked at now: every `watch` epochs, after the last, and early, where curves are steep, after 1, 2, 4, 8, ... epochs."
+    early = epochs < config.watch and epochs & (epochs - 1) == 0
+    return config.watch > 0 and (early or epochs % config.watch == 0 or epochs == config.epochs)
 
 def seen(run:TrainedRun, look) -> dict: # look: as for `train`
     "What a look says of the run, in evaluation mode and plain float32; the run does not notice it."
