@@ -186,9 +186,9 @@ def ask_transfer(config:TrainConfig|BaselineConfig, # What learns, and from what
 # %% ../nbs/lib/42_runs.ipynb #f442cc74
 def ask_all(configs:list, # Runs, as for `ask`
             profile:str, *, data_root:str|None=None, device:str|None=None,
-            workers:int|None=None) -> list: # Processes side by side; None: 1 on a CPU, 6 per GPU
+            workers:int|None=None) -> list: # Processes side by side; None: one for each of at most 4 threads of torch on a CPU, 6 per GPU
     "The records of several runs, in order; a failed run is reported by name after the others have finished."
-    workers = workers or (1 if pick_device(device).type == "cpu" else 6*torch.cuda.device_count())
+    workers = workers or (min(4, torch.get_num_threads()) if pick_device(device).type == "cpu" else 6*torch.cuda.device_count())
     missing = [c for c in configs if not read(c, profile, load_data(c.dataset, data_root))]
     options = dict(data_root=data_root, device=device)
     with tqdm(total=len(configs), initial=len(configs) - len(missing), desc="runs", unit="run") as bar:
@@ -197,14 +197,15 @@ def ask_all(configs:list, # Runs, as for `ask`
         else: _side_by_side(missing, profile, options, workers, bar)
     return [ask(c, profile, **options) for c in configs]
 
-def _take_a_gpu(started):
-    "Give the processes of a pool the GPUs in turn."
+def _share(started, threads):
+    "Give the processes of a pool the GPUs in turn, and their part of the CPU's threads."
     with started.get_lock(): number, started.value = started.value, started.value + 1
     if torch.cuda.is_available(): torch.cuda.set_device(number % torch.cuda.device_count())
+    torch.set_num_threads(threads)
 
 def _side_by_side(configs, profile, options, workers, bar):
-    failed, context = {}, multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(configs)), context, _take_a_gpu, (context.Value("i", 0),)) as pool:
+    failed, context, workers = {}, multiprocessing.get_context("spawn"), min(workers, len(configs))
+    with ProcessPoolExecutor(workers, context, _share, (context.Value("i", 0), max(1, torch.get_num_threads()//workers))) as pool:
         jobs = {pool.submit(ask, c, profile, progress=False, **options): c for c in configs}
         for job in as_completed(jobs):
             bar.update()
