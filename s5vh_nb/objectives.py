@@ -9,7 +9,7 @@ __all__ = ['two_views', 'beside', 'SLGObjective', 'MetricObjective']
 import torch
 from torch import Tensor, nn
 
-from .basics import expect
+from .basics import expect, second_stream
 from .centers import hash_centers
 from .config import TrainConfig
 from .losses import center_alignment_loss, center_logits, contrastive_loss, metric_loss, reconstruction_loss, refreshed
@@ -30,10 +30,10 @@ def beside(device:torch.device, work):
     if device.type != "cuda":
         work()
         return lambda: None
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream = second_stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream): work()
-    return lambda: torch.cuda.current_stream(device).wait_stream(stream)
+    return lambda: torch.cuda.current_stream().wait_stream(stream)
 
 # %% ../nbs/lib/22_objectives.ipynb #4700e9a3
 class SLGObjective(nn.Module):
