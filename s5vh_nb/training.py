@@ -104,10 +104,10 @@ def _read_checkpoint(path:str|Path) -> dict:
     return state
 
 def load_checkpoint(path:str|Path, config:TrainConfig, data:datasets.VideoDataset|MultiModalDataset, device:torch.device) -> TrainedRun:
-    "The run that `save_checkpoint` wrote; `ValueError` when it is damaged or belongs to another configuration or other data."
+    "The run that `save_checkpoint` wrote; `ValueError` when it is damaged or belongs to another configuration (looks apart, they change nothing) or other data."
     state = _read_checkpoint(path)
     stored = from_dict(state["config"], str(path))
-    expect(stored == config, str(path), f"a checkpoint of {config}", stored)
+    expect(replace(stored, watch=config.watch) == config, str(path), f"a checkpoint of {config}", stored)
     expect(state["fingerprint"] == data.fingerprint, str(path), f"a checkpoint trained on data with fingerprint {data.fingerprint}", state["fingerprint"])
     run = start(config, data, device)
     run.model.load_state_dict(state["model"]); run.objective.load_state_dict(state["objective"]); run.optimizer.load_state_dict(state["optimizer"])
@@ -246,7 +246,7 @@ def train(config:TrainConfig, # What to train; see `settled`
           checkpoint:str|Path|None=None, # File to save to as training goes
           every:int=10, # Epochs between two checkpoints
           resume:bool=False, # Go on from `checkpoint` when it exists
-          look=None, # Called with the run every `config.watch` epochs and after the last; its dict joins the history of that epoch
+          look=None, # Called with the run after the epochs that `watched` names; its dict joins the history of that epoch
           progress:bool=True) -> TrainedRun:
     "Train S5VH or DMMH as configured; the same seed on the same machine gives the same weights, resumed or not."
     data, device, clock = data or datasets.load(config.dataset, data_root), pick_device(device), time.perf_counter()

@@ -7,7 +7,7 @@ import torch
 from s5vh_nb import datasets, records, runs, training
 from s5vh_nb.config import replace, train_config
 
-CONFIG = train_config("spoken-digits", "smoke", epochs=4, watch=3)
+CONFIG = train_config("spoken-digits", "smoke", epochs=4, watch=2)
 DEVICES = ["cpu"] + ["cuda"]*torch.cuda.is_available()
 
 
@@ -24,7 +24,7 @@ def test_a_watched_run_learns_what_an_unwatched_one_learns(data, device):
     "On a GPU the looks come between replays of a captured step."
     alone = training.train(CONFIG, data, device=device, progress=False)
     watched = training.train(CONFIG, data, device=device, look=functools.partial(runs.look, data=data), progress=False)
-    assert ["map@5" in h for h in watched.history] == [True, True, True, True]
+    assert ["map@5" in h for h in watched.history] == [True, True, False, True]
     assert [{name: h[name] for name in alone.history[0]} for h in watched.history] == alone.history
     assert torch.equal(watched.model.encode(data.query.features), alone.model.encode(data.query.features))
 

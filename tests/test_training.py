@@ -1,6 +1,5 @@
 "Training: deterministic, exact when killed and resumed, clear when a checkpoint or the data are wrong."
 import os, signal, subprocess, sys, time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,8 +56,11 @@ def checkpoint(data, tmp_path_factory):
 
 def resume(path, data, **changes): return training.train(replace(CONFIG, epochs=1, **changes), data, device="cpu", checkpoint=path, resume=True, progress=False)
 
-def test_a_finished_checkpoint_is_not_trained_again(checkpoint, data):
-    assert resume(checkpoint, data).epoch == 1
+@pytest.mark.parametrize("changes", [{}, dict(watch=5)], ids=["as it was", "other looks"])
+def test_a_finished_checkpoint_is_not_trained_again(checkpoint, data, changes):
+    "A look changes nothing and is not part of a run's name, so its checkpoint serves with any."
+    before = torch.load(checkpoint, weights_only=True)["seconds"]
+    assert resume(checkpoint, data, **changes).seconds == before
 
 def test_a_truncated_checkpoint_is_named(checkpoint, data, tmp_path):
     broken = tmp_path/"broken.pt"
