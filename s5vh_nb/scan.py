@@ -532,7 +532,7 @@ def _norm_triton(x, y, eps):
 
 def _product_dtype(x): return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
-_NORMS = {"torch": _norm_torch, "triton": _norm_triton}
+_NORMS = {"torch": _norm_torch, "numba": _norm_torch, "triton": _norm_triton}
 
 def residual_norm(
     x:torch.Tensor, # (b, t, m) the residual stream
@@ -540,5 +540,4 @@ def residual_norm(
     eps:float=1e-6, # Added to the variance
 ) -> tuple: # x + y (b, t, m), and normalised (b, t, m + 8) in the dtype of matrix products: a column of ones and seven of zeros behind it
     "Residual sum and layer norm without gain and bias; the column of ones is for the bias of the matrix product that follows."
-    backend = _pick("auto", x, {"torch": 0, "numba": 0, "triton": 0})
-    return _NORMS["torch" if backend == "numba" else backend](x, y, eps)
+    return _NORMS[_pick("auto", x, _NORMS)](x, y, eps)
