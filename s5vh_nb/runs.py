@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from . import baselines, datasets, records, retrieval, training
 from .basics import expect, pick_device, project_root
-from .config import BaselineConfig, SEEDS, TrainConfig, TransferConfig, known, replace, to_dict
+from .config import BaselineConfig, TrainConfig, TransferConfig, replace, to_dict
 from .multimodal import PAIR_LAYOUTS, MultiModalDataset, official_file
 
 # %% ../nbs/lib/42_runs.ipynb #f63d6ce1
