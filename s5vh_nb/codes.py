@@ -80,6 +80,7 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         device, learning = next(self.parameters()).device, self.training
         n = next(len(x) for x in inputs if x is not None)
         expect(n > 0, "features", "at least one item", "none")
+        expect(batch > 0, "batch", "at least 1 item", batch)
         def part(x, start): return None if x is None else finite(torch.as_tensor(x[start:start + batch]).to(device, torch.float32))
         call = Captured(lambda *parts: pack(self.h(*parts)))
         self.eval()
