@@ -47,13 +47,14 @@ test-artefacts: $(READY)
 	$(BIN)/s5vh-nb reproduce --all --profile smoke
 
 lab: $(READY)  ## JupyterLab, opened at the index
-	$(BIN)/jupyter lab nbs/index.ipynb
+	$(BIN)/jupyter lab --ServerApp.root_dir=. nbs/index.ipynb
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
 
 prepare: $(READY)  ## after editing notebooks: export the package, clean the notebooks, make the README
 	$(BIN)/nbdev_export
+	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level WARN nbs/s5vh/*.ipynb nbs/dmmh/*.ipynb
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/readme.py
 

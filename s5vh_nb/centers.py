@@ -219,7 +219,9 @@ def sweep_centers(H:np.ndarray, # (c, k) start
             bar.set_postfix(quality=f"{history[-1]:.3f}")
             since = len(history) - 1 - history.index(max(history))                     # sweeps since the best one
             if since == 0: best = H.copy()
-            if since == 5 or (H == before).all(): break
+            if since == 5 or (H == before).all():
+                bar.total = bar.n                                                             # done, for the bar too
+                break
     return best, history
 
 # %% ../nbs/lib/20_centers.ipynb #9b0cfa04

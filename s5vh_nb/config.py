@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEPTHS', 'VARIANTS', 'DATASETS', 'PAIR_DATASETS', 'DMMH_TRAINING', 'PROFILES', 'PAIR_PROFILES', 'SEEDS', 'BITS',
-           'ABLATION_BITS', 'PAIR_BITS', 'KINDS', 'S5VHConfig', 'SLGConfig', 'DMMHConfig', 'MetricConfig',
+           'ABLATION_BITS', 'PAIR_BITS', 'KINDS', 'typed', 'S5VHConfig', 'SLGConfig', 'DMMHConfig', 'MetricConfig',
            'TrainConfig', 'known', 'replace', 'variant', 'train_config', 'BaselineConfig', 'TransferConfig', 'to_dict',
            'from_dict']
 
@@ -15,6 +15,13 @@ from dataclasses import dataclass, field
 from .basics import expect
 
 # %% ../nbs/lib/01_config.ipynb #552caabc
+def typed(config):
+    "Complain about a field of another type; whole numbers in fields for real ones become real, for a run is named by what is written."
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.type is float and type(value) is int: object.__setattr__(config, f.name, value := float(value))
+        if f.type in (int, float, str, bool): expect(type(value) is f.type, f.name, f.type.__name__, repr(value), TypeError)
+
 DEPTHS = {"mini": 1, "small": 6, "base": 12}  # the paper's three encoder sizes, in layers
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class S5VHConfig:
     frozen: bool = False        # mixers stay as they were drawn (the released code draws those of the rivals anew in every pass)
 
     def __post_init__(self):
+        typed(self)
         expect(self.bits > 0 and self.bits % 8 == 0, "bits", "a positive multiple of 8", self.bits)
         for name in ("d", "m", "depth", "decoder_m", "decoder_depth"): expect(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         expect(self.directions in ("both", "forward", "backward"), "directions", "'both', 'forward' or 'backward'", repr(self.directions))
@@ -58,6 +66,7 @@ class SLGConfig:
     refresh_normed: bool = True # the refresh sees what training sees; False: no LayerNorm, no temperature, as the released code runs
 
     def __post_init__(self):
+        typed(self)
         weights = {name: getattr(self, name) for name in ("reconstruction", "alpha", "beta")}
         expect(min(weights.values()) >= 0 and max(weights.values()) > 0, "reconstruction, alpha, beta", "weights of at least 0, one of them above 0", weights)
         expect(0 < self.mask_ratio < 1, "mask_ratio", "a share between 0 and 1, both excluded", self.mask_ratio)
@@ -89,6 +98,7 @@ class DMMHConfig:
     cnn_width: int = 64         # hidden width per bit of the CNN; 0 leaves the CNN out
 
     def __post_init__(self):
+        typed(self)
         expect(self.bits > 0 and self.bits % 8 == 0, "bits", "a positive multiple of 8", self.bits)
         for name in ("di", "dt", "width", "image_hidden", "text_hidden", "layers"): expect(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         choices = {"modality": ("both", "image", "text"), "dilation": ("bit", "bottleneck", "reshape", "none"),
@@ -107,6 +117,7 @@ class MetricConfig:
     quantization: float = 0.     # weight of MSE(h, sign h); 0.01 where a sister work has it
 
     def __post_init__(self):
+        typed(self)
         expect(self.n_classes > 0, "n_classes", "at least 1", self.n_classes)
         expect(self.similarity + self.classification > 0, "similarity, classification", "at least one weight above 0", "none")
 
@@ -128,9 +139,11 @@ class TrainConfig:
     objective: SLGConfig|MetricConfig = field(default_factory=SLGConfig)
 
     def __post_init__(self):
+        typed(self)
         expect(self.epochs >= 1, "epochs", "at least 1", self.epochs)
         for name in ("lr", "lr_end"): expect(0 < getattr(self, name) < 1e30, name, "a positive, finite number", getattr(self, name))
         expect(0 < self.share <= 1, "share", "a share in (0, 1]", self.share)
+        expect(self.seed >= 0, "seed", "at least 0", self.seed)
         expect(self.watch >= 0, "watch", "a number of epochs, or 0 for never", self.watch)
         expect(self.batch >= 2, "batch", "at least 2 (the contrast needs another video)", self.batch)
         pair = (type(self.model), type(self.objective))

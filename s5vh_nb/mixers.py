@@ -132,7 +132,6 @@ def gathered(layers:list) -> list: # Per layer its `ways`, with Mamba mixers of 
 def side_by_side(x:Tensor, # (b, t, m)
                  layers:list) -> Tensor: # `Bidirectional` ones with Mamba mixers, of the same directions; returns (b, t, m)
     "What the layers make of `x`, one after another, with both directions of a layer at once."
-    expect(len({layer.directions for layer in layers}) == 1, "directions", "the same ones in every layer", [layer.directions for layer in layers])
     ways, y = [layer.ways() for layer in layers], None
     for w in gathered(ways):
         backward = {"both": len(w.A)//2, "forward": 0, "backward": len(w.A)}[layers[0].directions]
@@ -143,7 +142,8 @@ def side_by_side(x:Tensor, # (b, t, m)
 class Layers(nn.Sequential):
     "`Bidirectional` layers, one after another; on a GPU Mamba's with both directions side by side."
     def forward(self, x:Tensor) -> Tensor: # (b, t, m) -> (b, t, m)
-        together = x.is_cuda and all(isinstance(mix, Mamba) for layer in self for _, mix in layer.ways())
+        alike = len({layer.directions for layer in self}) == 1                                # a silenced direction makes a layer another one
+        together = x.is_cuda and alike and all(isinstance(mix, Mamba) for layer in self for _, mix in layer.ways())
         return side_by_side(x, list(self)) if together else super().forward(x)
 
 # %% ../nbs/lib/12_mixers.ipynb #8b102b31

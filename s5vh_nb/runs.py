@@ -186,16 +186,23 @@ def ask_transfer(config:TrainConfig|BaselineConfig, # What learns, and from what
 # %% ../nbs/lib/42_runs.ipynb #f442cc74
 def ask_all(configs:list, # Runs, as for `ask`
             profile:str, *, data_root:str|None=None, device:str|None=None,
-            workers:int|None=None) -> list: # Processes side by side; None: one for each of at most 4 threads of torch on a CPU, 6 per GPU
+            workers:int|None=None) -> list: # Processes side by side; None: one for each of at most 4 threads of torch on a CPU, up to 6 per GPU
     "The records of several runs, in order; a failed run is reported by name after the others have finished."
-    workers = workers or (min(4, torch.get_num_threads()) if pick_device(device).type == "cpu" else 6*torch.cuda.device_count())
     missing = [c for c in configs if not read(c, profile, load_data(c.dataset, data_root))]
+    workers = workers or _at_once(pick_device(device), [load_data(c.dataset, data_root) for c in missing])
     options = dict(data_root=data_root, device=device)
     with tqdm(total=len(configs), initial=len(configs) - len(missing), desc="runs", unit="run") as bar:
         if workers == 1 or len(missing) < 2:
             for config in missing: ask(config, profile, **options); bar.update()
         else: _side_by_side(missing, profile, options, workers, bar)
     return [ask(c, profile, **options) for c in configs]
+
+def _at_once(device, sets) -> int:
+    "Processes that can work side by side: on a GPU each has the features twice for a while, and some 6 GB to work in."
+    if device.type == "cpu": return min(4, torch.get_num_threads())
+    largest = max((sum(x.nbytes for x in data.train.inputs) for data in sets), default=0)
+    gpus = torch.cuda.device_count() if device.index is None else 1
+    return gpus*max(1, min(6, int(.8*torch.cuda.mem_get_info(device)[0]/(2*largest + 6e9))))
 
 def _share(started, threads):
     "Give the processes of a pool the GPUs in turn, and their part of the CPU's threads."

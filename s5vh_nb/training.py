@@ -248,7 +248,7 @@ def train(config:TrainConfig, # What to train; see `settled`
           resume:bool=False, # Go on from `checkpoint` when it exists
           look=None, # Called with the run after the epochs that `watched` names; its dict joins the history of that epoch
           progress:bool=True) -> TrainedRun:
-    "Train S5VH or DMMH as configured; the same seed on the same machine gives the same weights, resumed or not."
+    "Train S5VH or DMMH as configured; the same seed on the same machine, with as many threads, gives the same weights, resumed or not."
     data, device, clock = data or datasets.load(config.dataset, data_root), pick_device(device), time.perf_counter()
     config, data = settled(config, data), training_share(data, config.share, config.seed)
     inputs = tuple(place(x, device, config.precision) for x in data.train.inputs) # (n, t, d), or (n, di) and (n, dt)
@@ -258,7 +258,7 @@ def train(config:TrainConfig, # What to train; see `settled`
         prepare(run, data, inputs, progress)
         run.seconds.append(time.perf_counter() - clock)
     steps = {warm: make_step(run, warm) for warm in (False, True)}
-    bar = tqdm(total=config.epochs, initial=run.epoch, desc=f"{config.dataset} {config.model.bits} bits seed {config.seed}", unit="epoch", disable=not progress)
+    bar = tqdm(total=config.epochs, initial=run.epoch, desc=f"{config.dataset} {config.model.bits} bits seed {config.seed}", unit="epoch", leave=False, disable=not progress)
     with bar, matmul_precision(config.precision), torch.random.fork_rng([device] if device.type == "cuda" else []):
         while run.epoch < config.epochs:
             clock = time.perf_counter()
