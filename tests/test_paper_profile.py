@@ -1,5 +1,4 @@
 "Profile `paper` from end to end: all four official layouts, by the real command and the real notebook; only the network and the schedule are smoke's, so that it takes seconds."
-import shutil
 
 import h5py
 import numpy as np
@@ -7,7 +6,6 @@ import pandas as pd
 import pytest
 
 from s5vh_nb import config, datasets, records, reproduce, runs, training
-from s5vh_nb.basics import project_root
 
 SIZES = {"ucf101": (130, 130, 40), "hmdb51": (120, 120, 40), "fcvid": (120, 150, 150), "activitynet": (120, 110, 30)} # train, database, query
 REDUCED = config.PROFILES["smoke"] | {"n_centers": 100, "epochs": 3}
@@ -29,18 +27,7 @@ def data_root(tmp_path):
     return tmp_path/"data"
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    "A project of its own, with the notebook and the published numbers; its kernels start with the small configuration."
-    home = tmp_path/"home"
-    for part in ("nbs/s5vh/retrieval.ipynb", "results/published"):
-        (home/part).parent.mkdir(parents=True, exist_ok=True)
-        (shutil.copytree if (project_root()/part).is_dir() else shutil.copy)(project_root()/part, home/part)
-    startup = tmp_path/"ipython"/"profile_default"/"startup"
-    startup.mkdir(parents=True)
-    (startup/"small.py").write_text(STARTUP)
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path/"ipython"))
-    monkeypatch.setenv("S5VH_NB_HOME", str(home))
-    return home
+def home(project): return project(("nbs/s5vh/retrieval.ipynb", "results/published"), STARTUP)
 
 def reproduce_retrieval(data_root): return reproduce.main(["reproduce", "s5vh/retrieval", "--profile", "paper", "--device", "cpu", "-p", f"data_root={data_root}", "-p", "bits=16", "-p", "seeds=1"])
 

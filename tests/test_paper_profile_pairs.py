@@ -1,11 +1,9 @@
 "Profile `paper` of paper 2 from end to end: all three official layouts in both formats, by the real command and the real notebooks; only the network and the schedule are smoke's, so that it takes seconds."
-import shutil
 
 import pandas as pd
 import pytest
 
 from s5vh_nb import config, multimodal, records, reproduce
-from s5vh_nb.basics import project_root
 
 SIZES = (60, 110, 30) # train (inside the database), database, query
 VERSIONS = {"mirflickr25k": "7.3", "nuswide": "5", "mscoco": "7.3"}
@@ -23,16 +21,7 @@ def data_root(tmp_path):
     return tmp_path/"data"
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    "A project of its own, with paper 2's notebooks and the published numbers; its kernels start with the small configuration."
-    home = tmp_path/"home"
-    for part in ("nbs/dmmh", "results/published"): shutil.copytree(project_root()/part, home/part)
-    startup = tmp_path/"ipython"/"profile_default"/"startup"
-    startup.mkdir(parents=True)
-    (startup/"small.py").write_text(STARTUP)
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path/"ipython"))
-    monkeypatch.setenv("S5VH_NB_HOME", str(home))
-    return home
+def home(project): return project(("nbs/dmmh", "results/published"), STARTUP)
 
 def test_tables_of_all_three_sets(home, data_root, capfd):
     "Table 1 tells the sizes, Table 2 has our rows and the paper's, no output names the folder of the data."
