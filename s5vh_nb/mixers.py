@@ -10,13 +10,14 @@ __all__ = ['MIXERS', 'step_bias', 'Weights', 'mamba', 'Mamba', 'Bidirectional', 
 # %% ../nbs/lib/12_mixers.ipynb #3a6fe2ba
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .basics import expect
-from .scan import PADDING, causal_conv1d, residual_norm, selective_scan
+from .scan import causal_conv1d, norm_folded, residual_norm, selective_scan
 
 # %% ../nbs/lib/12_mixers.ipynb #aac2bc0b
 def step_bias(d:int, # Channels
@@ -76,7 +77,7 @@ class Mamba(nn.Module):
 
     def weights(self) -> Weights:
         "The parameters as the formula needs them."
-        return Weights(self.in_proj.weight, self.conv1d.weight[:, 0], self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias,
+        return Weights(self.in_proj.weight, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias,
                        -torch.exp(self.A_log), self.D, self.out_proj.weight)
 
     def forward(self, x:Tensor) -> Tensor: return mamba(x, self.weights()) # (b, t, m) -> (b, t, m)
@@ -107,26 +108,34 @@ class Bidirectional(nn.Module):
         return out
 
 # %% ../nbs/lib/12_mixers.ipynb #fc453c6d
+class _Stack(torch.autograd.Function):
+    "`torch.stack` along a new first dimension, without a copy where the tensors lie at equal distances in one piece of memory."
+    @staticmethod
+    def forward(ctx, *tensors):
+        first, at = tensors[0].detach(), [v.data_ptr() for v in tensors]
+        equal = len({v.untyped_storage().data_ptr() for v in tensors}) == len({v.stride() for v in tensors}) == len({b - a for a, b in pairwise(at)}) == 1
+        return first.as_strided((len(at), *first.shape), ((at[1] - at[0])//first.element_size(), *first.stride())) if equal and at[1] > at[0] else torch.stack(tensors)
+
+    @staticmethod
+    def backward(ctx, grad): return grad.unbind(0)
+
 def _blocks(w:Tensor) -> Tensor: # (l, g, rows, columns) -> (l, g, rows, g*columns)
     "Each of the `g` matrices in columns of its own, zeros elsewhere."
-    return (w[:, :, :, None]*torch.eye(w.shape[1], device=w.device, dtype=w.dtype)[:, None, :, None]).flatten(3)
+    return torch.diag_embed(w.permute(0, 2, 3, 1), dim1=1, dim2=3).flatten(3)
 
 def gathered(layers:list) -> list: # Per layer its `ways`, with Mamba mixers of one shape; returns `Weights` per layer
     "Both directions of all layers side by side; the gains and biases of the LayerNorms are in `in_proj`. Matrices in autocast's dtype."
     norms, mixes = zip(*((norm, mix) for ways in layers for norm, mix in ways))
-    def stack(tensors): return torch.stack(list(tensors)).unflatten(0, (len(layers), -1))                 # (l, g, ...)
-    gain, bias = stack(norm.weight for norm in norms), stack(norm.bias for norm in norms)                 # (l, g, m)
-    W = stack(mix.in_proj.weight for mix in mixes)                                                        # (l, g, 2*d, m)
-    halves = lambda v: v.unflatten(2, (2, -1)).transpose(1, 2).flatten(1, 3)                              # (l, g, 2*d, ...) -> (l, 2*g*d, ...)
-    x_proj = _blocks(stack(mix.x_proj.weight for mix in mixes)).split(mixes[0].split, 2)                  # (l, g, r, g*d), (l, g, n, g*d) twice
-    W = torch.cat([W*gain[:, :, None], F.pad(W @ bias[..., None], (0, PADDING - 1))], -1)                 # (l, g, 2*d, m + 8)
-    matrices = [halves(W), torch.cat([part.flatten(1, 2) for part in x_proj], 1),
-                _blocks(stack(mix.dt_proj.weight for mix in mixes)).flatten(1, 2), stack(mix.out_proj.weight for mix in mixes).transpose(1, 2).flatten(2)]
-    kind = W.device.type
-    if torch.is_autocast_enabled(kind): matrices = [matrix.to(torch.get_autocast_dtype(kind)) for matrix in matrices]
-    taps, conv_bias, dt_bias, A, D = (stack(get(mix) for mix in mixes).flatten(1, 2) for get in (lambda mix: mix.conv1d.weight[:, 0], lambda mix: mix.conv1d.bias,
-                                      lambda mix: mix.dt_proj.bias, lambda mix: mix.A_log, lambda mix: mix.D))                        # (l, g*d, ...)
-    in_proj, x_proj, dt_proj, out_proj = matrices
+    kind, dtype = mixes[0].D.device.type, mixes[0].D.dtype
+    if torch.is_autocast_enabled(kind): dtype = torch.get_autocast_dtype(kind)
+    def stack(get, of=mixes): return _Stack.apply(*map(get, of)).unflatten(0, (len(layers), -1))             # (l, g, ...)
+    in_proj = norm_folded(stack(lambda mix: mix.in_proj.weight), stack(lambda norm: norm.weight, norms), stack(lambda norm: norm.bias, norms))   # (l, 2*g*d, m + 8)
+    x_proj = _blocks(stack(lambda mix: mix.x_proj.weight).to(dtype)).split(mixes[0].split, 2)                # (l, g, r, g*d), (l, g, n, g*d) twice
+    x_proj = torch.cat([part.flatten(1, 2) for part in x_proj], 1)                                           # (l, g*(r + 2*n), g*d)
+    dt_proj = _blocks(stack(lambda mix: mix.dt_proj.weight).to(dtype)).flatten(1, 2)                         # (l, g*d, g*r)
+    out_proj = stack(lambda mix: mix.out_proj.weight).to(dtype).transpose(1, 2).flatten(2)                   # (l, m, g*d)
+    taps, conv_bias, dt_bias, A, D = (stack(get).flatten(1, 2) for get in (lambda mix: mix.conv1d.weight.squeeze(1), lambda mix: mix.conv1d.bias, lambda mix: mix.dt_proj.bias,
+                                      lambda mix: mix.A_log, lambda mix: mix.D))                              # (l, g*d, ...)
     return [Weights(*each) for each in zip(*(v.unbind(0) for v in (in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, -torch.exp(A), D, out_proj)))]
 
 def side_by_side(x:Tensor, # (b, t, m)

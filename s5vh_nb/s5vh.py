@@ -7,7 +7,7 @@ __all__ = ['positions', 'take', 'hidden_frames', 'temporal_layers', 'Encoder', '
            'S5VHOutput', 'S5VH']
 
 # %% ../nbs/lib/14_s5vh.ipynb #c99696d4
-import dataclasses, re, warnings
+import dataclasses, functools, re, warnings
 from pathlib import Path
 
 import torch
@@ -19,10 +19,11 @@ from .codes import HashNetwork, relax
 from .config import S5VHConfig, known
 
 # %% ../nbs/lib/14_s5vh.ipynb #8977b5d4
+@functools.lru_cache(64)
 def positions(t:int, # frames
               m:int, # width
               device=None) -> Tensor:
-    "Fixed sinusoidal positions, float32 (t, m) (S5VH, encoder)."
+    "Fixed sinusoidal positions, float32 (t, m) (S5VH, encoder). Made once: do not write to them."
     j = torch.arange(m, device=device)
     angle = torch.arange(t, device=device)[:, None] / 10000**(2*(j//2)/m)     # (t, m)
     return torch.where(j % 2 == 0, angle.sin(), angle.cos())

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
 from . import datasets
@@ -69,6 +70,8 @@ class TrainedRun:
     fingerprint: str            # of the data it learns from
     model: S5VH|DMMH
     objective: nn.Module
+    learning: list              # their parameters that learn, each with a view of the gradient of `weights`
+    weights: nn.Parameter       # these parameters one behind the other (w,); they are views of it
     optimizer: torch.optim.Optimizer
     device: torch.device
     epoch: int = 0              # the next one
@@ -81,9 +84,13 @@ def start(config:TrainConfig, data:datasets.VideoDataset|MultiModalDataset, devi
         torch.manual_seed(config.seed)
         model = NETWORKS[type(config.model)](config.model).to(device)
         objective = OBJECTIVES[type(config.objective)](config, len(data.train)).to(device)
-    optimizer = torch.optim.AdamW([*model.parameters(), *objective.parameters()], lr=torch.tensor(config.lr, device=device),
-                                  weight_decay=config.weight_decay, fused=True, capturable=device.type == "cuda")
-    return TrainedRun(config, data.fingerprint, model, objective, optimizer, device)
+    learning = [p for p in (*model.parameters(), *objective.parameters()) if p.requires_grad]
+    weights = nn.Parameter(parameters_to_vector(learning).detach())
+    vector_to_parameters(weights.data, learning)
+    weights.grad = torch.zeros_like(weights)
+    learning = [(p, g.view_as(p)) for p, g in zip(learning, weights.grad.split([p.numel() for p in learning]))]
+    optimizer = torch.optim.AdamW([weights], lr=torch.tensor(config.lr, device=device), weight_decay=config.weight_decay, fused=True, capturable=device.type == "cuda")
+    return TrainedRun(config, data.fingerprint, model, objective, learning, weights, optimizer, device)
 
 # %% ../nbs/lib/23_training.ipynb #ba5b0d16
 _SCHEMA = 1
@@ -118,10 +125,12 @@ def load_checkpoint(path:str|Path, config:TrainConfig, data:datasets.VideoDatase
 # %% ../nbs/lib/23_training.ipynb #4248d438
 def step(run:TrainedRun, warm:bool, *batch:Tensor) -> dict: # from `batches`
     "One update of the weights; the loss and its terms, scalars on the device."
-    run.optimizer.zero_grad()
+    for p, _ in run.learning: p.grad = None
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bfloat16", cache_enabled=False):
         terms = run.objective(run.model, *batch, warm=warm)
     terms["loss"].backward()
+    reached = [(g, p.grad) for p, g in run.learning if p.grad is not None]        # a loss that is switched off may leave weights out
+    torch._foreach_copy_(*zip(*reached))
     run.optimizer.step()
     return {name: value.detach() for name, value in terms.items()}
 

@@ -10,8 +10,8 @@ from s5vh_nb.s5vh import S5VH
 
 if not torch.cuda.is_available(): pytest.skip("needs a CUDA device", allow_module_level=True)
 pytest.importorskip("triton")
-from s5vh_nb.scan import _norm_torch
-from s5vh_nb.scan_triton import residual_norm_triton
+from s5vh_nb.scan import _folded_torch, _norm_torch
+from s5vh_nb.scan_triton import norm_folded_triton, residual_norm_triton
 
 
 def graded(outputs, given): return [*outputs, *torch.autograd.grad(sum((y.float()*torch.linspace(-1, 1, y.numel(), device="cuda").view(y.shape)).sum() for y in outputs), given)]
@@ -47,6 +47,15 @@ def test_sum_and_norm(m, dtype, alone):
     given, y = ([x], None) if alone else ([x, y], y)
     with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16): wanted = graded(_norm_torch(x, y, 1e-6), given)
     for mine, theirs in zip(graded(residual_norm_triton(x, y, 1e-6, dtype), given), wanted, strict=True):
+        assert mine.dtype == theirs.dtype and (mine - theirs).norm() <= (1e-5 if dtype == torch.float32 else 2e-2)*theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("m", [16, 100, 256])
+def test_gain_and_bias_in_the_weights(m, dtype):
+    torch.manual_seed(0)
+    given = [torch.randn(2, 3, 2*m, m, device="cuda").transpose(0, 1).requires_grad_(), *(torch.randn(3, 2, m, device="cuda").requires_grad_() for _ in range(2))]
+    for mine, theirs in zip(*(graded((fold(*given, dtype),), given) for fold in (norm_folded_triton, _folded_torch)), strict=True):
         assert mine.dtype == theirs.dtype and (mine - theirs).norm() <= (1e-5 if dtype == torch.float32 else 2e-2)*theirs.norm()
 
 
