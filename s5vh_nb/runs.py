@@ -222,10 +222,13 @@ def _side_by_side(configs, profile, options, workers, bar):
 # %% ../nbs/lib/42_runs.ipynb #2ffb8f95
 def several(value, # None, one value, a list, or text with commas
             default) -> list: # What None stands for
-    "A parameter as a list: `several('16,32', ...)` and `several([16, 32], ...)` are the same."
+    "A parameter as a list: `several('16,32', ...)` and `several([16, 32], ...)` are the same; `TypeError` or `ValueError` for what names nothing."
     if value is None: return list(default)
+    wanted, where = "a name or a number, several of them, or None", "dataset, bits or seeds"
     if isinstance(value, str): value = [part.strip() for part in value.split(",")]
     values = list(value) if isinstance(value, (list, tuple)) else [value]
+    expect(all(type(v) in (int, str) for v in values), where, wanted, repr(value), TypeError)
+    expect(values and "" not in values, where, wanted, repr(value))
     return [int(v) if isinstance(v, str) and v.isdigit() else v for v in values]
 
 def _there(names, find, root):
