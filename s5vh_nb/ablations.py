@@ -71,7 +71,8 @@ def check_looks(rows:list, # Records
                 score:str="map@5"): # As for `curve_of`
     "`ValueError` naming the runs that were not looked at: another look asks for another training."
     blind = list(dict.fromkeys(record.name for record in rows if curve_of(record, score).empty))
-    expect(not blind, f"history of {', '.join(blind)}", f"looks with {score} (to run again, move the record and its checkpoint away and ask with watch above 0)", "none")
+    wanted = f"looks with {score} (to run again, move the record and its checkpoint away and ask with watch above 0)"
+    expect(not blind, f"history of {', '.join(blind)}", wanted, "none")
 
 def mark_of(*curves:pd.Series) -> float: # Of `curve_of`
     "95 % of the last value, of several curves of the lowest of them."

@@ -194,7 +194,8 @@ class PairHasher:
         "Packed codes, block by block; `TypeError` for what is no array, `ValueError` for features of another width, NaN and infinity."
         array_like(image, "image"); array_like(text, "text")
         found = tuple(image.shape[1:]) + tuple(text.shape[1:])
-        expect(found == self.widths and len(image) == len(text), "features", f"as many texts as images, of widths {self.widths}", (tuple(image.shape), tuple(text.shape)))
+        expect(found == self.widths and len(image) == len(text), "features", f"as many texts as images, of widths {self.widths}",
+               (tuple(image.shape), tuple(text.shape)))
         blocks = (pair_rows(image[rows], text[rows]) for rows in row_blocks(image))
         return np.concatenate([np.packbits((x - self.mean) @ self.directions > 0, axis=1) for x in blocks])
 

@@ -99,7 +99,7 @@ def percent(ours:list|None, theirs:list|None, profile:str, data_root:str|None=No
 
 # %% ../nbs/lib/45_claims.ipynb #a25b8ae1
 def epochs_saved(ours:list|None, theirs:list|None) -> Interval|None: # Records, one per seed, at equal seeds
-    "Epochs that `ours` reaches the common mark earlier (`ablations.mark_of`), t-interval over seeds; None when a row has not been run, or a run not been looked at."
+    "Epochs that `ours` reaches the common mark earlier, t-interval over seeds; None when a row has not been run, or not been looked at."
     if ours is None or theirs is None: return None
     pairs = [tuple(ablations.curve_of(record) for record in pair) for pair in zip(ours, theirs, strict=True)]
     if any(curve.empty for pair in pairs for curve in pair): return None
@@ -113,14 +113,17 @@ def table(claims:list) -> pd.DataFrame: # Of `Claim`
         at = weakest(claim)
         hold = sum(verdict(e, claim.wanted) == "holds" for e in claim.findings.values() if e is not None)
         shown = claim.findings[at] if at is not None else Interval(np.nan, np.nan, np.nan)
-        lines.append({"claim": claim.says, "test": claim.test, "data": claim.data, "weakest": at or "", **dict(zip(("effect", "low", "high"), shown)), "unit": claim.unit,
-                      "hold": f"{hold} of {len(claim.findings)}" if at is not None else "", "seeds": claim.seeds, "verdict": conclusion(claim), "notebook": claim.notebook})
+        lines.append({"claim": claim.says, "test": claim.test, "data": claim.data, "weakest": at or "",
+                      **dict(zip(("effect", "low", "high"), shown)), "unit": claim.unit,
+                      "hold": f"{hold} of {len(claim.findings)}" if at is not None else "", "seeds": claim.seeds,
+                      "verdict": conclusion(claim), "notebook": claim.notebook})
     return pd.DataFrame(lines).astype({"seeds": "Int64"})
 
 def details(claims:list) -> pd.DataFrame:
     "One line per comparison."
     none = Interval(np.nan, np.nan, np.nan)
-    lines = [{"claim": c.says, "data": c.data, "setting": setting, **dict(zip(("effect", "low", "high"), e or none)), "unit": c.unit, "wanted above": c.wanted[0], "wanted below": c.wanted[1],
+    lines = [{"claim": c.says, "data": c.data, "setting": setting, **dict(zip(("effect", "low", "high"), e or none)), "unit": c.unit,
+              "wanted above": c.wanted[0], "wanted below": c.wanted[1],
               "verdict": verdict(e, c.wanted) if e else "not run yet"} for c in claims for setting, e in c.findings.items()]
     return pd.DataFrame(lines)
 
@@ -146,7 +149,8 @@ def _draw(ax, claims): # One unit
             ax.plot(e.mean, place, "o", color=colour, mfc="w" if claim.seeds in FEW else colour, ms=4.5 if bold else 2.5)
     ax.set(xlim=(low - edge, high + edge), ylim=(len(claims) - .4, -.6), xlabel=claims[0].unit)
     often = pd.Series([c.says for c in claims]).duplicated(keep=False)
-    ax.set_yticks(range(len(claims)), [c.says + f" ({c.data})"*more for c, more in zip(claims, often)], fontsize=8); ax.grid(axis="y", visible=False); ax.tick_params(axis="y", length=0)
+    ax.set_yticks(range(len(claims)), [c.says + f" ({c.data})"*more for c, more in zip(claims, often)], fontsize=8)
+    ax.grid(axis="y", visible=False); ax.tick_params(axis="y", length=0)
 
 def _left_out(claims): # What the figure says of those that it can't show
     said = pd.Series([conclusion(c) for c in claims if weakest(c) is None], dtype=object).value_counts()
@@ -162,6 +166,7 @@ def plot(claims:list) -> plt.Figure: # Of `Claim`; those without a verdict are l
     if not judged: return fig
     for ax, part in zip(fig.subplots(len(units), height_ratios=heights, squeeze=False)[:, 0], units.values()): _draw(ax, part)
     marks = [plt.Line2D([], [], color=colour, marker="o", ms=4.5, label=name) for name, colour in COLOURS.items()]
-    marks += [plt.Line2D([], [], color="0.2", marker="o", ms=4.5, mfc="w", ls="", label="one or two seeds"), plt.Rectangle((0, 0), 1, 1, color="0.9", label="where the claim puts it")]
+    marks += [plt.Line2D([], [], color="0.2", marker="o", ms=4.5, mfc="w", ls="", label="one or two seeds"),
+              plt.Rectangle((0, 0), 1, 1, color="0.9", label="where the claim puts it")]
     fig.legend(handles=marks, loc="outside upper center", ncols=5, fontsize=8)
     return fig

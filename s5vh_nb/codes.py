@@ -88,7 +88,9 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         def part(x, start): return None if x is None else finite(torch.as_tensor(x[start:start + batch]).to(device, torch.float32))
         call = Captured(lambda *parts: pack(self.h(*parts)))
         self.eval()
-        try: codes = [call(*(part(x, start) for x in inputs)).clone() for start in tqdm(range(0, n, batch), desc="encode", unit="batch", leave=False, disable=not progress)]
+        try:
+            bar = tqdm(range(0, n, batch), desc="encode", unit="batch", leave=False, disable=not progress)
+            codes = [call(*(part(x, start) for x in inputs)).clone() for start in bar]
         finally: self.train(learning)
         return torch.cat(codes).cpu()
 

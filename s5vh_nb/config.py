@@ -58,7 +58,7 @@ class SLGConfig:
     temperature: float = 0.5    # of the contrast
     n_centers: int = 101        # c
     pca: int = 512              # dimensions kept before k-means
-    centers: str = "semantic"   # "semantic", "plain" (optimised without the semantic term), "hadamard" (start only), "random"; "file:<SHA-256>" is set by `training.settled`
+    centers: str = "semantic"   # "semantic", "plain" (no semantic term), "hadamard" (start only), "random"; `training.settled` sets "file:<SHA-256>"
     wired: bool = True          # logits from the centers; False: from a trainable Linear, as the released code runs
     matched: bool = True        # label i means center i; False: labels of a second k-means, as the released code runs
     warmup: int = 50            # epochs before the soft labels start to move
@@ -100,11 +100,13 @@ class DMMHConfig:
     def __post_init__(self):
         typed(self)
         expect(self.bits > 0 and self.bits % 8 == 0, "bits", "a positive multiple of 8", self.bits)
-        for name in ("di", "dt", "width", "image_hidden", "text_hidden", "layers"): expect(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+        for name in ("di", "dt", "width", "image_hidden", "text_hidden", "layers"):
+            expect(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         choices = {"modality": ("both", "image", "text"), "dilation": ("bit", "bottleneck", "reshape", "none"),
                    "directions": ("forward", "both"), "fusion": ("sum", "concat", "gate")}
         for name, names in choices.items(): expect(getattr(self, name) in names, name, f"one of {', '.join(names)}", repr(getattr(self, name)))
-        expect(self.dilation != "reshape" or self.width % self.bits == 0, "width", f"a multiple of the {self.bits} bits, to cut it for dilation 'reshape'", self.width)
+        expect(self.dilation != "reshape" or self.width % self.bits == 0, "width",
+               f"a multiple of the {self.bits} bits, to cut it for dilation 'reshape'", self.width)
         expect(0 <= self.dropout < 1, "dropout", "a share in [0, 1)", self.dropout)
         expect(self.cnn_width >= 0, "cnn_width", "a width, or 0 for no CNN", self.cnn_width)
 
@@ -147,7 +149,8 @@ class TrainConfig:
         expect(self.watch >= 0, "watch", "a number of epochs, or 0 for never", self.watch)
         expect(self.batch >= 2, "batch", "at least 2 (the contrast needs another video)", self.batch)
         pair = (type(self.model), type(self.objective))
-        expect(pair in ((S5VHConfig, SLGConfig), (DMMHConfig, MetricConfig)), "objective", "SLGConfig with S5VHConfig, MetricConfig with DMMHConfig", [c.__name__ for c in pair])
+        expect(pair in ((S5VHConfig, SLGConfig), (DMMHConfig, MetricConfig)), "objective",
+               "SLGConfig with S5VHConfig, MetricConfig with DMMHConfig", [c.__name__ for c in pair])
         expect(self.precision in ("float32", "tf32", "bfloat16"), "precision", "'float32', 'tf32' or 'bfloat16'", repr(self.precision))
 
 # %% ../nbs/lib/01_config.ipynb #ee87a2ac
