@@ -20,6 +20,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .basics import expect
+from .codes import array_like
 from .config import known
 from .datasets import row_blocks
 from .multimodal import PairSplit
@@ -99,7 +100,8 @@ class Hasher:
     lift:Pipeline|None = None # Applied before the mean is taken off
 
     def encode(self, x) -> np.ndarray: # (b, t, d) features of any kind -> (b, k/8) uint8
-        "Packed codes, block by block; `ValueError` for videos of another shape, NaN and infinity."
+        "Packed codes, block by block; `TypeError` for what is no array, `ValueError` for videos of another shape, NaN and infinity."
+        array_like(x, "features")
         expect(len(x) > 0, "features", "at least one video", "none")
         expect(tuple(x.shape[1:]) == self.shape, "features", f"videos of shape {self.shape}, as in training", tuple(x.shape[1:]))
         return np.concatenate([self._encode_block(view_of(x[rows], self.view)) for rows in row_blocks(x)])
@@ -189,9 +191,11 @@ class PairHasher:
     directions:np.ndarray # (di + dt, k)
 
     def encode(self, image, text) -> np.ndarray: # (b, di) and (b, dt) features of any kind -> (b, k/8) uint8
-        "Packed codes, block by block; `ValueError` for features of another width, NaN and infinity."
-        found = image.shape[1], text.shape[1]
-        expect(found == self.widths and len(image) == len(text), "features", f"as many texts as images, of widths {self.widths}", (tuple(image.shape), tuple(text.shape)))
+        "Packed codes, block by block; `TypeError` for what is no array, `ValueError` for features of another width, NaN and infinity."
+        array_like(image, "image"); array_like(text, "text")
+        found = tuple(image.shape[1:]) + tuple(text.shape[1:])
+        expect(found == self.widths and len(image) == len(text), "features", f"as many texts as images, of widths {self.widths}",
+               (tuple(image.shape), tuple(text.shape)))
         blocks = (pair_rows(image[rows], text[rows]) for rows in row_blocks(image))
         return np.concatenate([np.packbits((x - self.mean) @ self.directions > 0, axis=1) for x in blocks])
 

@@ -49,10 +49,12 @@ def project_root() -> Path:
     return next((p for p in (here, *here.parents) if (p/"settings.ini").exists()), here)
 
 def pick_device(device:str|None=None) -> torch.device: # "cpu", "cuda", "cuda:1"; None or "auto" takes a GPU when there is one
-    "The device to run on; `ValueError` when a GPU is asked for and none is there."
-    if device in (None, "auto"): device = "cuda" if torch.cuda.is_available() else "cpu"
+    "The device to run on; `TypeError` for what is no text, `ValueError` for a device that torch does not know and for a GPU that is not there."
+    if device is None or device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
+    expect(isinstance(device, str), "device", "text such as 'cpu' or 'cuda', or None", repr(device), TypeError)
     expect(not device.startswith("cuda") or torch.cuda.is_available(), "device", "'cpu' (this torch sees no GPU)", repr(device))
-    return torch.device(device)
+    try: return torch.device(device)
+    except RuntimeError as error: raise ValueError(f"device: expected 'cpu', 'cuda' or 'cuda:1', found {device!r}") from error
 
 # %% ../nbs/lib/00_basics.ipynb #b6963519
 @functools.cache

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEW', 'DEGREES', 'COLOURS', 'verdict', 'Claim', 'weakest', 'conclusion', 'found', 'score_of', 'effect', 'gain',
-           'percent', 'table', 'details', 'blank', 'plot']
+           'percent', 'epochs_saved', 'table', 'details', 'blank', 'plot']
 
 # %% ../nbs/lib/45_claims.ipynb #3d5ca2a6
 import functools
@@ -97,6 +97,14 @@ def percent(ours:list|None, theirs:list|None, profile:str, data_root:str|None=No
     unit = 100/score_of(theirs, profile, data_root).mean()
     return [(unit, ours), (-unit, theirs)]
 
+# %% ../nbs/lib/45_claims.ipynb #a25b8ae1
+def epochs_saved(ours:list|None, theirs:list|None) -> Interval|None: # Records, one per seed, at equal seeds
+    "Epochs that `ours` reaches the common mark earlier, t-interval over seeds; None when a row has not been run, or not been looked at."
+    if ours is None or theirs is None: return None
+    pairs = [tuple(ablations.curve_of(record) for record in pair) for pair in zip(ours, theirs, strict=True)]
+    if any(curve.empty for pair in pairs for curve in pair): return None
+    return report.interval([ablations.reach(b, ablations.mark_of(a, b)) - ablations.reach(a, ablations.mark_of(a, b)) for a, b in pairs])
+
 # %% ../nbs/lib/45_claims.ipynb #a9bcf483
 def table(claims:list) -> pd.DataFrame: # Of `Claim`
     "One line per claim: its weakest comparison (where, effect, interval), how many hold, and the verdict."
@@ -105,14 +113,17 @@ def table(claims:list) -> pd.DataFrame: # Of `Claim`
         at = weakest(claim)
         hold = sum(verdict(e, claim.wanted) == "holds" for e in claim.findings.values() if e is not None)
         shown = claim.findings[at] if at is not None else Interval(np.nan, np.nan, np.nan)
-        lines.append({"claim": claim.says, "test": claim.test, "data": claim.data, "weakest": at or "", **dict(zip(("effect", "low", "high"), shown)), "unit": claim.unit,
-                      "hold": f"{hold} of {len(claim.findings)}" if at is not None else "", "seeds": claim.seeds, "verdict": conclusion(claim), "notebook": claim.notebook})
+        lines.append({"claim": claim.says, "test": claim.test, "data": claim.data, "weakest": at or "",
+                      **dict(zip(("effect", "low", "high"), shown)), "unit": claim.unit,
+                      "hold": f"{hold} of {len(claim.findings)}" if at is not None else "", "seeds": claim.seeds,
+                      "verdict": conclusion(claim), "notebook": claim.notebook})
     return pd.DataFrame(lines).astype({"seeds": "Int64"})
 
 def details(claims:list) -> pd.DataFrame:
     "One line per comparison."
     none = Interval(np.nan, np.nan, np.nan)
-    lines = [{"claim": c.says, "data": c.data, "setting": setting, **dict(zip(("effect", "low", "high"), e or none)), "unit": c.unit, "wanted above": c.wanted[0], "wanted below": c.wanted[1],
+    lines = [{"claim": c.says, "data": c.data, "setting": setting, **dict(zip(("effect", "low", "high"), e or none)), "unit": c.unit,
+              "wanted above": c.wanted[0], "wanted below": c.wanted[1],
               "verdict": verdict(e, c.wanted) if e else "not run yet"} for c in claims for setting, e in c.findings.items()]
     return pd.DataFrame(lines)
 
@@ -124,7 +135,7 @@ def blank(frame:pd.DataFrame) -> pd.DataFrame:
 COLOURS = {"holds": "C2", "undecided": "0.45", "does not hold": "C3"}
 
 def _draw(ax, claims): # One unit
-    known = [e for c in claims if weakest(c) is not None for e in c.findings.values()]
+    known = [e for c in claims for e in c.findings.values()]
     ends = [0. if all(c.wanted[0] == 0 for c in claims) else np.nan, *(v for c in claims for v in c.wanted if np.isfinite(v)), *(v for e in known for v in e)]
     low, high = np.nanmin(ends), np.nanmax(ends)
     edge = .06*((high - low) or 1)
@@ -132,22 +143,30 @@ def _draw(ax, claims): # One unit
         left, right = np.clip(claim.wanted, low - edge, high + edge)
         ax.barh(row, right - left, .84, left, color="0.94", zorder=0)
         at = weakest(claim)
-        if at is None: ax.annotate(conclusion(claim), (.5, row), xycoords=("axes fraction", "data"), ha="center", va="center", color="0.5", fontsize=7, style="italic"); continue
         for place, (setting, e) in zip(row + .64*(np.arange(len(claim.findings)) + .5)/len(claim.findings) - .32, claim.findings.items()):
             bold, colour = setting == at, COLOURS[verdict(e, claim.wanted)]
             ax.plot([e.low, e.high], [place]*2, color=colour, lw=2 if bold else .8, solid_capstyle="butt")
             ax.plot(e.mean, place, "o", color=colour, mfc="w" if claim.seeds in FEW else colour, ms=4.5 if bold else 2.5)
     ax.set(xlim=(low - edge, high + edge), ylim=(len(claims) - .4, -.6), xlabel=claims[0].unit)
     often = pd.Series([c.says for c in claims]).duplicated(keep=False)
-    ax.set_yticks(range(len(claims)), [c.says + f" ({c.data})"*more for c, more in zip(claims, often)], fontsize=8); ax.grid(axis="y", visible=False); ax.tick_params(axis="y", length=0)
+    ax.set_yticks(range(len(claims)), [c.says + f" ({c.data})"*more for c, more in zip(claims, often)], fontsize=8)
+    ax.grid(axis="y", visible=False); ax.tick_params(axis="y", length=0)
 
-def plot(claims:list) -> plt.Figure: # Of `Claim`; those not testable here are left out
+def _left_out(claims): # What the figure says of those that it can't show
+    said = pd.Series([conclusion(c) for c in claims if weakest(c) is None], dtype=object).value_counts()
+    return f"left out of {len(claims)} claims: " + (", ".join(f"{count} {what}" for what, count in said.items()) or "none")
+
+def plot(claims:list) -> plt.Figure: # Of `Claim`; those without a verdict are left out, and counted below
     "The effects with their intervals, one panel per unit, coloured by verdict; hollow: one or two seeds."
-    units = {unit: [c for c in claims if c.unit == unit and c.findings] for unit in dict.fromkeys(c.unit for c in claims if c.findings)}
+    judged = [c for c in claims if weakest(c) is not None]
+    units = {unit: [c for c in judged if c.unit == unit] for unit in dict.fromkeys(c.unit for c in judged)}
     heights = [len(part) + 1.8 for part in units.values()]
-    fig, axes = plt.subplots(len(units), figsize=(8.6, .6 + .24*sum(heights)), height_ratios=heights, squeeze=False)
-    for ax, part in zip(axes[:, 0], units.values()): _draw(ax, part)
+    fig = plt.figure(figsize=(8.6, .9 + .24*sum(heights)))
+    fig.supxlabel(_left_out(claims), fontsize=8, color="0.4")
+    if not judged: return fig
+    for ax, part in zip(fig.subplots(len(units), height_ratios=heights, squeeze=False)[:, 0], units.values()): _draw(ax, part)
     marks = [plt.Line2D([], [], color=colour, marker="o", ms=4.5, label=name) for name, colour in COLOURS.items()]
-    marks += [plt.Line2D([], [], color="0.2", marker="o", ms=4.5, mfc="w", ls="", label="one or two seeds"), plt.Rectangle((0, 0), 1, 1, color="0.9", label="where the claim puts it")]
+    marks += [plt.Line2D([], [], color="0.2", marker="o", ms=4.5, mfc="w", ls="", label="one or two seeds"),
+              plt.Rectangle((0, 0), 1, 1, color="0.9", label="where the claim puts it")]
     fig.legend(handles=marks, loc="outside upper center", ncols=5, fontsize=8)
     return fig

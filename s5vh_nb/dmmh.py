@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import mixers
 from .basics import expect
-from .codes import HashNetwork
+from .codes import HashNetwork, array_like
 from .config import DMMHConfig, known
 from .s5vh import positions
 
@@ -146,8 +146,10 @@ class DMMH(HashNetwork, library_name="s5vh_nb", tags=["multi-modal-hashing", "ma
                text=None, # (n, dt), likewise
                batch:int=512, # pairs at a time
                progress:bool=False) -> Tensor: # uint8 (n, k/8)
-        "Packed codes of pairs, or of single pictures or texts."
-        sizes = [len(x) for x in (image, text) if x is not None]
+        "Packed codes of pairs, or of single pictures or texts; `TypeError` for what is no array."
+        given = {name: x for name, x in {"image": image, "text": text}.items() if x is not None}
+        for name, x in given.items(): array_like(x, name)
+        sizes = [len(x) for x in given.values()]
         expect(len(sizes) > 0, "encode", "image, text or both", "neither")
         expect(sizes[0] == sizes[-1], "text", f"{sizes[0]} rows, as many as images", sizes[-1])
         return self.packed((image, text), batch, progress)

@@ -87,7 +87,8 @@ def _attention_operations(q, k, *_, **__) -> int: return 4*q[0]*q[1]*q[2]*k[2]*q
 def operations(model:torch.nn.Module, x:torch.Tensor) -> int: # (b, t, d)
     "Floating-point operations that one forward pass carries out: matrix products, attention, LSTMs and scans."
     extra, lstms = [], [m for m in model.modules() if isinstance(m, torch.nn.LSTM)]
-    formulas = [(m, _scan_operations) for m in _topmost(model, (mixers.Mamba, mixers.Bidirectional, torch.nn.Sequential))] + [(m, _lstm_operations) for m in lstms]
+    ours = (mixers.Mamba, mixers.Bidirectional, torch.nn.Sequential)
+    formulas = [(m, _scan_operations) for m in _topmost(model, ours)] + [(m, _lstm_operations) for m in lstms]
     def hook(module, formula): return module.register_forward_pre_hook(lambda m, inputs: extra.append(formula(m, inputs[0].shape)))
     hooks = [hook(module, formula) for module, formula in formulas]
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations})

@@ -127,7 +127,8 @@ def save(record:RunRecord,
     path = path_of(record.name, profile)
     text = to_json(record)
     if codes is not None:
-        for split, array in codes.items(): expect(array.dtype == np.uint8 and array.ndim == 2, f"codes of {split}", "uint8 (n, k/8)", f"{array.dtype} {array.shape}")
+        for split, array in codes.items():
+            expect(array.dtype == np.uint8 and array.ndim == 2, f"codes of {split}", "uint8 (n, k/8)", f"{array.dtype} {array.shape}")
         with atomic_write(path.with_suffix(".npz")) as tmp: np.savez_compressed(tmp, **codes)
     with atomic_write(path) as tmp: tmp.write_text(text)
     return path

@@ -64,7 +64,8 @@ def read_artefact(path:Path) -> Artefact: # An artefact notebook
     expect("parameters" in tags, str(path), "a cell tagged `parameters`", f"tags {sorted(tags)}")
     return Artefact(paper=path.parent.name, stem=path.stem, title=title, summary=summary, default="default" in tags,
                     parameters={name: found["default"] for name, found in pm.inspect_notebook(path).items()},
-                    tables=tuple(n for source in code for n in _saved(source, "save_table")), figures=tuple(n for source in code for n in _saved(source, "savefig")))
+                    tables=tuple(n for source in code for n in _saved(source, "save_table")),
+                    figures=tuple(n for source in code for n in _saved(source, "savefig")))
 
 def artefacts() -> list:
     "All artefacts of the project, paper by paper; the claims last, for they read what the others recorded."
@@ -194,11 +195,14 @@ def _parser() -> argparse.ArgumentParser:
     for name, profile, help in (("reproduce", "quick", "run artefact notebooks; runs whose record exists are not run again"),
                                 ("report", "full", "draw tables and figures again from existing records, without any training")):
         command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-        command.add_argument("artefacts", nargs="*", metavar="ARTEFACT", help="e.g. s5vh/retrieval" + (" (default: the main job)" if name == "reproduce" else " (default: all)"))
+        command.add_argument("artefacts", nargs="*", metavar="ARTEFACT",
+                             help="e.g. s5vh/retrieval" + (" (default: the main job)" if name == "reproduce" else " (default: all)"))
         if name == "reproduce": command.add_argument("--all", action="store_true", help="every artefact of both papers")
-        command.add_argument("--profile", choices=list(PROFILES), default=profile, help="size of the runs: seconds, minutes, or the papers' (default: %(default)s)")
+        command.add_argument("--profile", choices=list(PROFILES), default=profile,
+                             help="size of the runs: seconds, minutes, or the papers' (default: %(default)s)")
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
-        command.add_argument("-p", dest="given", action="append", default=[], metavar="NAME=VALUE", help="set a parameter of the notebooks, e.g. -p bits=16,64 -p data_root=/data")
+        command.add_argument("-p", dest="given", action="append", default=[], metavar="NAME=VALUE",
+                             help="set a parameter of the notebooks, e.g. -p bits=16,64 -p data_root=/data")
     return parser
 
 def _given(args) -> dict:

@@ -35,14 +35,16 @@ def scores(codes:dict, # packed codes "query" (nq, k/8) and "database" (n, k/8);
     return {"map": maps["expected"], "map_lowest": maps["lowest"], "map_highest": maps["highest"], "gmap": retrieval.gmap(maps["expected"])}
 
 def pair_scores(codes:dict, data:MultiModalDataset, device="cpu") -> dict: # As in `scores`
-    "mAP over the whole database (DMMH, Table 2): expected, lowest and highest over the order of ties, without empty queries, and for queries with one modality."
+    "mAP over the whole database (DMMH, Table 2): expected, lowest and highest over ties, without empty queries, of queries with one modality."
     n, found = len(codes["database"]), {}
     for part, name in (("query", "map"), ("query_image", "map_image"), ("query_text", "map_text")):
         if part not in codes: continue
         counts = retrieval.distance_histograms(codes[part], codes["database"], data.query.labels, data.database.labels, device)   # 2 x (nq, k+1)
         ap = {ties: retrieval.histogram_ap(*counts, n, ties=ties, denominator="hits") for ties in ("expected", "lowest", "highest")}
         found[name] = ap["expected"].mean().item()
-        if part == "query": found |= {f"map_{ties}": ap[ties].mean().item() for ties in ("lowest", "highest")} | {"map_skip": ap["expected"][counts[1].any(1)].mean().item()}
+        if part == "query":
+            found |= {f"map_{ties}": ap[ties].mean().item() for ties in ("lowest", "highest")}
+            found["map_skip"] = ap["expected"][counts[1].any(1)].mean().item()
     return found
 
 # %% ../nbs/lib/42_runs.ipynb #4a7d08d7
@@ -67,10 +69,11 @@ def look(run:training.TrainedRun, data:datasets.VideoDataset|MultiModalDataset) 
 
 def trained(config:TrainConfig, data:datasets.VideoDataset|MultiModalDataset, device=None, progress:bool=True) -> training.TrainedRun:
     "The trained network, from its checkpoint as far as there is one."
-    return training.train(config, data, device=device, checkpoint=checkpoint_of(config), resume=True, look=functools.partial(look, data=data), progress=progress)
+    return training.train(config, data, device=device, checkpoint=checkpoint_of(config), resume=True,
+                          look=functools.partial(look, data=data), progress=progress)
 
 def learn(config:TrainConfig|BaselineConfig, data:datasets.VideoDataset|MultiModalDataset, device=None, progress:bool=True) -> tuple:
-    "`(encode, row, history, seconds)`: features to packed codes uint8 (n, k/8), what a table calls the method, losses and looks per epoch, time of all processes that took part."
+    "`(encode, row, history, seconds)`: features to packed codes, what a table calls the method, losses and looks per epoch, time of all processes."
     begun = time.perf_counter()
     if isinstance(config, BaselineConfig):
         if config.view == "pair": hasher = baselines.fit_pair_baseline(config.method, data.train, config.bits, seed=config.seed)
@@ -109,7 +112,8 @@ def read(config:TrainConfig|BaselineConfig|TransferConfig, profile:str, data:dat
     path = records.path_of(records.run_name(describe(settle(config, data), what)), profile)
     if not path.exists(): return None
     record = records.load(path)
-    expect(record.data["fingerprint"] == data.fingerprint, f"{path}, data", f"the fingerprint {data.fingerprint} of {data.name} here", record.data["fingerprint"])
+    expect(record.data["fingerprint"] == data.fingerprint, f"{path}, data", f"the fingerprint {data.fingerprint} of {data.name} here",
+           record.data["fingerprint"])
     return record
 
 def data_of(data:datasets.VideoDataset|MultiModalDataset) -> dict:
@@ -222,10 +226,13 @@ def _side_by_side(configs, profile, options, workers, bar):
 # %% ../nbs/lib/42_runs.ipynb #2ffb8f95
 def several(value, # None, one value, a list, or text with commas
             default) -> list: # What None stands for
-    "A parameter as a list: `several('16,32', ...)` and `several([16, 32], ...)` are the same."
+    "A parameter as a list: `several('16,32', ...)` and `several([16, 32], ...)` are the same; `TypeError` or `ValueError` for what names nothing."
     if value is None: return list(default)
+    wanted, where = "a name or a number, several of them, or None", "dataset, bits or seeds"
     if isinstance(value, str): value = [part.strip() for part in value.split(",")]
     values = list(value) if isinstance(value, (list, tuple)) else [value]
+    expect(all(type(v) in (int, str) for v in values), where, wanted, repr(value), TypeError)
+    expect(values and "" not in values, where, wanted, repr(value))
     return [int(v) if isinstance(v, str) and v.isdigit() else v for v in values]
 
 def _there(names, find, root):

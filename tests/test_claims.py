@@ -47,14 +47,15 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def pretend(quality, name="spoken-digits", **changes):
+def pretend(quality, name="spoken-digits", looks=(.1, .2), **changes):
     "The record of a run that never was: a share of the items gets the code of its class, the others have random bits."
     config, data, rng = train_config(name, "smoke", bits=16, **changes), runs.load_data(name), np.random.default_rng(0)
     words = np.random.default_rng(1).integers(0, 256, (64, 2), np.uint8)
     def codes(split):
         first = split.labels if split.labels.ndim == 1 else split.labels.argmax(1)
         return np.where(rng.random(len(first))[:, None] < quality, words[first], rng.integers(0, 256, (len(first), 2), np.uint8))
-    return runs.store(runs.settle(config, data), "smoke", data, "cpu", {"query": codes(data.query), "database": codes(data.database)}, metrics={}, seconds={"train": 0}, history=[{"epoch": e, "map@5": .1 + .1*e} for e in (0, 1)])
+    return runs.store(runs.settle(config, data), "smoke", data, "cpu", {"query": codes(data.query), "database": codes(data.database)}, metrics={}, seconds={"train": 0},
+                      history=[{"epoch": e, "map@5": value} for e, value in enumerate(looks)] or [{"epoch": e} for e in (0, 1)])
 
 
 def test_effect_of_made_up_runs(home):
@@ -68,7 +69,7 @@ def test_effect_of_made_up_runs(home):
 
 
 def run_notebook(name):
-    "The cells of a claims notebook in this process, in smoke; its table."
+    "The cells of a notebook in this process, in smoke; its table, by claim."
     space = {}
     for cell in nbformat.read(ROOT/"nbs"/f"{name}.ipynb", as_version=4).cells:
         if cell.cell_type == "code": exec(cell.source.replace('profile = "quick"', 'profile = "smoke"'), space)
@@ -87,6 +88,15 @@ def test_notebook_of_paper_1(home):
     assert table.verdict["Mamba beats LSTM"] == "does not hold (one seed)" and table.notebook["Mamba beats LSTM"] == "s5vh/temporal"
     saved = pd.read_csv(home/"results"/"smoke"/"tables"/"s5vh_claims.csv")
     assert saved.verdict.tolist() == table.verdict.tolist() and (home/"figures"/"smoke"/"s5vh"/"claims.png").exists()
+
+
+def test_runs_that_nobody_looked_at_have_no_curve(home):
+    "Looks are not part of a run's name, so a record may lack them."
+    blind, seen = pretend(.9, looks=()), pretend(.5, beta=0.)
+    table = run_notebook("s5vh/claims")
+    assert table.verdict["with alignment training converges faster"] == "not run yet" and table.verdict["with alignment training ends better"] == "holds (one seed)"
+    with pytest.raises(ValueError, match=f"history of {blind.name}: expected looks with map@5") as error: run_notebook("s5vh/convergence")
+    assert seen.name not in str(error.value)
 
 
 def test_notebook_of_paper_2(home):
