@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import mixers
 from .basics import expect
-from .codes import HashNetwork, relax
+from .codes import HashNetwork, array_like, relax
 from .config import S5VHConfig, known
 
 # %% ../nbs/lib/14_s5vh.ipynb #8977b5d4
@@ -176,6 +176,7 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
                batch:int|None=None, # videos at a time; None: as many as have 32768 frames together
                progress:bool=False) -> Tensor: # uint8 (n, k/8)
         "Packed codes of videos, all frames visible: bit = sign of the mean of the frame codes."
+        array_like(x, "frames")
         return self.packed((x,), batch or max(1, 32768//max(1, x.shape[1])), progress)
 
     @classmethod
