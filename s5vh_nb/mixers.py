@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIXERS', 'step_bias', 'Weights', 'mamba', 'Mamba', 'Bidirectional', 'gathered', 'side_by_side', 'Layers', 'TwoPart',
-           'mlp', 'to_heads', 'from_heads', 'LSTM', 'rotate', 'retention', 'Retention', 'RetNet', 'wkv', 'shift',
-           'LowRank', 'TimeMix', 'ChannelMix', 'RWKV', 'Attention', 'Transformer']
+           'mlp', 'to_heads', 'from_heads', 'LSTM', 'rotate', 'retention', 'HeadNorm', 'Retention', 'RetNet', 'wkv',
+           'shift', 'LowRank', 'TimeMix', 'ChannelMix', 'RWKV', 'Attention', 'Transformer']
 
 # %% ../nbs/lib/12_mixers.ipynb #3a6fe2ba
 import math
@@ -202,6 +202,13 @@ def retention(q:Tensor, # (b, h, t, w)
     return (q @ k.mT * decay) @ v
 
 # %% ../nbs/lib/12_mixers.ipynb #5854477e
+class HeadNorm(nn.GroupNorm):
+    "Normalises every head of every frame on its own; then gain and bias per channel."
+    def forward(self, y:Tensor) -> Tensor: # (b, t, h*w) -> (b, t, h*w)
+        heads = y.unflatten(-1, (self.num_groups, -1))                                        # (b, t, h, w)
+        return F.layer_norm(heads, heads.shape[-1:], eps=self.eps).flatten(2)*self.weight + self.bias
+
+# %% ../nbs/lib/12_mixers.ipynb #e3a0cb06
 class Retention(nn.Module):
     "Multi-scale gated retention (Sun et al., 2023, section 2.2). Causal."
     def __init__(self, m:int, # Model width
@@ -211,14 +218,13 @@ class Retention(nn.Module):
         self.heads = heads
         self.query, self.key = nn.Linear(m, m, bias=False), nn.Linear(m, m, bias=False)
         self.value, self.gate = nn.Linear(m, 2*m, bias=False), nn.Linear(m, 2*m, bias=False)
-        self.norm, self.out = nn.GroupNorm(heads, 2*m), nn.Linear(2*m, m, bias=False)
+        self.norm, self.out = HeadNorm(heads, 2*m), nn.Linear(2*m, m, bias=False)
         self.register_buffer("log_decay", torch.log1p(-2.**(-5 - torch.arange(float(heads)))), persistent=False)
 
     def forward(self, x:Tensor) -> Tensor:
         q, k, v = (to_heads(f(x), self.heads) for f in (self.query, self.key, self.value))    # (b, h, t, w), (b, h, t, w), (b, h, t, 2*w)
         q, k = rotate(q), rotate(k)*k.shape[-1]**-.5
-        y = from_heads(retention(q, k, v, self.log_decay))                                    # (b, t, 2*m)
-        y = self.norm(y.flatten(0, 1)).view_as(y)                                             # each frame and head on its own
+        y = self.norm(from_heads(retention(q, k, v, self.log_decay)))                         # (b, t, 2*m)
         return self.out(F.silu(self.gate(x))*y)
 
 class RetNet(TwoPart):
@@ -278,7 +284,7 @@ class TimeMix(nn.Module):
         self.decay = LowRank(5*ramp**1.35 - 6, m, 64)
         self.bonus = nn.Parameter((.5*(1 - ramp)).view(heads, -1))
         self.receptance, self.key, self.value, self.gate, self.out = (nn.Linear(m, m, bias=False) for _ in range(5))
-        self.norm = nn.GroupNorm(heads, m)
+        self.norm = HeadNorm(heads, m)
 
     def forward(self, x:Tensor) -> Tensor:
         dx = shift(x) - x
@@ -286,8 +292,7 @@ class TimeMix(nn.Module):
         xr, xk, xv, xg, xw = (torch.addcmul(x, mu, dx) for mu in blends)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)                           # (b, t, m)
         r, k, v, log_w = (to_heads(p, self.heads) for p in (r, k, v, -torch.exp(self.decay(xw))))            # (b, h, t, w)
-        y = from_heads(wkv(r, k*k.shape[-1]**-.5, v, log_w, self.bonus))                      # (b, t, m)
-        y = self.norm(y.flatten(0, 1)).view_as(y)                                             # each frame and head on its own
+        y = self.norm(from_heads(wkv(r, k*k.shape[-1]**-.5, v, log_w, self.bonus)))           # (b, t, m)
         return self.out(F.silu(self.gate(xg))*y)
 
 class ChannelMix(nn.Module):
