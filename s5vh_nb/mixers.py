@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIXERS', 'step_bias', 'Weights', 'mamba', 'Mamba', 'Bidirectional', 'gathered', 'side_by_side', 'Layers', 'TwoPart',
-           'mlp', 'to_heads', 'from_heads', 'LSTM', 'rotate', 'retention', 'Retention', 'RetNet', 'wkv', 'shift',
-           'LowRank', 'TimeMix', 'ChannelMix', 'RWKV', 'Attention', 'Transformer']
+           'mlp', 'to_heads', 'from_heads', 'LSTM', 'rotate', 'retention', 'HeadNorm', 'Retention', 'RetNet', 'wkv',
+           'shift', 'LowRank', 'TimeMix', 'ChannelMix', 'RWKV', 'Attention', 'Transformer']
 
 # %% ../nbs/lib/12_mixers.ipynb #3a6fe2ba
 import math
@@ -211,6 +211,13 @@ def retention(q:Tensor, # (b, h, t, w)
     return (q @ k.mT * decay) @ v
 
 # %% ../nbs/lib/12_mixers.ipynb #5854477e
+class HeadNorm(nn.GroupNorm):
+    "Normalises every head of every frame on its own; then gain and bias per channel."
+    def forward(self, y:Tensor) -> Tensor: # (b, t, h*w) -> (b, t, h*w)
+        heads = y.unflatten(-1, (self.num_groups, -1))                                        # (b, t, h, w)
+        return F.layer_norm(heads, heads.shape[-1:], eps=self.eps).flatten(2)*self.weight + self.bias
+
+# %% ../nbs/lib/12_mixers.ipynb #e3a0cb06
 class Retention(nn.Module):
     "Multi-scale gated retention (Sun et al., 2023, section 2.2). Causal."
     def __init__(self, m:int, # Model width
@@ -220,14 +227,13 @@ class Retention(nn.Module):
         self.heads = heads
         self.query, self.key = nn.Linear(m, m, bias=False), nn.Linear(m, m, bias=False)
         self.value, self.gate = nn.Linear(m, 2*m, bias=False), nn.Linear(m, 2*m, bias=False)
-        self.norm, self.out = nn.GroupNorm(heads, 2*m), nn.Linear(2*m, m, bias=False)
+        self.norm, self.out = HeadNorm(heads, 2*m), nn.Linear(2*m, m, bias=False)
         self.register_buffer("log_decay", torch.log1p(-2.**(-5 - torch.arange(float(heads)))), persistent=False)
 
     def forward(self, x:Tensor) -> Tensor:
         q, k, v = (to_heads(f(x), self.heads) for f in (self.query, self.key, self.value))    # (b, h, t, w), (b, h, t, w), (b, h, t, 2*w)
         q, k = rotate(q), rotate(k)*k.shape[-1]**-.5
-        y = from_heads(retention(q, k, v, self.log_decay))                                    # (b, t, 2*m)
-        y = self.norm(y.flatten(0, 1)).view_as(y)                                             # each frame and head on its own
+        y = self.norm(from_heads(retention(q, k, v, self.log_decay)))                         # (b, t, 2*m)
         return self.out(F.silu(self.gate(x))*y)
 
 class RetNet(TwoPart):
@@ -237,30 +243,26 @@ class RetNet(TwoPart):
         super().__init__(m, Retention(m, heads), mlp(m, 2))
 
 # %% ../nbs/lib/12_mixers.ipynb #c2fd63f2
-def _wkv_chunk(r, k, v, log_w, u, S):
-    "One chunk: outputs (b, h, l, w) and the state after it (b, h, w, w)."
+def _wkv_chunk(r, k, v, log_w, S):
+    "One chunk without the bonus: outputs (b, h, l, w) and the state after it (b, h, w, w)."
     total = log_w.cumsum(2)                                                                   # (b, h, l, w): lambda_i
-    before = total - log_w                                                                    # lambda_{i-1}
-    past = torch.ones(r.shape[2], r.shape[2], dtype=torch.bool, device=r.device).tril(-1)     # (l, l): j < i
-    between = (before[:, :, :, None] - total[:, :, None]).masked_fill(~past[..., None], -torch.inf)      # (b, h, l, l, w)
-    scores = torch.einsum("bhic,bhjc,bhijc->bhij", r, k, between.exp())                       # (b, h, l, l)
-    now = (r*u[:, None]*k).sum(-1, keepdim=True)                                              # (b, h, l, 1)
-    out = (r*before.exp()) @ S + scores @ v + now*v
-    end = total[:, :, -1:]                                                                    # (b, h, 1, w)
-    return out, end.exp().mT*S + (k*(end - total).exp()).mT @ v
+    middle, end = total[:, :, (total.shape[2] - 1)//2, None], total[:, :, -1:]                # (b, h, 1, w)
+    r, k, S = r*(total - log_w - middle).exp(), k*(middle - total).exp(), middle.exp().mT*S
+    return r @ S + (r @ k.mT).tril(-1) @ v, (end - middle).exp().mT*(S + k.mT @ v)
 
 def wkv(r:Tensor, # (b, h, t, w) receptance: what is asked for
         k:Tensor, # (b, h, t, w)
         v:Tensor, # (b, h, t, w)
         log_w:Tensor, # (b, h, t, w) logarithm of the decay, negative
         u:Tensor, # (h, w) bonus of the present frame
-        chunk:int=8) -> Tensor: # Frames handled at once; returns (b, h, t, w)
+        chunk:int=8) -> Tensor: # Frames handled at once, at most 10; returns (b, h, t, w)
     "RWKV-6's recurrence in chunks (Peng et al., 2024, section on Finch's time mixing)."
+    log_w = log_w.clamp(min=math.log(torch.finfo(log_w.dtype).eps))
     S, outs = r.new_zeros(*r.shape[:2], r.shape[3], v.shape[3]), []
     for parts in zip(*(x.split(chunk, 2) for x in (r, k, v, log_w))):
-        out, S = _wkv_chunk(*parts, u, S)
+        out, S = _wkv_chunk(*parts, S)
         outs.append(out)
-    return torch.cat(outs, 2)
+    return torch.cat(outs, 2) + (r*u[:, None]*k).sum(-1, keepdim=True)*v
 
 # %% ../nbs/lib/12_mixers.ipynb #5e354948
 def shift(x:Tensor) -> Tensor: # (b, t, m) -> (b, t, m)
@@ -291,16 +293,15 @@ class TimeMix(nn.Module):
         self.decay = LowRank(5*ramp**1.35 - 6, m, 64)
         self.bonus = nn.Parameter((.5*(1 - ramp)).view(heads, -1))
         self.receptance, self.key, self.value, self.gate, self.out = (nn.Linear(m, m, bias=False) for _ in range(5))
-        self.norm = nn.GroupNorm(heads, m)
+        self.norm = HeadNorm(heads, m)
 
     def forward(self, x:Tensor) -> Tensor:
         dx = shift(x) - x
         blends = self.blend(x + self.mu*dx).chunk(5, -1)                                      # 5 times (b, t, m)
-        xr, xk, xv, xg, xw = (x + mu*dx for mu in blends)
+        xr, xk, xv, xg, xw = (torch.addcmul(x, mu, dx) for mu in blends)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)                           # (b, t, m)
         r, k, v, log_w = (to_heads(p, self.heads) for p in (r, k, v, -torch.exp(self.decay(xw))))            # (b, h, t, w)
-        y = from_heads(wkv(r, k*k.shape[-1]**-.5, v, log_w, self.bonus))                      # (b, t, m)
-        y = self.norm(y.flatten(0, 1)).view_as(y)                                             # each frame and head on its own
+        y = self.norm(from_heads(wkv(r, k*k.shape[-1]**-.5, v, log_w, self.bonus)))           # (b, t, m)
         return self.out(F.silu(self.gate(xg))*y)
 
 class ChannelMix(nn.Module):
