@@ -30,7 +30,7 @@ reproduce: $(READY)  ## the main job: tables and figures from real data (ALL=1 a
 	$(BIN)/s5vh-nb reproduce --profile $(PROFILE) $(if $(ALL),--all) $(ARGS)
 
 report: $(READY)  ## draw the committed tables and figures again from their records, without training
-	$(BIN)/s5vh-nb report $(or $(ARGS),s5vh/retrieval -p seeds=1)
+	$(BIN)/s5vh-nb report $(or $(ARGS),s5vh/retrieval)
 
 test: test-python test-lib test-artefacts  ## every check: pytest, all lib notebooks, all artefact notebooks in the smoke profile
 	@echo "make test: all well"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from . import baselines, datasets, records, retrieval, training
@@ -213,6 +214,7 @@ def _share(started, threads):
     with started.get_lock(): number, started.value = started.value, started.value + 1
     if torch.cuda.is_available(): torch.cuda.set_device(number % torch.cuda.device_count())
     torch.set_num_threads(threads)
+    threadpool_limits(threads)                                                         # NumPy's and scikit-learn's have their own
 
 def _side_by_side(configs, profile, options, workers, bar):
     failed, context, workers = {}, multiprocessing.get_context("spawn"), min(workers, len(configs))

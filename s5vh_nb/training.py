@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'OBJECTIVES', 'EpochPlan', 'epoch_seed', 'plan_epoch', 'learning_rate', 'TrainedRun', 'start',
            'save_checkpoint', 'load_checkpoint', 'step', 'make_step', 'place', 'time_means', 'batches', 'map_ahead',
-           'train_epoch', 'training_share', 'centers_file', 'stamp', 'settled', 'given_centers', 'matmul_precision',
-           'prepare', 'watched', 'seen', 'train']
+           'six_digits', 'train_epoch', 'training_share', 'centers_file', 'stamp', 'settled', 'given_centers',
+           'matmul_precision', 'prepare', 'watched', 'seen', 'train']
 
 # %% ../nbs/lib/23_training.ipynb #d84d640f
 import contextlib, dataclasses, functools, hashlib, io, math, time
@@ -174,6 +174,10 @@ def map_ahead(pool, call, items):
     yield job.result()
 
 # %% ../nbs/lib/23_training.ipynb #d1dc73cd
+def six_digits(values:dict) -> dict:
+    "Numbers as a history keeps them."
+    return {name: float(f"{value:.6g}") for name, value in values.items()}
+
 def train_epoch(run:TrainedRun, take_step, inputs:tuple) -> dict: # `make_step`'s; (n, ...) each, from `place`
     "One pass over the training items; returns the mean of each loss term. Seeds torch's generators."
     c, totals, shape = run.config, {}, inputs[0].shape
@@ -184,7 +188,7 @@ def train_epoch(run:TrainedRun, take_step, inputs:tuple) -> dict: # `make_step`'
         for name, value in take_step(*batch).items(): totals[name] = totals.get(name, 0) + value
     means = {name: (value/len(plan.rows)).item() for name, value in totals.items()}
     for name, value in means.items(): expect(math.isfinite(value), f"epoch {run.epoch}, {name}", "a finite loss (try a smaller lr)", value, FloatingPointError)
-    return means
+    return six_digits(means)
 
 # %% ../nbs/lib/23_training.ipynb #88c176e1
 def training_share(data:datasets.VideoDataset|MultiModalDataset,
@@ -246,7 +250,7 @@ def seen(run:TrainedRun, look) -> dict: # look: as for `train`
     run.model.eval()
     with torch.no_grad(), matmul_precision("float32"), torch.random.fork_rng([run.device] if run.device.type == "cuda" else []): said = look(run)
     run.model.train()
-    return said
+    return six_digits(said)
 
 def train(config:TrainConfig, # What to train; see `settled`
           data:datasets.VideoDataset|MultiModalDataset|None=None, # Loaded by name when None
