@@ -124,9 +124,9 @@ def _forward_kernel(u, delta, z, B, C, out, A, D, bias, saved, last, summary, t,
 
 # %% ../nbs/lib/11_scan_triton.ipynb #a2c5ebb5
 @triton.jit
-def _backward_segment(h, rows, grads, s, stop, outs, A2, bias, skip, place, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
+def _backward_segment(h, rows, grads, s, stop, outs, A2, bias, skip, place, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr):
     "K steps back: recompute their states from h, then follow g; writes the gradients of every step, returns the running sums."
-    du, ddelta, dz, dBC, at_step = outs
+    du, ddelta, dz, dBC, plane, at_step = outs
     channels, states, m_d, m_n = place
     g, dA, dD, dbias = grads
     dts, hs = (), (h,)
@@ -157,7 +157,7 @@ def _backward_segment(h, rows, grads, s, stop, outs, A2, bias, skip, place, SOFT
         tl.store(ddelta + at, ddt, live)
         dA, dD, dbias = dA + dlog*dt[:, None], dD + dy*x, dbias + ddt
     exists = (slots < 2*K) & (s + slots//2 < stop)
-    tl.store(dBC[0] + (s + slots//2)[:, None]*dBC[1] + (slots % 2)[:, None]*N + states[None, :], both, exists[:, None] & m_n[None, :])
+    tl.store(dBC[0] + (s + slots//2)[:, None]*dBC[1] + (slots % 2)[:, None]*plane + states[None, :], both, exists[:, None] & m_n[None, :])
     return g, dA, dD, dbias
 
 @triton.jit
@@ -169,7 +169,7 @@ def _backward_kernel(u, delta, z, dout, B, C, A, D, bias, saved, summary, du, dd
     first, sign = _direction(group, group_size, reversed_from, t)
     by_channel = _walk(u, 0, b, first, sign), _walk(delta, 0, b, first, sign), _walk(z, 0, b, first, sign), _walk(dout, 0, b, first, sign)
     by_state = _walk(B, group*B[3], b, first, sign), _walk(C, group*C[3], b, first, sign)
-    outs = du, ddelta, dz, _walk(dBC, block*dBC[3] + group*2*N, b, first, sign), (b*t*d + first*d, sign*d)
+    outs = du, ddelta, dz, _walk(dBC, block*dBC[3] + group*N, b, first, sign), dBC[4], (b*t*d + first*d, sign*d)
     start, stop = c*chunk, tl.minimum(c*chunk + chunk, t)
     if summary is None: g = tl.zeros_like(A2)
     else: g = _fold(summary, (b + 1)*chunks - 1, -1, chunks - 1 - c, A2, place, tile, m_dn, d, N)
@@ -181,7 +181,7 @@ def _backward_kernel(u, delta, z, dout, B, C, A, D, bias, saved, summary, du, dd
         saved -= d*N
         h_ahead = tl.load(saved + tile, m_dn & (s > K) & (s > start), 0.0)
         rows = _rows(by_channel, by_state, s, start, stop, place, K)
-        grads = _backward_segment(h, rows, grads, s, stop, outs, A2, bias, skip, place, SOFTPLUS, GATED, K, N)
+        grads = _backward_segment(h, rows, grads, s, stop, outs, A2, bias, skip, place, SOFTPLUS, GATED, K)
         h, s = h_ahead, s - K
     row = dweights + (b*chunks + c)*d*(N + 2)                                                             # this program's part of dA, dD, dbias
     tl.store(row + tile, grads[1], m_dn)
@@ -228,6 +228,23 @@ def _summary_kernel(u, delta, z, B, A, bias, summary, t, d, group_size, reversed
     tl.store(summary[0] + row*d*N + tile, h, m_dn)
     tl.store(summary[1] + row*d + place[0], total, place[2])
 
+# %% ../nbs/lib/11_scan_triton.ipynb #37db6af3
+@triton.jit
+def _sum_kernel(parts, out, count, columns, R: tl.constexpr, C: tl.constexpr):
+    column, total = tl.program_id(0).to(tl.int64)*C + tl.arange(0, C), tl.zeros((R, C), tl.float32)
+    for i in range(0, count, R):
+        row = (i + tl.arange(0, R)).to(tl.int64)
+        total += tl.load(parts + row[:, None]*columns + column[None, :], (row < count)[:, None] & (column < columns)[None, :], 0.0)
+    tl.store(out + column, tl.sum(total, 0), column < columns)
+
+def _summed(parts:torch.Tensor, dtype:torch.dtype) -> torch.Tensor:
+    "Sum of float32 parts (count, ...) over the first dimension."
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    R = min(64, triton.next_power_of_2(len(parts)))
+    C = max(32, 2048//R)
+    _sum_kernel[(triton.cdiv(out.numel(), C),)](parts, out, len(parts), out.numel(), R=R, C=C)
+    return out
+
 # %% ../nbs/lib/11_scan_triton.ipynb #2539c20a
 def _plan(b:int, t:int, d:int, g:int, n:int) -> tuple:
     "Launch grid, and the sizes that all kernels of one scan share."
@@ -271,15 +288,15 @@ class _Scan(torch.autograd.Function):
         grid, plan, dout = ctx.grid, ctx.plan, _token_major(dout)
         (b, t, d), (g, n) = u.shape, B.shape[2:]
         du, ddelta, dz = (None if v is None else v.new_empty(b, t, d) for v in (u, delta, z))
-        dBC = u.new_empty(grid[0]//g, b, t, g, 2, n, dtype=torch.float32)                    # a part per block of channels
+        dBC = u.new_empty(grid[0]//g, 2, b, t, g, n, dtype=torch.float32)                    # a part per block of channels
         dweights = u.new_empty(b*grid[1], d*(n + 2), dtype=torch.float32)                    # a part per chunk
         gate, dgate = (u, du) if z is None else (z, dz)
         if summary := _summaries(u, grid, d, n):
             _summary_kernel[grid](*map(_strided, (dout, delta, gate, C)), A, bias, summary, ADJOINT=True, **plan)
         _backward_kernel[grid](*map(_strided, (u, delta, gate, dout, B, C)), A, D, bias, saved, summary, du, ddelta, dgate,
-                               (dBC, *dBC.stride()[1:3], dBC.stride(0)), dweights, **plan)
-        dB, dC = dBC.sum(0).to(B.dtype).unbind(-2)                                           # (b, t, g, n) each
-        dA, dD, dbias = dweights.sum(0).split((d*n, d, d))
+                               (dBC, *dBC.stride()[2:4], *dBC.stride()[:2]), dweights, **plan)
+        dB, dC = _summed(dBC, B.dtype)                                                       # (b, t, g, n) each
+        dA, dD, dbias = _summed(dweights, torch.float32).split((d*n, d, d))
         dC, dA, dD, dbias = (None if v is None else grad.view(v.shape).to(v.dtype) for grad, v in ((dC, C), (dA, A), (dD, D), (dbias, bias)))
         return du, ddelta, dA, dB, dC, dD, dz, dbias, None, None, None
 
@@ -394,7 +411,7 @@ class _Conv(torch.autograd.Function):
         (x, weight, bias), (_, chunks, b) = ctx.saved_tensors, ctx.grid
         dx, dweights = x.new_empty(x.shape), x.new_empty(b*chunks, weight.shape[1] + 1, len(weight), dtype=torch.float32)
         _conv_backward_kernel[ctx.grid](_strided(x), _strided(_token_major(dout)), _strided(dx), weight, bias, dweights, **ctx.plan)
-        dweights = dweights.sum(0)                                                            # (W + 1, d): taps, then bias
+        dweights = _summed(dweights, torch.float32)                                           # (W + 1, d): taps, then bias
         return dx, dweights[:-1].T.to(weight.dtype), None if bias is None else dweights[-1].to(bias.dtype), None, None
 
 def causal_conv1d_triton(
@@ -522,7 +539,7 @@ class _NormFolded(torch.autograd.Function):
         W, gain, bias = ctx.saved_tensors
         dW, dnorm = W.new_empty(W.shape), W.new_empty(ctx.grid[0], *W.shape[:2], 2, W.shape[3])
         _fold_norm_backward_kernel[ctx.grid](*map(_places, (W, gain, bias)), dout.contiguous(), dW, dnorm, **ctx.sizes)
-        dgain, dbias = dnorm.sum(0).unbind(2)                                                            # (l, g, m) each
+        dgain, dbias = _summed(dnorm, torch.float32).unbind(2)                                           # (l, g, m) each
         return dW, dgain, dbias, None
 
 def _places(x:torch.Tensor) -> tuple: return (x, *x.stride()[:2])
