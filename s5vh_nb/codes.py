@@ -85,13 +85,17 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         n = next(len(x) for x in inputs if x is not None)
         expect(n > 0, "features", "at least one item", "none")
         expect(batch > 0, "batch", "at least 1 item", batch)
-        def part(x, start): return None if x is None else finite(torch.as_tensor(x[start:start + batch]).to(device, torch.float32))
-        call = Captured(lambda *parts: pack(self.h(*parts)))
+        def part(x, start): return None if x is None else torch.as_tensor(x[start:start + batch]).to(device, torch.float32)
+        def call(*parts): return pack(self.h(*parts))
+        call, codes, sums = Captured(call) if n > 8*batch else call, [], []                   # a graph costs some blocks to make
         self.eval()
         try:
-            bar = tqdm(range(0, n, batch), desc="encode", unit="batch", leave=False, disable=not progress)
-            codes = [call(*(part(x, start) for x in inputs)).clone() for start in bar]
+            for start in tqdm(range(0, n, batch), desc="encode", unit="batch", leave=False, disable=not progress):
+                parts = [part(x, start) for x in inputs]
+                codes.append(call(*parts).clone())
+                sums += [x.sum() for x in parts if x is not None]
         finally: self.train(learning)
+        finite(torch.stack(sums))                                                             # asked at the end: the GPU is never waited for before
         return torch.cat(codes).cpu()
 
     def _save_pretrained(self, save_directory:Path):

@@ -93,7 +93,7 @@ def start(config:TrainConfig, data:datasets.VideoDataset|MultiModalDataset, devi
     return TrainedRun(config, data.fingerprint, model, objective, learning, weights, optimizer, device)
 
 # %% ../nbs/lib/23_training.ipynb #ba5b0d16
-_SCHEMA = 1
+_SCHEMA = 2
 
 def save_checkpoint(run:TrainedRun, path:str|Path):
     "Write everything that resuming needs, in one step."

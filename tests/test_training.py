@@ -71,7 +71,7 @@ def test_a_checkpoint_with_code_in_it_is_not_run(data, tmp_path):
     path, proof = tmp_path/"evil.pt", tmp_path/"ran"
     class Evil:
         def __reduce__(self): return (os.system, (f"touch {proof}",))
-    torch.save({"schema": 1, "config": Evil()}, path)
+    torch.save({"schema": 2, "config": Evil()}, path)
     with pytest.raises(ValueError, match="evil.pt"): resume(path, data)
     assert not proof.exists()
 
@@ -84,7 +84,7 @@ def test_a_checkpoint_of_other_data_is_refused(checkpoint):
 def test_a_checkpoint_of_another_schema_is_refused(checkpoint, data, tmp_path):
     state = torch.load(checkpoint, weights_only=True)
     torch.save({**state, "schema": 99}, tmp_path/"new.pt")
-    with pytest.raises(ValueError, match="schema 1, found schema 99"): resume(tmp_path/"new.pt", data)
+    with pytest.raises(ValueError, match="schema 2, found schema 99"): resume(tmp_path/"new.pt", data)
 
 @pytest.mark.parametrize("changes, said", [
     (dict(alpha=-1.), "reconstruction, alpha, beta: expected weights of at least 0"), (dict(alpha=0., beta=0., reconstruction=0.), "one of them above 0"),
