@@ -58,6 +58,10 @@ class SLGObjective(nn.Module):
         self.centers.copy_(torch.as_tensor(found.centers))
         self.soft_labels.copy_(nn.functional.one_hot(torch.as_tensor(labels), self.c.n_centers))
 
+    def unused(self, model:nn.Module) -> list:
+        "The weights that no term reaches: the decoder's without reconstruction, the classifier's without alignment."
+        return [*(model.decoder.parameters() if self.c.reconstruction == 0 else ()), *(self.parameters() if self.c.beta == 0 else ())]
+
     def warm(self, epoch:int) -> bool:
         "Whether the soft labels move in this epoch."
         return epoch >= self.c.warmup
@@ -103,6 +107,10 @@ class MetricObjective(nn.Module):
     def fit(self, labels): # (n, classes) multi-hot
         "Take the labels of the training pairs."
         self.labels.copy_(torch.as_tensor(labels))
+
+    def unused(self, model:nn.Module) -> list:
+        "The weights that no term reaches: the classifier's without its term."
+        return list(self.parameters()) if self.c.classification == 0 else []
 
     def warm(self, epoch:int) -> bool:
         "Every epoch is alike."

@@ -84,6 +84,7 @@ def start(config:TrainConfig, data:datasets.VideoDataset|MultiModalDataset, devi
         torch.manual_seed(config.seed)
         model = NETWORKS[type(config.model)](config.model).to(device)
         objective = OBJECTIVES[type(config.objective)](config, len(data.train)).to(device)
+    for p in objective.unused(model): p.requires_grad_(False)                     # they stay as they are: no decay either
     learning = [p for p in (*model.parameters(), *objective.parameters()) if p.requires_grad]
     weights = nn.Parameter(parameters_to_vector(learning).detach())
     vector_to_parameters(weights.data, learning)
@@ -129,7 +130,7 @@ def step(run:TrainedRun, warm:bool, *batch:Tensor) -> dict: # from `batches`
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bfloat16", cache_enabled=False):
         terms = run.objective(run.model, *batch, warm=warm)
     terms["loss"].backward()
-    reached = [(g, p.grad) for p, g in run.learning if p.grad is not None]        # a loss that is switched off may leave weights out
+    reached = [(g, p.grad) for p, g in run.learning if p.grad is not None]        # DMMH with one modality leaves the other's weights out
     torch._foreach_copy_(*zip(*reached))
     run.optimizer.step()
     return {name: value.detach() for name, value in terms.items()}
