@@ -64,7 +64,7 @@ class Encoder(nn.Module):
         p = positions(x.shape[1], self.embed.out_features, x.device)          # (t, m)
         if visible is not None: x, p = take(x, visible), p[visible]           # (views*b, v, d), (views*b, v, m)
         z = self.embed(x) + p                                                 # (views*b, v, m)
-        return self.head(self.norm(self.layers(z)))
+        return mixers.norm_linear(self.layers(z), self.norm, self.head)
 
 # %% ../nbs/lib/14_s5vh.ipynb #62119514
 class HashLayer(nn.Module):
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
                 hidden:Tensor) -> Tensor: # (b, t-v) the others
         p = positions(visible.shape[1] + hidden.shape[1], len(self.mask_token), codes.device)     # (t, m')
         z = torch.cat([self.embed(codes) + p[visible], self.mask_token + p[hidden]], dim=1)       # (b, t, m')
-        return self.head(self.norm(self.layers(z)[:, visible.shape[1]:]))                         # (b, t-v, d)
+        return mixers.norm_linear(self.layers(z)[:, visible.shape[1]:], self.norm, self.head)      # (b, t-v, d)
 
 # %% ../nbs/lib/14_s5vh.ipynb #bf365aa6
 _RELEASED = [  # (pattern in the release, name here); a name outside these patterns is reported
@@ -141,7 +141,7 @@ class S5VHOutput:
     codes: Tensor          # (views*b, v, k) codes of the frames
     h: Tensor              # (views*b, k) their mean
     hidden: Tensor         # (views*b, t-v) numbers of the frames that were not visible
-    rebuilt: Tensor | None # (views*b, t-v, d) the decoder's features of those; None when all frames were visible
+    rebuilt: Tensor | None # (views*b, t-v, d) the decoder's features of those; None without it
 
 class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"]):
     "Self-supervised video hashing with selective state spaces (S5VH, AAAI 2025)."
@@ -158,7 +158,8 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
 
     def forward(self, x:Tensor, # (b, t, d) frame features
                 visible:Tensor|None=None, # (views*b, v) frame numbers; None: all frames, no decoder
-                normed:bool=True) -> S5VHOutput: # see `HashLayer`
+                normed:bool=True, # see `HashLayer`
+                rebuild:bool=True) -> S5VHOutput: # False leaves the decoder out
         "Codes of the visible frames, their mean, and the hidden frames rebuilt."
         self.check(x)
         codes = self.hash(self.encoder(x, visible), normed)                   # (views*b, v, k)
@@ -166,7 +167,7 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
         if visible is None: return S5VHOutput(codes, h, torch.empty(len(x), 0, dtype=torch.long, device=x.device), None)
         hidden = hidden_frames(visible, x.shape[1])                           # (views*b, t-v)
         expect(hidden.shape[1] > 0, "visible", "at least one hidden frame (pass None to see all)", f"all {x.shape[1]} frames")
-        return S5VHOutput(codes, h, hidden, self.decoder(codes, visible, hidden))
+        return S5VHOutput(codes, h, hidden, self.decoder(codes, visible, hidden) if rebuild else None)
 
     def h(self, x:Tensor) -> Tensor: # (b, t, d) -> (b, k)
         "The mean of the frame codes, all frames visible."
@@ -177,6 +178,7 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
                progress:bool=False) -> Tensor: # uint8 (n, k/8)
         "Packed codes of videos, all frames visible: bit = sign of the mean of the frame codes."
         array_like(x, "frames")
+        expect(len(x.shape) == 3, "frames", f"shape (n, t, {self.config.d})", tuple(x.shape))
         return self.packed((x,), batch or max(1, 65536//max(1, x.shape[1])), progress)
 
     @classmethod

@@ -1,24 +1,19 @@
-"What only a GPU runs: layers side by side, the fused norm, encoding by a CUDA graph. Skipped without one."
+"What only a GPU runs: all layers in one step, a norm and the layer behind it, encoding by a CUDA graph. Skipped without one."
 import copy
 
 import pytest, torch
 from torch import nn
 
 from s5vh_nb.config import S5VHConfig
-from s5vh_nb.mixers import Bidirectional, Layers, Mamba
+from s5vh_nb.mixers import Bidirectional, Layers, Mamba, norm_linear
 from s5vh_nb.s5vh import S5VH
 
 if not torch.cuda.is_available(): pytest.skip("needs a CUDA device", allow_module_level=True)
 pytest.importorskip("triton")
-from s5vh_nb.scan import _folded_torch, _norm_torch
-from s5vh_nb.scan_triton import norm_folded_triton, residual_norm_triton
-
-
-def graded(outputs, given): return [*outputs, *torch.autograd.grad(sum((y.float()*torch.linspace(-1, 1, y.numel(), device="cuda").view(y.shape)).sum() for y in outputs), given)]
 
 
 @pytest.mark.parametrize("options", [{}, {"tied": True}, {"directions": "forward"}, {"directions": "backward"}])
-def test_layers_side_by_side_are_the_plain_layers(options):
+def test_layers_in_one_step_are_the_plain_layers(options):
     torch.manual_seed(0)
     net = Layers(*[Bidirectional(lambda: Mamba(32), **options) for _ in range(2)])
     for p in net.parameters(): nn.init.normal_(p, std=.3)                # gains and biases too
@@ -38,25 +33,33 @@ def test_a_silenced_direction_in_one_layer():
     assert (net.cuda()(x.cuda()).cpu() - wanted).norm() <= 1e-4*wanted.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("m", [16, 100, 256])
-@pytest.mark.parametrize("alone", [False, True])
-def test_sum_and_norm(m, dtype, alone):
+@pytest.mark.parametrize("options", [{}, {"directions": "backward"}])
+def test_layers_in_half_precision(options):
+    "The papers' width, also with a view of 25 frames; autocast rounds to eight bits."
     torch.manual_seed(0)
-    x, y = torch.randn(3, 7, m, device="cuda").requires_grad_(), torch.randn(3, 7, m, device="cuda").to(dtype).requires_grad_()
-    given, y = ([x], None) if alone else ([x, y], y)
-    with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16): wanted = graded(_norm_torch(x, y, 1e-6), given)
-    for mine, theirs in zip(graded(residual_norm_triton(x, y, 1e-6, dtype), given), wanted, strict=True):
-        assert mine.dtype == theirs.dtype and (mine - theirs).norm() <= (1e-5 if dtype == torch.float32 else 2e-2)*theirs.norm()
+    net = Layers(*[Bidirectional(lambda: Mamba(192), **options) for _ in range(2)])
+    for layer in net:
+        for norm, _ in layer.ways(): nn.init.normal_(norm.weight, 1, .2), nn.init.normal_(norm.bias, std=.2)
+    x, plain, weights = torch.randn(5, 25, 192), copy.deepcopy(net).double(), torch.randn(5, 25, 192)
+    exact = plain(x.double())
+    wanted = [exact, *torch.autograd.grad((exact*weights).sum(), list(plain.parameters()))]
+    with torch.autocast("cuda", torch.bfloat16): y = net.cuda()(x.cuda())
+    for mine, theirs in zip([y, *torch.autograd.grad((y*weights.cuda()).sum(), list(net.parameters()))], wanted, strict=True):
+        assert mine.dtype == torch.float32 and (mine.cpu() - theirs).norm() <= 2e-2*theirs.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("m", [16, 100, 256])
-def test_gain_and_bias_in_the_weights(m, dtype):
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("m,rows", [(16, 13), (100, 64), (256, 256)])
+def test_norm_and_linear(m, rows, half):
     torch.manual_seed(0)
-    given = [torch.randn(2, 3, 2*m, m, device="cuda").transpose(0, 1).requires_grad_(), *(torch.randn(3, 2, m, device="cuda").requires_grad_() for _ in range(2))]
-    for mine, theirs in zip(*(graded((fold(*given, dtype),), given) for fold in (norm_folded_triton, _folded_torch)), strict=True):
-        assert mine.dtype == theirs.dtype and (mine - theirs).norm() <= (1e-5 if dtype == torch.float32 else 2e-2)*theirs.norm()
+    norm, linear, x = nn.LayerNorm(m, eps=1e-6).cuda(), nn.Linear(m, rows).cuda(), torch.randn(3, 9, m, device="cuda").requires_grad_()
+    for p in norm.parameters(): nn.init.normal_(p)
+    given, weights = [x, *norm.parameters(), *linear.parameters()], torch.randn(3, 4, rows, device="cuda")
+    def graded(y): return [y, *torch.autograd.grad((y*weights).sum(), given)]
+    with torch.autocast("cuda", torch.bfloat16, enabled=half): y = norm_linear(x[:, 5:], norm, linear)
+    for mine, theirs in zip(graded(y), graded(linear(norm(x[:, 5:]))), strict=True):
+        assert mine.dtype == (torch.bfloat16 if half and mine is y else torch.float32)
+        assert (mine - theirs).norm() <= (2e-2 if half else 1e-4)*theirs.norm()
 
 
 @pytest.mark.parametrize("half", [False, True])
