@@ -276,15 +276,14 @@ def _scan_forward(u, delta, A, B, C, D, z, bias, softplus, reversed_from, keep, 
     _forward_kernel[grid](*map(_strided, (u, delta, gate, B, C, out)), A, D, bias, saved, last, summary, GATED=z is not None, **plan, maxnreg=128)
     return out, last, saved
 
-def _scan_backward(dout, u, delta, A, B, C, D, z, bias, saved, softplus, reversed_from, dz=None, dBC=None, dweights=None):
-    "Gradients of u, delta, z (b, t, d), of B and C side by side (b, t, g, 2*n), and of A, D, bias one behind the other (d*n + d + d,)."
+def _scan_backward(dout, u, delta, A, B, C, D, z, bias, saved, softplus, reversed_from, dz=None, dBC=None):
+    "Gradients of u, delta, z (b, t, d), of B and C side by side (b, t, g, 2*n), and parts of those of A, D, bias one behind the other (parts, d*n + d + d)."
     (b, t, d), (g, n) = u.shape, B.shape[2:]
     grid, plan = _plan(b, t, d, g, n)
     plan |= dict(reversed_from=reversed_from, SOFTPLUS=softplus, GATED=z is not None)
     du, ddelta = u.new_empty(b, t, d), u.new_empty(b, t, d)
     if z is not None and dz is None: dz = u.new_empty(b, t, d)
     if dBC is None: dBC = B.new_empty(b, t, g, 2*n)
-    if dweights is None: dweights = u.new_empty(d*(n + 2), dtype=torch.float32)
     gate, dgate = (u, du) if z is None else (z, dz)
     by_block = u.new_empty(grid[0]//g, b, t, g, 2*n, dtype=torch.float32)                # parts of dB, dC per block of channels
     by_chunk = u.new_empty(b*grid[1], d*(n + 2), dtype=torch.float32)                    # parts of dA, dD, dbias per chunk
@@ -292,7 +291,7 @@ def _scan_backward(dout, u, delta, A, B, C, D, z, bias, saved, softplus, reverse
         _summary_kernel[grid](*map(_strided, (dout, delta, gate, C)), A, bias, summary, ADJOINT=True, **plan)
     _backward_kernel[grid](*map(_strided, (u, delta, gate, dout, B, C)), A, D, bias, saved, summary, du, ddelta, _strided(dgate),
                            (by_block, *by_block.stride()[1:3], by_block.stride(0)), by_chunk, **plan)
-    return du, ddelta, dz, _summed(by_block, dBC), _summed(by_chunk, dweights)
+    return du, ddelta, dz, _summed(by_block, dBC), by_chunk
 
 class _Scan(torch.autograd.Function):
     "The scan as a step of autograd."
@@ -308,9 +307,9 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, _):
         (b, t, d), A, C, D, bias = ctx.saved_tensors[0].shape, *(ctx.saved_tensors[i] for i in (2, 4, 5, 7))
-        du, ddelta, dz, dBC, dweights = _scan_backward(_token_major(dout), *ctx.saved_tensors, *ctx.options)
+        du, ddelta, dz, dBC, parts = _scan_backward(_token_major(dout), *ctx.saved_tensors, *ctx.options)
         dB, dC = dBC.chunk(2, -1)                                                        # (b, t, g, n) each
-        dA, dD, dbias = dweights.split((A.numel(), d, d))
+        dA, dD, dbias = _summed(parts, torch.empty_like(parts[0])).split((A.numel(), d, d))
         dC, dA, dD, dbias = (None if v is None else grad.view(v.shape) if v is A else grad.to(v.dtype) for grad, v in ((dC, C), (dA, A), (dD, D), (dbias, bias)))
         return du, ddelta, dA.to(A.dtype), dB, dC, dD, dz, dbias, None, None, None, None
 
@@ -420,14 +419,13 @@ def _conv_forward(x, weight, bias, silu, reversed_from):
     _conv_forward_kernel[grid](_strided(x), _strided(out), weight, bias, **plan)
     return out
 
-def _conv_backward(dout, x, weight, bias, silu, reversed_from, dx=None, dweights=None):
-    "Gradients of x (b, t, d) and of taps and bias, one row each (W + 1, d)."
+def _conv_backward(dout, x, weight, bias, silu, reversed_from, dx=None):
+    "Gradient of x (b, t, d), and parts of those of taps and bias, one row each (parts, W + 1, d)."
     grid, plan = _conv_plan(x, weight, silu, reversed_from)
     if dx is None: dx = x.new_empty(x.shape)
-    if dweights is None: dweights = x.new_empty(weight.shape[1] + 1, len(weight), dtype=torch.float32)
-    parts = x.new_empty(grid[1]*grid[2], *dweights.shape, dtype=torch.float32)
+    parts = x.new_empty(grid[1]*grid[2], weight.shape[1] + 1, len(weight), dtype=torch.float32)
     _conv_backward_kernel[grid](_strided(x), _strided(dout), _strided(dx), weight, bias, parts, **plan)
-    return dx, _summed(parts, dweights)
+    return dx, parts
 
 class _Conv(torch.autograd.Function):
     "Causal convolution of a token-major (b, t, d) tensor."
@@ -441,7 +439,8 @@ class _Conv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         x, weight, bias = ctx.saved_tensors
-        dx, dweights = _conv_backward(_token_major(dout), x, weight, bias, *ctx.options)
+        dx, parts = _conv_backward(_token_major(dout), x, weight, bias, *ctx.options)
+        dweights = _summed(parts, torch.empty_like(parts[0]))
         return dx, dweights[:-1].T.to(weight.dtype), None if bias is None else dweights[-1].to(bias.dtype), None, None
 
 def causal_conv1d_triton(
@@ -597,33 +596,42 @@ def norm_linear_triton(
 def _by_direction(x:torch.Tensor) -> torch.Tensor: # (b, t, g, w) -> (g, b*t, w), a view
     return x.flatten(0, 1).transpose(0, 1)
 
+def _padded(x_proj, dt_proj) -> tuple:
+    "The two projections with a rank that is a multiple of 8, by zeros: matrix products want rows that lie so."
+    r = dt_proj.shape[-1]
+    more = -r % 8
+    if more == 0: return x_proj, dt_proj
+    return torch.cat([x_proj[:, :, :r], x_proj.new_zeros(*x_proj.shape[:2], more, x_proj.shape[3]), x_proj[:, :, r:]], 2), torch.nn.functional.pad(dt_proj, (0, more))
+
 def _layer_forward(x, y, eps, w, turn, keep):
     "One layer: the sum x + y that enters it, what it adds to it (b, t, m), and what its backward pass needs."
     (g, d, r), n = w.dt_proj.shape, w.A.shape[1]
     x, normed, scales = _norm_forward(x, y, eps, w.in_proj.dtype)                             # (b, t, m), (b, t, m + 8)
     uz = normed @ w.in_proj.T                                                                 # (b, t, 2*g*d): signals, then gates
     u = _conv_forward(uz[..., :g*d], w.taps, w.conv_bias, True, turn)                         # (b, t, g*d)
-    s = u.new_empty(*u.shape[:2], g, triton.cdiv(r + 2*n, 8)*8)                               # delta's rank, B, C of each direction, padded
-    torch.bmm(_by_direction(u.unflatten(2, (g, d))), w.x_proj.mT, out=_by_direction(s[..., :r + 2*n]))
+    s = u.new_empty(*u.shape[:2], g, r + 2*n)                                                 # delta's rank, B, C of each direction
+    torch.bmm(_by_direction(u.unflatten(2, (g, d))), w.x_proj.mT, out=_by_direction(s))
     delta = torch.empty_like(u)
     torch.bmm(_by_direction(s[..., :r]), w.dt_proj.mT, out=_by_direction(delta.unflatten(2, (g, d))))
-    B, C = s[..., r:r + n], s[..., r + n:r + 2*n]                                             # (b, t, g, n)
+    B, C = s[..., r:].chunk(2, -1)                                                            # (b, t, g, n)
     h, _, saved = _scan_forward(u, delta, w.A, B, C, w.D, uz[..., g*d:], w.dt_bias, True, turn, keep, False)
-    return x, h @ w.out_proj, (normed, scales, uz, u, s, delta, h, saved)
+    return x, h @ w.out_proj.T, (normed, scales, uz, u, s, delta, h, saved)
 
 def _layer_backward(dtotal, dy, first, w, turn, kept, grads, beside):
     "Gradients of x and y, from those of the sum and of what the layer added; those of the weights go to `grads`, by a call that `beside` gets."
     normed, scales, uz, u, s, delta, h, saved = kept
     (g, d, r), n = w.dt_proj.shape, w.A.shape[1]
     duz, ds = torch.empty_like(uz), torch.empty_like(s)
-    du, ddelta, *_ = _scan_backward(dy @ w.out_proj.T, u, delta, w.A, s[..., r:r + n], s[..., r + n:r + 2*n], w.D, uz[..., g*d:], w.dt_bias, saved, True, turn,
-                                    duz[..., g*d:], ds[..., r:r + 2*n], grads.scan)
-    ways, dways, ranks, dranks = (_by_direction(v) for v in (u.unflatten(2, (g, d)), du.unflatten(2, (g, d)), s[..., :r + 2*n], ds[..., :r + 2*n]))
+    du, ddelta, *_, scan_parts = _scan_backward(dy @ w.out_proj, u, delta, w.A, *s[..., r:].chunk(2, -1), w.D, uz[..., g*d:], w.dt_bias, saved, True, turn,
+                                                duz[..., g*d:], ds[..., r:])
+    ways, dways, ranks, dranks = (_by_direction(v) for v in (u.unflatten(2, (g, d)), du.unflatten(2, (g, d)), s, ds))
     steps = _by_direction(ddelta.unflatten(2, (g, d)))                                        # (g, b*t, d)
     torch.bmm(steps, w.dt_proj, out=dranks[..., :r])
     dways.baddbmm_(dranks, w.x_proj)
-    _conv_backward(du, uz[..., :g*d], w.taps, w.conv_bias, True, turn, duz[..., :g*d], grads.conv)
+    _, conv_parts = _conv_backward(du, uz[..., :g*d], w.taps, w.conv_bias, True, turn, duz[..., :g*d])
     def weights():
+        _summed(scan_parts, grads.scan)
+        _summed(conv_parts, grads.conv)
         torch.bmm(dy.flatten(0, 1).T.expand(g, -1, -1), _by_direction(h.unflatten(2, (g, d))), out=grads.out_proj)
         torch.bmm(steps.mT, ranks[..., :r], out=grads.dt_proj)
         torch.bmm(dranks.mT, ways, out=grads.x_proj)
@@ -635,16 +643,17 @@ class _Layers(torch.autograd.Function):
     "Bidirectional Mamba layers of x (b, t, m); weights of all layers and directions are stacked (l, g, ...)."
     @staticmethod
     def forward(ctx, x, eps, turn, dtype, keep, in_proj, gain, bias, taps, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj):
-        l, g, d, n = A_log.shape
+        (l, g, d, n), rank = A_log.shape, dt_proj.shape[3]
         A = -torch.exp(A_log)
+        x_proj, dt_proj = _padded(x_proj, dt_proj)
         along = {name: v.flatten(1, 2) for name, v in dict(taps=taps, conv_bias=conv_bias, dt_bias=dt_bias, A=A, D=D).items()}        # (l, g*d, ...)
         weights = dict(in_proj=_folded(in_proj, gain, bias, d, dtype), x_proj=x_proj.to(dtype), dt_proj=dt_proj.to(dtype),
-                       out_proj=out_proj.permute(0, 1, 3, 2).to(dtype, memory_format=torch.contiguous_format).flatten(1, 2), **along)
+                       out_proj=out_proj.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(2), **along)
         layers, kept, y = [SimpleNamespace(**{name: v[i] for name, v in weights.items()}) for i in range(l)], [], None
         for w in layers:
             x, y, needed = _layer_forward(x, y, eps, w, turn, keep)
             kept.append(needed if keep else None)
-        ctx.layers, ctx.kept, ctx.turn, ctx.A, ctx.rank = layers, kept, turn, A, dt_proj.shape[3]
+        ctx.layers, ctx.kept, ctx.turn, ctx.A, ctx.rank = layers, kept, turn, A, rank
         ctx.save_for_backward(in_proj, gain, bias)
         return x + y
 
@@ -652,8 +661,8 @@ class _Layers(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         (in_proj, gain, bias), (l, g, d, n), r = ctx.saved_tensors, ctx.A.shape, ctx.rank
-        w, m, beside = ctx.layers[0], in_proj.shape[3], Beside(dout.device)
-        shapes = dict(in_proj=w.in_proj.shape, x_proj=(g, r + 2*n, d), dt_proj=(g, d, r), out_proj=(g, m, d))
+        w, m, beside = ctx.layers[0], in_proj.shape[3], Beside(dout.device, lane=1)
+        shapes = dict(in_proj=w.in_proj.shape, x_proj=w.x_proj.shape, dt_proj=w.dt_proj.shape, out_proj=(g, m, d))
         grads = {name: dout.new_empty(l, *shape, dtype=w.in_proj.dtype) for name, shape in shapes.items()}
         grads |= dict(scan=dout.new_empty(l, g*d*(n + 2)), conv=dout.new_empty(l, w.taps.shape[1] + 1, g*d))
         dtotal = dout.contiguous()
@@ -663,9 +672,11 @@ class _Layers(torch.autograd.Function):
             dtotal, dy = _layer_backward(dtotal, dy, i == 0, ctx.layers[i], ctx.turn, ctx.kept[i], of_layer, beside)
         beside.join()
         dA, dD, ddt_bias = (v.unflatten(1, (g, -1)) for v in grads["scan"].split((g*d*n, g*d, g*d), 1))
+        x_proj, dt_proj = grads["x_proj"], grads["dt_proj"][..., :r]
+        if x_proj.shape[2] > r + 2*n: x_proj = torch.cat([x_proj[:, :, :r], x_proj[:, :, -2*n:]], 2)              # without what was padded
         taps = grads["conv"][:, :-1].unflatten(2, (g, d)).permute(0, 2, 3, 1).contiguous()                   # (l, g, d, W)
         return (dtotal, None, None, None, None, *_folded_backward(grads["in_proj"], in_proj, gain, bias, d), taps, grads["conv"][:, -1].unflatten(1, (g, d)),
-                *(grads[name].to(in_proj.dtype) for name in ("x_proj", "dt_proj")), ddt_bias, dA.unflatten(2, (d, n))*ctx.A, dD, grads["out_proj"].to(in_proj.dtype))
+                x_proj.to(in_proj.dtype), dt_proj.to(in_proj.dtype, memory_format=torch.contiguous_format), ddt_bias, dA.unflatten(2, (d, n))*ctx.A, dD, grads["out_proj"].to(in_proj.dtype))
 
 def mamba_layers_triton(
     x:torch.Tensor, # (b, t, m) float32
