@@ -73,14 +73,14 @@ class SLGObjective(nn.Module):
                 warm:bool) -> dict: # the warm-up is over: labels move
         "The weighted sum `loss` and its terms, scalars."
         beside, visible, found = Beside(x.device), two_views(order, self.c.mask_ratio), {}
-        if warm and self.c.beta > 0 and self.c.refresh > 0: beside(lambda: self.refresh(model, x, rows))
+        if warm and self.c.beta > 0 and self.c.refresh > 0: beside(lambda: self.refresh(model, x, rows), x, rows)
         out = model(x, visible, rebuild=False)
         h = out.h.float()                                                       # (2b, k)
         def of_codes():
             with torch.autocast(x.device.type, enabled=False):                  # small products that want all their digits
                 if self.c.alpha > 0: found["contrast"] = contrastive_loss(*h.chunk(2), self.c.tau_plus, self.c.temperature)
                 if self.c.beta > 0: found["alignment"] = center_alignment_loss(self.logits(h), self.soft_labels[rows])
-        beside(of_codes)                                                        # next to the decoder
+        beside(of_codes, h, rows)                                               # next to the decoder
         if self.c.reconstruction > 0: found["reconstruction"] = reconstruction_loss(model.decoder(out.codes, visible, out.hidden), take(x, out.hidden))
         beside.join()
         weights = {"reconstruction": self.c.reconstruction, "contrast": self.c.alpha, "alignment": self.c.beta}

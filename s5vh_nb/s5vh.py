@@ -174,12 +174,12 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
         return self(x).h
 
     def encode(self, x, # (n, t, d) frame features: a tensor, an array, or anything that slices to one
-               batch:int|None=None, # videos at a time; None: as many as have 65536 frames together
+               batch:int|None=None, # videos at a time; None: as many as have 32768 frames together
                progress:bool=False) -> Tensor: # uint8 (n, k/8)
         "Packed codes of videos, all frames visible: bit = sign of the mean of the frame codes."
         array_like(x, "frames")
         expect(len(x.shape) == 3, "frames", f"shape (n, t, {self.config.d})", tuple(x.shape))
-        return self.packed((x,), batch or max(1, 65536//max(1, x.shape[1])), progress)
+        return self.packed((x,), batch or max(1, 32768//max(1, x.shape[1])), progress)
 
     @classmethod
     def load_released(cls, path:str|Path) -> "S5VH": # A checkpoint file of the public S5VH release

@@ -636,7 +636,7 @@ def _layer_backward(dtotal, dy, first, w, turn, kept, grads, beside):
         torch.bmm(steps.mT, ranks[..., :r], out=grads.dt_proj)
         torch.bmm(dranks.mT, ways, out=grads.x_proj)
         torch.mm(duz.flatten(0, 1).T, normed.flatten(0, 1), out=grads.in_proj)
-    beside(weights)
+    beside(weights, dy, h, u, s, normed, ddelta, ds, duz, scan_parts, conv_parts)
     return _norm_backward(dtotal, duz @ w.in_proj, normed, scales, dtotal.dtype, None if first else dy.dtype)
 
 class _Layers(torch.autograd.Function):

@@ -4,9 +4,11 @@ import copy
 import pytest, torch
 from torch import nn
 
+from s5vh_nb.basics import Captured
 from s5vh_nb.config import S5VHConfig
 from s5vh_nb.mixers import Bidirectional, Layers, Mamba, norm_linear
 from s5vh_nb.s5vh import S5VH
+from s5vh_nb.scan import use_backend
 
 if not torch.cuda.is_available(): pytest.skip("needs a CUDA device", allow_module_level=True)
 pytest.importorskip("triton")
@@ -70,3 +72,14 @@ def test_codes_of_a_graph_are_those_of_one_block(half):
     with torch.autocast("cuda", torch.bfloat16, enabled=half): alone, blocks = model.encode(x, batch=45), model.encode(x, batch=4)
     assert (alone != blocks).float().mean() < .01                        # products of another shape may round otherwise
     with pytest.raises(ValueError, match="finite"): model.encode(torch.full_like(x, torch.nan), batch=4)
+
+
+def test_gradients_of_a_captured_step():
+    "Streams side by side in a CUDA graph, at the papers' size: the gradients are those of the plain layers on every replay."
+    torch.manual_seed(0)
+    net = Layers(*[Bidirectional(lambda: Mamba(256)) for _ in range(4)]).cuda()
+    x, weights = torch.randn(256, 13, 256, device="cuda"), torch.randn(256, 13, 256, device="cuda")
+    with use_backend("torch"): wanted = torch.autograd.grad((net(x)*weights).sum(), list(net.parameters()))
+    step = Captured(lambda x: torch.autograd.grad((net(x)*weights).sum(), list(net.parameters())))
+    for _ in range(8):
+        for mine, theirs in zip(step(x), wanted, strict=True): assert (mine - theirs).norm() <= 1e-3*theirs.norm()
