@@ -78,17 +78,23 @@ def _counts(rng, draws, n):
     picks = rng.integers(n, size=(draws, n)) + n*np.arange(draws)[:, None]   # (draws, n)
     return np.bincount(picks.ravel(), minlength=draws*n).reshape(draws, n)   # (draws, n)
 
+def _widening(seeds, level):
+    "By how much the bootstrap's luck of so few seeds is too small: in variance, and in the tails of Student's t."
+    tail = (1 + level)/2
+    return np.sqrt(seeds/(seeds - 1))*stats.t.ppf(tail, seeds - 1)/stats.norm.ppf(tail) if seeds > 1 else 1.
+
 def paired_bootstrap(a, # (seeds, queries) average precision of method A
                      b, # (seeds, queries) of method B: the same queries in the same order
                      draws:int=2000, # Bootstrap samples
                      level:float=.95, # Share of the samples inside the interval
                      seed:int=0) -> Interval: # Of the resampling
-    "Mean of a - b with its percentile interval over seeds and queries, both resampled."
+    "Mean of a - b with its percentile interval over seeds and queries, both resampled; the part of the seeds is widened for their small number."
     a, b = np.atleast_2d(np.asarray(a, float)), np.atleast_2d(np.asarray(b, float))
     expect(a.shape == b.shape, "b", f"the shape of a, {a.shape} (seeds, queries)", b.shape)
     delta, rng = a - b, np.random.default_rng(seed)
     seeds, queries = delta.shape
-    per_query = _counts(rng, draws, seeds) @ delta/seeds                               # (draws, queries)
+    weights = 1 + _widening(seeds, level)*(_counts(rng, draws, seeds) - 1)             # (draws, seeds)
+    per_query = weights @ delta/seeds                                                  # (draws, queries)
     samples = np.concatenate([(_counts(rng, len(part), queries)*part).mean(1) for part in np.array_split(per_query, 20)])  # (draws,)
     low, high = np.quantile(samples, [(1 - level)/2, (1 + level)/2])
     return Interval(float(delta.mean()), float(low), float(high))
