@@ -168,7 +168,7 @@ def _parts(config): return [f.name for f in dataclasses.fields(config) if datacl
 def replace(config, # A `TrainConfig`, or any dataclass whose parts are dataclasses
             **changes): # Fields of it or of its parts
     "`config` with the fields in `changes` replaced, in whichever part they live; unknown names are an error."
-    own = {f.name for f in dataclasses.fields(config)}
+    own = [f.name for f in dataclasses.fields(config)]
     homes = {f.name: part for part in _parts(config) for f in dataclasses.fields(getattr(config, part))}
     for name in changes: known(name, [*own, *homes], "configuration field")
     new = {name: value for name, value in changes.items() if name in own}

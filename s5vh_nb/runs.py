@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CUTS', 'scores', 'pair_scores', 'method_name', 'describe', 'checkpoint_of', 'look', 'trained', 'learn',
            'encode_splits', 'encoded', 'load_data', 'settle', 'read', 'data_of', 'store', 'may_run', 'check_may_run',
-           'ask', 'codes_of', 'ask_about', 'ask_transfer', 'ask_all', 'several', 'default_pairs', 'default_datasets']
+           'ask', 'codes_of', 'ask_about', 'ask_transfer', 'ask_all', 'several', 'video_sets', 'default_pairs',
+           'default_datasets']
 
 # %% ../nbs/lib/42_runs.ipynb #16aa685e
 import functools, multiprocessing, os, time
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from . import baselines, datasets, records, retrieval, training
 from .basics import expect, pick_device, project_root
-from .config import BaselineConfig, TrainConfig, TransferConfig, replace, to_dict
+from .config import PAIR_DATASETS, BaselineConfig, TrainConfig, TransferConfig, replace, to_dict
 from .multimodal import PAIR_LAYOUTS, MultiModalDataset, official_file
 
 # %% ../nbs/lib/42_runs.ipynb #f63d6ce1
@@ -236,6 +237,13 @@ def several(value, # None, one value, a list, or text with commas
     expect(all(type(v) in (int, str) for v in values), where, wanted, repr(value), TypeError)
     expect(values and "" not in values, where, wanted, repr(value))
     return [int(v) if isinstance(v, str) and v.isdigit() else v for v in values]
+
+def video_sets(value, # As for `several`
+               default) -> list: # What None stands for
+    "The names of data sets that an artefact of paper 1 is asked for; `ValueError` for sets of image-text pairs."
+    names = several(value, default)
+    for name in names: expect(name not in PAIR_DATASETS, "dataset", "a set of videos (paper 2's artefacts take pairs)", repr(name))
+    return names
 
 def _there(names, find, root):
     def is_there(name):
