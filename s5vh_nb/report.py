@@ -22,8 +22,10 @@ from .config import PROFILES, known
 def style():
     "Set the look of all figures; call it once at the top of a notebook."
     sns.set_theme(context="paper", style="ticks", palette="colorblind", font_scale=1.1)
-    plt.rcParams.update({"figure.figsize": (4.8, 3.2), "figure.dpi": 110, "figure.constrained_layout.use": True, "savefig.dpi": 200, "pdf.fonttype": 42,
-                         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": .3, "legend.frameon": False})
+    plt.rcParams.update({"figure.figsize": (4.8, 3.2), "figure.dpi": 110, "figure.constrained_layout.use": True,
+                         "savefig.dpi": 200, "pdf.fonttype": 42,
+                         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": .3,
+                         "legend.frameon": False})
 
 # %% ../nbs/lib/41_report.ipynb #74bb78cf
 def savefig(fig, # A matplotlib figure
@@ -88,7 +90,7 @@ def paired_bootstrap(a, # (seeds, queries) average precision of method A
                      draws:int=2000, # Bootstrap samples
                      level:float=.95, # Share of the samples inside the interval
                      seed:int=0) -> Interval: # Of the resampling
-    "Mean of a - b with its percentile interval over seeds and queries, both resampled; the part of the seeds is widened for their small number."
+    "Mean of a - b with its percentile interval over seeds and queries, both resampled; the seeds' part is widened for their small number."
     a, b = np.atleast_2d(np.asarray(a, float)), np.atleast_2d(np.asarray(b, float))
     expect(a.shape == b.shape, "b", f"the shape of a, {a.shape} (seeds, queries)", b.shape)
     delta, rng = a - b, np.random.default_rng(seed)
@@ -103,6 +105,7 @@ def paired_bootstrap(a, # (seeds, queries) average precision of method A
 def published(name:str) -> pd.DataFrame: # e.g. "s5vh_retrieval"
     "The published figures in `results/published/<name>.csv`; the error lists what there is."
     folder = project_root()/"results"/"published"
-    expect(folder.is_dir(), str(folder), "the folder of published figures (run inside a checkout of the project)", "no such folder", FileNotFoundError)
+    expect(folder.is_dir(), str(folder), "the folder of published figures (run inside a checkout of the project)",
+           "no such folder", FileNotFoundError)
     known(name, sorted(path.stem for path in folder.glob("*.csv")), "published table")
     return pd.read_csv(folder/f"{name}.csv")
