@@ -9,7 +9,8 @@ __all__ = ['expect', 'atomic_write', 'project_root', 'pick_device', 'side_stream
 import contextlib, functools, os, tempfile
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is loaded: threads that wait soon sleep, instead of keeping a shared core busy
+# read when torch is loaded: threads that wait soon sleep, instead of keeping a shared core busy
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 
@@ -38,7 +39,9 @@ def atomic_write(path:str|Path): # The file to create or replace; its folder is 
         with open(tmp, "rb") as f: os.fsync(f.fileno())
         os.chmod(tmp, 0o644)
         os.replace(tmp, path)
-    except OSError as e: raise OSError(e.errno, f"{path}: expected to write the whole file, found: {e.strerror or e} (what was there before is kept)") from e
+    except OSError as e:
+        said = f"{path}: expected to write the whole file, found: {e.strerror or e} (what was there before is kept)"
+        raise OSError(e.errno, said) from e
     finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/lib/00_basics.ipynb #6e4e2176
@@ -49,7 +52,7 @@ def project_root() -> Path:
     return next((p for p in (here, *here.parents) if (p/"settings.ini").exists()), here)
 
 def pick_device(device:str|None=None) -> torch.device: # "cpu", "cuda", "cuda:1"; None or "auto" takes a GPU when there is one
-    "The device to run on; `TypeError` for what is no text, `ValueError` for a device that torch does not know and for a GPU that is not there."
+    "The device to run on; `TypeError` for what is no text, `ValueError` for a device that torch does not know or that is not there."
     if device is None or device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     expect(isinstance(device, str), "device", "text such as 'cpu' or 'cuda', or None", repr(device), TypeError)
     expect(not device.startswith("cuda") or torch.cuda.is_available(), "device", "'cpu' (this torch sees no GPU)", repr(device))
@@ -78,7 +81,7 @@ class Beside:
         if self.stream is not None: torch.cuda.current_stream().wait_stream(self.stream)
 
 class Captured:
-    "`call` as a CUDA graph on a GPU, after three ordinary calls that set up the libraries. Inputs of another shape are computed in the ordinary way."
+    "`call` as a CUDA graph on a GPU, after three ordinary calls that set up the libraries; inputs of another shape get an ordinary call."
     def __init__(self, call): # Takes tensors (or None) on one device, returns tensors; it must not wait for the GPU
         self.call, self.ordinary, self.graph = call, 3, None
 

@@ -32,7 +32,7 @@ def semantic_vectors(features, # (n, d) time means, or (n, t, d) frame features:
                      n_centers:int, # c, at most the number of distinct rows
                      pca:int=512, # Principal components kept, at most min(n, d)
                      seed:int=0): # Of k-means
-    "Unit vectors W (c, p) and cluster numbers (n,) of PCA and k-means on time means (S5VH, hash centers); `ValueError` for bad features or too many centers."
+    "Unit vectors W (c, p) and cluster numbers (n,) of PCA and k-means on time means (S5VH, hash centers); `ValueError` for unfit input."
     x = np.asarray(features)
     expect(x.ndim in (2, 3), "features", "shape (n, d) or (n, t, d)", x.shape)
     if x.ndim == 3: x = x.mean(1)                                                      # (n, d)
@@ -136,7 +136,7 @@ def _add(pull, scale, A, i):
 
 @njit(cache=True, fastmath=True)
 def _project(u, Q, x, y1, y2, gamma, rho, rho_next, pull):
-    "x = Q u, its projections on box and sphere, their multipliers, and their part of the next right-hand side `pull`; returns how far x moved."
+    "x = Q u, its projections on box and sphere, multipliers, and their part of the next right-hand side `pull`; returns how far x moved."
     square = 0.
     for j in range(len(x)):
         old, x[j] = x[j], _dot(Q, j, u)
@@ -152,7 +152,7 @@ def _project(u, Q, x, y1, y2, gamma, rho, rho_next, pull):
 
 @njit(cache=True, fastmath=True)
 def _constrain(u, P, y3, due, moved, delta, gamma, rho, rho_next, pull):
-    "The slack of H_o x = P u, its multipliers, and what constraints at work add to `pull`; a row is looked up when x has moved as far as its `due`."
+    "The slack of H_o x = P u, multipliers, what constraints at work add to `pull`; a row is looked up when x moved as far as its `due`."
     for i in range(len(P)):
         if moved < due[i]: continue
         slack = delta - _dot(P, i, u)                                                  # delta - (H_o x)_i
@@ -211,7 +211,7 @@ def sweep_centers(H:np.ndarray, # (c, k) start
     "The best set (c, k) after one or more sweeps, and the quality after each sweep (S5VH, hash centers)."
     H, best, history = H.copy(), None, []
     bar = tqdm(range(sweeps), desc="hash centers", unit="sweep", leave=False, disable=not progress)
-    with threadpool_limits(1):                                                         # small matrices: threads would only wait for each other
+    with threadpool_limits(1):   # small matrices: threads would only wait for each other
         for _ in bar:
             before = H.copy()
             for i in range(len(H)): H[i] = improved(H, i, S[i], distance, a, p)
@@ -240,7 +240,7 @@ def _next_flip(H, targets, delta):
 def balanced_bits(H:np.ndarray, # (c, k) centers
                   S:np.ndarray, # (c, c) wanted inner products
                   distance:int) -> np.ndarray: # d_max
-    "Centers with single bits flipped until each bit is +1 for half of them, where distances allow; the quality only rises. Ours, not the paper's."
+    "Centers with bits flipped until each bit is +1 for half of them, where distances allow; the quality only rises. Ours, not the paper's."
     H, targets = H.copy(), (S + S.T)/2
     while flip := _next_flip(H, targets, H.shape[1] - 2*distance): H[flip] *= -1
     return H
@@ -293,10 +293,10 @@ def hash_centers(features, # (n, d) time means, or (n, t, d) frame features
                  optimise:bool=True, # False: the start as it is
                  pca:int=512, # Principal components kept before k-means
                  seed:int=0, # Of k-means and of random rows
-                 given:np.ndarray|None=None, # Ready-made centers (c, k), taken as they are in the order of `suited`; no start, nothing optimised
+                 given:np.ndarray|None=None, # Ready-made centers (c, k), in the order of `suited`; nothing is optimised
                  admm:ADMM=ADMM(), # Schedule
                  progress:bool=True) -> HashCenters: # Show a bar over the sweeps
-    "One center per k-means cluster of the features (S5VH, hash centers); `ValueError` for sizes that don't fit or features that aren't finite."
+    "One center per k-means cluster of the features (S5VH, hash centers); `ValueError` for unfit sizes or features that aren't finite."
     expect(bits > 0 and bits % 8 == 0, "bits", "a positive multiple of 8", bits)
     expect(n_centers <= 2**bits, "n_centers", f"at most 2^{bits}, the number of codes", n_centers)
     known(init, ("hadamard", "random"), "init")

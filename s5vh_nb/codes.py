@@ -63,7 +63,8 @@ def array_like(x, where:str): # where: the parameter, for the message
 
 def finite(x:Tensor) -> Tensor: # Features, any shape
     "`x`; `ValueError` when it holds NaN or infinity: a code would hide them."
-    expect(bool(torch.isfinite(x.sum())), "features", "finite numbers", "NaN or infinity")    # a sum keeps NaN and infinity, and needs no memory
+    # a sum keeps NaN and infinity, and needs no memory
+    expect(bool(torch.isfinite(x.sum())), "features", "finite numbers", "NaN or infinity")
     return x
 
 class HashNetwork(nn.Module, PyTorchModelHubMixin):
@@ -95,7 +96,7 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
                 codes.append(call(*parts).clone())
                 sums += [x.sum() for x in parts if x is not None]
         finally: self.train(learning)
-        finite(torch.stack(sums))                                                             # asked at the end: the GPU is never waited for before
+        finite(torch.stack(sums))   # asked at the end: the GPU is never waited for before
         return torch.cat(codes).cpu()
 
     def _save_pretrained(self, save_directory:Path):

@@ -42,7 +42,8 @@ class S5VHConfig:
     def __post_init__(self):
         typed(self)
         expect(self.bits > 0 and self.bits % 8 == 0, "bits", "a positive multiple of 8", self.bits)
-        for name in ("d", "m", "depth", "decoder_m", "decoder_depth"): expect(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+        for name in ("d", "m", "depth", "decoder_m", "decoder_depth"):
+            expect(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         expect(self.directions in ("both", "forward", "backward"), "directions", "'both', 'forward' or 'backward'", repr(self.directions))
         expect(self.relaxation in ("sign", "tanh"), "relaxation", "'sign' or 'tanh'", repr(self.relaxation))
 
@@ -58,7 +59,8 @@ class SLGConfig:
     temperature: float = 0.5    # of the contrast
     n_centers: int = 101        # c
     pca: int = 512              # dimensions kept before k-means
-    centers: str = "semantic"   # "semantic", "plain" (no semantic term), "hadamard" (start only), "random"; `training.settled` sets "file:<SHA-256>"
+    # "semantic", "plain" (no semantic term), "hadamard" (start only), "random"; `training.settled` sets "file:<SHA-256>"
+    centers: str = "semantic"
     wired: bool = True          # logits from the centers; False: from a trainable Linear, as the released code runs
     matched: bool = True        # label i means center i; False: labels of a second k-means, as the released code runs
     warmup: int = 50            # epochs before the soft labels start to move
@@ -68,7 +70,8 @@ class SLGConfig:
     def __post_init__(self):
         typed(self)
         weights = {name: getattr(self, name) for name in ("reconstruction", "alpha", "beta")}
-        expect(min(weights.values()) >= 0 and max(weights.values()) > 0, "reconstruction, alpha, beta", "weights of at least 0, one of them above 0", weights)
+        expect(min(weights.values()) >= 0 and max(weights.values()) > 0, "reconstruction, alpha, beta",
+               "weights of at least 0, one of them above 0", weights)
         expect(0 < self.mask_ratio < 1, "mask_ratio", "a share between 0 and 1, both excluded", self.mask_ratio)
         expect(0 <= self.tau_plus < 1, "tau_plus", "a prior in [0, 1)", self.tau_plus)
         expect(0 <= self.refresh <= 1, "refresh", "a share in [0, 1]", self.refresh)
@@ -104,7 +107,8 @@ class DMMHConfig:
             expect(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         choices = {"modality": ("both", "image", "text"), "dilation": ("bit", "bottleneck", "reshape", "none"),
                    "directions": ("forward", "both"), "fusion": ("sum", "concat", "gate")}
-        for name, names in choices.items(): expect(getattr(self, name) in names, name, f"one of {', '.join(names)}", repr(getattr(self, name)))
+        for name, names in choices.items():
+            expect(getattr(self, name) in names, name, f"one of {', '.join(names)}", repr(getattr(self, name)))
         expect(self.dilation != "reshape" or self.width % self.bits == 0, "width",
                f"a multiple of the {self.bits} bits, to cut it for dilation 'reshape'", self.width)
         expect(0 <= self.dropout < 1, "dropout", "a share in [0, 1)", self.dropout)
@@ -168,7 +172,7 @@ def _parts(config): return [f.name for f in dataclasses.fields(config) if datacl
 def replace(config, # A `TrainConfig`, or any dataclass whose parts are dataclasses
             **changes): # Fields of it or of its parts
     "`config` with the fields in `changes` replaced, in whichever part they live; unknown names are an error."
-    own = {f.name for f in dataclasses.fields(config)}
+    own = [f.name for f in dataclasses.fields(config)]
     homes = {f.name: part for part in _parts(config) for f in dataclasses.fields(getattr(config, part))}
     for name in changes: known(name, [*own, *homes], "configuration field")
     new = {name: value for name, value in changes.items() if name in own}
@@ -236,9 +240,10 @@ PAIR_SPEED_BITS = {"smoke": (16,), "quick": (16, 64), "full": (16, 64), "paper":
 def train_config(dataset:str="spoken-digits", # A name that `datasets.load` knows
                  profile:str="quick", # "smoke", "quick", "full" or "paper"
                  **changes) -> TrainConfig: # Fields to set on top, e.g. `bits=16, seed=2, beta=0.`
-    "The configuration of a data set in a profile: the paper's values, then the profile's, then `changes`; DMMH's for image-text sets, else S5VH's."
+    "A data set's configuration in a profile: the paper's values, then the profile's, then `changes`; DMMH's for pairs, else S5VH's."
     name, profile = dataset.removeprefix("synthetic-like:"), known(profile, PROFILES, "profile")
-    if name in PAIR_DATASETS: return replace(TrainConfig(dataset=dataset, **DMMH_TRAINING), **{**PAIR_DATASETS[name], **PAIR_PROFILES[profile], **changes})
+    if name in PAIR_DATASETS:
+        return replace(TrainConfig(dataset=dataset, **DMMH_TRAINING), **{**PAIR_DATASETS[name], **PAIR_PROFILES[profile], **changes})
     return replace(TrainConfig(dataset=dataset), **{**DATASETS.get(name, DATASETS["ucf101"]), **PROFILES[profile], **changes})
 
 # %% ../nbs/lib/01_config.ipynb #1d2922f9

@@ -37,7 +37,8 @@ class Split:
         expect(x.dtype == np.float32, f"{at}: features", "float32", x.dtype)
         if isinstance(x, np.ndarray): check_finite(x, at)
         if y is None: return
-        expect((y.ndim, y.dtype) in ((1, np.int64), (2, np.uint8)), f"{at}: labels", "(n,) int64 or (n, classes) uint8", f"{y.shape} {y.dtype}")
+        expect((y.ndim, y.dtype) in ((1, np.int64), (2, np.uint8)), f"{at}: labels",
+               "(n,) int64 or (n, classes) uint8", f"{y.shape} {y.dtype}")
         expect(len(y) == len(x), f"{at}: labels", f"{len(x)} rows, one for each video", len(y))
 
     @property
@@ -244,7 +245,8 @@ def open_hdf5(path:str|Path): # The file
 
 def hdf5_array(f:h5py.File, key:str) -> h5py.Dataset:
     "The array called `key`; `ValueError` naming file and key when there is none."
-    expect(isinstance(f.get(key), h5py.Dataset), f.filename, f"the key {key!r}", f"the keys {sorted(k for k in f if isinstance(f[k], h5py.Dataset))}")
+    expect(isinstance(f.get(key), h5py.Dataset), f.filename, f"the key {key!r}",
+           f"the keys {sorted(k for k in f if isinstance(f[k], h5py.Dataset))}")
     return f[key]
 
 # %% ../nbs/lib/02_datasets.ipynb #c222bbf9
@@ -294,7 +296,8 @@ OFFICIAL = {
     "ucf101": two_files("ucf", 101, 9537, 3783),
     "hmdb51": two_files("hmdb", 51, 3570, 1530),
     "fcvid": Layout("fcv", SplitFiles("fcv_train_feats.h5", None, 45585), FCVID, FCVID, 239),
-    "activitynet": Layout("activitynet", SplitFiles("train_feats.h5", None, 9722), SplitFiles("test_feats.h5", "re_label.mat", 3758, "re_label"),
+    "activitynet": Layout("activitynet", SplitFiles("train_feats.h5", None, 9722),
+                          SplitFiles("test_feats.h5", "re_label.mat", 3758, "re_label"),
                           SplitFiles("query_feats.h5", "q_label.mat", 1000, "q_label"), 200, t=30, d=2048)}
 
 # %% ../nbs/lib/02_datasets.ipynb #9cc91a00
@@ -347,7 +350,8 @@ def load_official(name:str, # One of OFFICIAL
     sizes = differences(layout, splits, n_classes)
     if sizes: warnings.warn(f"{folder}: not the sizes of {name} in the paper: {'; '.join(sizes)}")
     notes = sizes + tuple(f"{f.labels}: {n} videos {what}" for f, y in onehot.items()
-                          for what, n in (("without a class", int((y.sum(1) == 0).sum())), ("with several classes", int((y.sum(1) > 1).sum()))) if n)
+                          for what, n in (("without a class", int((y.sum(1) == 0).sum())),
+                                          ("with several classes", int((y.sum(1) > 1).sum()))) if n)
     origin = f"frame features shared by the authors of S5VH for {name}; rights stay with them and the videos' owners"
     return VideoDataset(name, train, database, query, n_classes, origin, notes, folder)
 
@@ -400,7 +404,7 @@ class SyntheticFeatures(RowStore):
     def make(self, i:int, device) -> torch.Tensor: # Number of the block
         "Block `i`: class centers plus unit noise."
         labels = self.labels[i*self.block:(i + 1)*self.block]
-        seed = np.random.SeedSequence([self.seed, self.stream, i]).generate_state(1)[0]       # 32 bits, all that torch's CPU generator heeds
+        seed = np.random.SeedSequence([self.seed, self.stream, i]).generate_state(1)[0]   # 32 bits, all that torch's CPU generator heeds
         generator = torch.Generator(device).manual_seed(int(seed))
         noise = torch.randn(len(labels), *self.shape[1:], generator=generator, device=device)    # (16, t, d)
         return noise + self.centers[labels].to(device)[:, None]                              # (16, t, d)

@@ -91,7 +91,8 @@ def operations(model:torch.nn.Module, x:torch.Tensor) -> int: # (b, t, d)
     formulas = [(m, _scan_operations) for m in _topmost(model, ours)] + [(m, _lstm_operations) for m in lstms]
     def hook(module, formula): return module.register_forward_pre_hook(lambda m, inputs: extra.append(formula(m, inputs[0].shape)))
     hooks = [hook(module, formula) for module, formula in formulas]
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations})
+    counter = FlopCounterMode(display=False,
+                              custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations})
     try:
         with counter, torch.no_grad(): model(x)
     finally:
@@ -101,7 +102,7 @@ def operations(model:torch.nn.Module, x:torch.Tensor) -> int: # (b, t, d)
 # %% ../nbs/lib/31_efficiency.ipynb #1e8d97ca
 def growth(t, y, # (points,) sizes, (points,) what grows with them
            level:float=.95) -> tuple: # Share of such intervals that hold the true exponent
-    "The exponent p of y ~ t^p by least squares on logarithms: (p, low, high); NaN ends with fewer than three points, NaN with fewer than two."
+    "The exponent p of y ~ t^p by least squares on logarithms: (p, low, high); NaN ends below three points, all NaN below two."
     if len(t) < 2: return np.nan, np.nan, np.nan
     fit = stats.linregress(np.log(t), np.log(y))
     half = stats.t.ppf((1 + level)/2, len(t) - 2)*fit.stderr if len(t) > 2 else np.nan

@@ -27,7 +27,8 @@ def plain(value, # Nested dictionaries, lists, tuples, scalars of Python, NumPy 
     if isinstance(value, (list, tuple)): return [plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
     if isinstance(value, (np.generic, torch.Tensor)) and value.ndim == 0: value = value.item()
     if isinstance(value, float): expect(math.isfinite(value), where, "a finite number", value)
-    expect(value is None or isinstance(value, (bool, int, float, str)), where, "text, a number, a list or a dictionary", type(value).__name__, TypeError)
+    expect(value is None or isinstance(value, (bool, int, float, str)), where, "text, a number, a list or a dictionary",
+           type(value).__name__, TypeError)
     return value
 
 # %% ../nbs/lib/40_records.ipynb #0a3fbb17
@@ -67,7 +68,9 @@ def device_name(device:str|torch.device) -> str: # What `pick_device` gave
     return f"{model[1].strip() if model else platform.machine()}, {torch.get_num_threads()} threads"
 
 # %% ../nbs/lib/40_records.ipynb #6d193723
-def _git(*command) -> str: return subprocess.run(["git", "-C", str(project_root()), *command], capture_output=True, text=True, check=True).stdout.strip()
+def _git(*command) -> str:
+    return subprocess.run(["git", "-C", str(project_root()), *command], capture_output=True, text=True, check=True).stdout.strip()
+
 
 def git_commit() -> str|None:
     "The project's commit, with `+dirty` when source files differ from it; None outside the project's own checkout."
@@ -144,9 +147,11 @@ def load(path:str|Path) -> RunRecord:
     expect(values.get("schema") == SCHEMA, f"{path}, schema", f"{SCHEMA} (delete the file to run again)", values.get("schema"))
     name = values.pop("name", None)
     wanted = {f.name for f in dataclasses.fields(RunRecord)}
-    expect(set(values) == wanted, str(path), f"the fields {sorted(wanted)}", f"missing {sorted(wanted - set(values))}, unknown {sorted(set(values) - wanted)}")
+    expect(set(values) == wanted, str(path), f"the fields {sorted(wanted)}",
+           f"missing {sorted(wanted - set(values))}, unknown {sorted(set(values) - wanted)}")
     record = RunRecord(**values)
-    expect(record.name == name == path.stem, f"{path}, name", f"{record.name}, the name that its configuration gives", f"{name!r} in a file called {path.name}")
+    expect(record.name == name == path.stem, f"{path}, name", f"{record.name}, the name that its configuration gives",
+           f"{name!r} in a file called {path.name}")
     return record
 
 def load_codes(path:str|Path) -> dict: # Path of the record

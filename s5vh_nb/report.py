@@ -22,8 +22,9 @@ from .config import PROFILES, known
 def style():
     "Set the look of all figures; call it once at the top of a notebook."
     sns.set_theme(context="paper", style="ticks", palette="colorblind", font_scale=1.1)
-    plt.rcParams.update({"figure.figsize": (4.8, 3.2), "figure.dpi": 110, "figure.constrained_layout.use": True, "savefig.dpi": 200, "pdf.fonttype": 42,
-                         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": .3, "legend.frameon": False})
+    plt.rcParams.update({"figure.figsize": (4.8, 3.2), "figure.dpi": 110, "figure.constrained_layout.use": True, "savefig.dpi": 200,
+                         "pdf.fonttype": 42, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": .3,
+                         "legend.frameon": False})
 
 # %% ../nbs/lib/41_report.ipynb #74bb78cf
 def savefig(fig, # A matplotlib figure
@@ -78,17 +79,23 @@ def _counts(rng, draws, n):
     picks = rng.integers(n, size=(draws, n)) + n*np.arange(draws)[:, None]   # (draws, n)
     return np.bincount(picks.ravel(), minlength=draws*n).reshape(draws, n)   # (draws, n)
 
+def _widening(seeds, level):
+    "By how much the bootstrap's luck of so few seeds is too small: in variance, and in the tails of Student's t."
+    tail = (1 + level)/2
+    return np.sqrt(seeds/(seeds - 1))*stats.t.ppf(tail, seeds - 1)/stats.norm.ppf(tail) if seeds > 1 else 1.
+
 def paired_bootstrap(a, # (seeds, queries) average precision of method A
                      b, # (seeds, queries) of method B: the same queries in the same order
                      draws:int=2000, # Bootstrap samples
                      level:float=.95, # Share of the samples inside the interval
                      seed:int=0) -> Interval: # Of the resampling
-    "Mean of a - b with its percentile interval over seeds and queries, both resampled."
+    "Mean of a - b with its percentile interval over seeds and queries, both resampled; the seeds' part is widened for their small number."
     a, b = np.atleast_2d(np.asarray(a, float)), np.atleast_2d(np.asarray(b, float))
     expect(a.shape == b.shape, "b", f"the shape of a, {a.shape} (seeds, queries)", b.shape)
     delta, rng = a - b, np.random.default_rng(seed)
     seeds, queries = delta.shape
-    per_query = _counts(rng, draws, seeds) @ delta/seeds                               # (draws, queries)
+    weights = 1 + _widening(seeds, level)*(_counts(rng, draws, seeds) - 1)             # (draws, seeds)
+    per_query = weights @ delta/seeds                                                  # (draws, queries)
     samples = np.concatenate([(_counts(rng, len(part), queries)*part).mean(1) for part in np.array_split(per_query, 20)])  # (draws,)
     low, high = np.quantile(samples, [(1 - level)/2, (1 + level)/2])
     return Interval(float(delta.mean()), float(low), float(high))
@@ -97,6 +104,7 @@ def paired_bootstrap(a, # (seeds, queries) average precision of method A
 def published(name:str) -> pd.DataFrame: # e.g. "s5vh_retrieval"
     "The published figures in `results/published/<name>.csv`; the error lists what there is."
     folder = project_root()/"results"/"published"
-    expect(folder.is_dir(), str(folder), "the folder of published figures (run inside a checkout of the project)", "no such folder", FileNotFoundError)
+    wanted = "the folder of published figures (run inside a checkout of the project)"
+    expect(folder.is_dir(), str(folder), wanted, "no such folder", FileNotFoundError)
     known(name, sorted(path.stem for path in folder.glob("*.csv")), "published table")
     return pd.read_csv(folder/f"{name}.csv")

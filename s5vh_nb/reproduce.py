@@ -45,7 +45,8 @@ def _saved(source:str, # Code of a cell
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     calls = [call for call in calls if function in (getattr(call.func, "id", None), getattr(call.func, "attr", None))]
     names = [call.args[2].value if len(call.args) > 2 and isinstance(call.args[2], ast.Constant) else None for call in calls]
-    for name in names: expect(isinstance(name, str), f"{function} in an artefact notebook", "the artefact's name as a literal third argument", name)
+    for name in names:
+        expect(isinstance(name, str), f"{function} in an artefact notebook", "the artefact's name as a literal third argument", name)
     return names
 
 def heading(nb) -> tuple: # A notebook
@@ -77,7 +78,8 @@ def select(names:list, # Artefacts by `paper/stem` or by stem alone; empty for t
            everything:bool=False) -> list: # All of them instead
     "The artefacts asked for, in the order of `artefacts()`; unknown names are an error."
     found = artefacts()
-    expect(bool(found), str(project_root()/"nbs"), f"artefact notebooks in one of the folders {', '.join(PAPERS)}", "none", FileNotFoundError)
+    expect(bool(found), str(project_root()/"nbs"), f"artefact notebooks in one of the folders {', '.join(PAPERS)}",
+           "none", FileNotFoundError)
     for name in names: known(name, [a.name if "/" in name else a.stem for a in found], "artefact")
     return [a for a in found if everything or (a.default if not names else a.name in names or a.stem in names)]
 
@@ -150,7 +152,8 @@ def execute(artefact:Artefact,
     jupyter = os.pathsep.join(filter(None, [f"{sys.prefix}/share/jupyter", os.environ.get("JUPYTER_PATH")]))
     with tempfile.TemporaryDirectory() as folder, environment(JUPYTER_PATH=jupyter, TQDM_MININTERVAL="1"):
         copy = Path(folder)/artefact.path.name
-        try: pm.execute_notebook(artefact.path, copy, parameters, kernel_name="python3", language="python", progress_bar=sys.stderr.isatty(),
+        try: pm.execute_notebook(artefact.path, copy, parameters, kernel_name="python3", language="python",
+                                 progress_bar=sys.stderr.isatty(),
                                  stderr_file=sys.stderr, coalesce_streams=True, extra_arguments=KERNEL_ARGUMENTS)
         except Exception as error:
             executed = nbformat.read(copy, 4) if copy.exists() else nbformat.v4.new_notebook()
@@ -180,7 +183,8 @@ def run_all(chosen:list, # Artefacts
         print(f"[{number}/{len(jobs)}] {artefact.name}: {artefact.title}", flush=True)
         began = time.perf_counter()
         failure = execute(artefact, parameters)
-        print(f"[{number}/{len(jobs)}] {artefact.name}: {'FAILED' if failure else 'done'} in {time.perf_counter() - began:.0f} s", flush=True)
+        print(f"[{number}/{len(jobs)}] {artefact.name}: {'FAILED' if failure else 'done'} in {time.perf_counter() - began:.0f} s",
+              flush=True)
         if failure: failures[artefact.name] = failure
         else: print("".join(f"      {path}\n" for path in written(artefact, parameters["profile"])), end="", flush=True)
     for name, failure in failures.items(): print(f"FAILED {name}: {failure}", file=sys.stderr)
@@ -225,7 +229,8 @@ def main(argv:list|None=None) -> int: # The command's words; None takes those of
     try:
         if args.command == "list": return _list() or 0
         chosen = select(args.artefacts, everything=not args.artefacts if args.command == "report" else args.all)
-        with environment(**({"S5VH_NB_NO_TRAINING": "1"} if args.command == "report" else {})): return 1 if run_all(chosen, _given(args)) else 0
+        forbidden = {"S5VH_NB_NO_TRAINING": "1"} if args.command == "report" else {}
+        with environment(**forbidden): return 1 if run_all(chosen, _given(args)) else 0
     except (ValueError, OSError) as error:
         print(f"s5vh-nb: {error}", file=sys.stderr)
         return 2

@@ -213,7 +213,8 @@ def _histograms_by_product(q, db, q_labels, db_labels, single, device) -> torch.
         for j in range(0, len(slots), _COUNTED):
             part = slots[j:j + _COUNTED]
             rows = torch.arange(len(part), dtype=torch.int32, device=device)[:, None]
-            out[i + j:i + j + len(part)] = (part + rows*out.shape[1]).flatten().bincount(minlength=part.shape[0]*out.shape[1]).view(len(part), -1)
+            counted = (part + rows*out.shape[1]).flatten().bincount(minlength=part.shape[0]*out.shape[1])
+            out[i + j:i + j + len(part)] = counted.view(len(part), -1)
     return out
 
 def distance_histograms(query_codes, # (nq, k/8) uint8, packed
@@ -222,10 +223,11 @@ def distance_histograms(query_codes, # (nq, k/8) uint8, packed
                         db_labels, # int (n,) or multi-hot (n, classes)
                         device="cpu", # Where to count; the result stays there
 ) -> tuple[torch.Tensor, torch.Tensor]: # Two (nq, k+1) int32: all items, and the relevant ones, at each distance
-    "How many database items lie at each distance of each query, and how many of them are relevant; `ValueError` for input that does not fit."
+    "How many database items lie at each distance of each query, how many of them are relevant; `ValueError` for input that does not fit."
     q, db = packed_pair(query_codes, db_codes)
     words = label_words(query_labels, db_labels, (len(q), len(db)))
-    if torch.device(device).type == "cpu": both = torch.from_numpy(_histograms(as_words(q), as_words(db), *words, 8*q.shape[1]))    # (nq, 2*(k+1))
+    if torch.device(device).type == "cpu": # (nq, 2*(k+1))
+        both = torch.from_numpy(_histograms(as_words(q), as_words(db), *words, 8*q.shape[1]))
     else: both = _histograms_by_product(q, db, *words, device)
     irrelevant, relevant = both[:, ::2], both[:, 1::2]                     # (nq, k+1) each
     return irrelevant + relevant, relevant.contiguous()
@@ -282,7 +284,7 @@ def average_precision(query_codes, # (nq, k/8) uint8, packed
                       query_labels, # int (nq,) or multi-hot (nq, classes); relevant = at least one shared label
                       db_labels, # int (n,) or multi-hot (n, classes)
                       ks:Iterable, # Cuts N of 1..n; None ranks the whole database
-                      *, ties:str="expected", # "expected" | "lowest" | "highest" over all orders of equal distances; "order": by database index
+                      *, ties:str="expected", # "expected" | "lowest" | "highest" over orders of equal distances; "order": by database index
                       denominator:str="k", # Divide by "k", the cut (S5VH), or by the "hits", the relevant items among the first N (DMMH)
                       empty:str="zero", # A query without relevant items in the database counts 0, or is left out ("skip": nan)
 ) -> dict: # {N: (nq,) float64}

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CUTS', 'scores', 'pair_scores', 'method_name', 'describe', 'checkpoint_of', 'look', 'trained', 'learn',
            'encode_splits', 'encoded', 'load_data', 'settle', 'read', 'data_of', 'store', 'may_run', 'check_may_run',
-           'ask', 'codes_of', 'ask_about', 'ask_transfer', 'ask_all', 'several', 'default_pairs', 'default_datasets']
+           'ask', 'codes_of', 'ask_about', 'ask_transfer', 'ask_all', 'several', 'video_sets', 'default_pairs',
+           'default_datasets']
 
 # %% ../nbs/lib/42_runs.ipynb #16aa685e
 import functools, multiprocessing, os, time
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from . import baselines, datasets, records, retrieval, training
 from .basics import expect, pick_device, project_root
-from .config import BaselineConfig, TrainConfig, TransferConfig, replace, to_dict
+from .config import PAIR_DATASETS, BaselineConfig, TrainConfig, TransferConfig, replace, to_dict
 from .multimodal import PAIR_LAYOUTS, MultiModalDataset, official_file
 
 # %% ../nbs/lib/42_runs.ipynb #f63d6ce1
@@ -28,19 +29,22 @@ CUTS = (5, 20, 40, 60, 80, 100)  # N of the paper's mAP@N
 def scores(codes:dict, # packed codes "query" (nq, k/8) and "database" (n, k/8); of pairs perhaps "query_image", "query_text"
            data:datasets.VideoDataset|MultiModalDataset,
            device="cpu") -> dict: # Where to count distances
-    "Scores of codes by the convention of their paper; of a video set mAP@N (expected, lowest, highest over the order of ties) and GmAP (S5VH, Evaluation)."
+    "Scores by the convention of the paper; of videos mAP@N (expected, lowest, highest over the order of ties), GmAP (S5VH, Evaluation)."
     if isinstance(data, MultiModalDataset): return pair_scores(codes, data, device)
     cuts = [k for k in CUTS if k <= len(codes["database"])]
-    counts = retrieval.distance_histograms(codes["query"], codes["database"], data.query.labels, data.database.labels, device)   # 2 x (nq, k+1)
-    maps = {ties: {k: retrieval.histogram_ap(*counts, k, ties=ties).mean().item() for k in cuts} for ties in ("expected", "lowest", "highest")}
+    # 2 x (nq, k+1)
+    counts = retrieval.distance_histograms(codes["query"], codes["database"], data.query.labels, data.database.labels, device)
+    maps = {ties: {k: retrieval.histogram_ap(*counts, k, ties=ties).mean().item() for k in cuts}
+            for ties in ("expected", "lowest", "highest")}
     return {"map": maps["expected"], "map_lowest": maps["lowest"], "map_highest": maps["highest"], "gmap": retrieval.gmap(maps["expected"])}
 
 def pair_scores(codes:dict, data:MultiModalDataset, device="cpu") -> dict: # As in `scores`
-    "mAP over the whole database (DMMH, Table 2): expected, lowest and highest over ties, without empty queries, of queries with one modality."
+    "mAP over the whole database (DMMH, Table 2): expected, lowest and highest over ties, without empty queries, by one modality."
     n, found = len(codes["database"]), {}
     for part, name in (("query", "map"), ("query_image", "map_image"), ("query_text", "map_text")):
         if part not in codes: continue
-        counts = retrieval.distance_histograms(codes[part], codes["database"], data.query.labels, data.database.labels, device)   # 2 x (nq, k+1)
+        # 2 x (nq, k+1)
+        counts = retrieval.distance_histograms(codes[part], codes["database"], data.query.labels, data.database.labels, device)
         ap = {ties: retrieval.histogram_ap(*counts, n, ties=ties, denominator="hits") for ties in ("expected", "lowest", "highest")}
         found[name] = ap["expected"].mean().item()
         if part == "query":
@@ -74,7 +78,7 @@ def trained(config:TrainConfig, data:datasets.VideoDataset|MultiModalDataset, de
                           look=functools.partial(look, data=data), progress=progress)
 
 def learn(config:TrainConfig|BaselineConfig, data:datasets.VideoDataset|MultiModalDataset, device=None, progress:bool=True) -> tuple:
-    "`(encode, row, history, seconds)`: features to packed codes, what a table calls the method, losses and looks per epoch, time of all processes."
+    "`(encode, row, history, seconds)`: features to packed codes, the method's name in a table, losses and looks, time of all processes."
     begun = time.perf_counter()
     if isinstance(config, BaselineConfig):
         if config.view == "pair": hasher = baselines.fit_pair_baseline(config.method, data.train, config.bits, seed=config.seed)
@@ -108,7 +112,8 @@ def settle(config:TrainConfig|BaselineConfig|TransferConfig, data:datasets.Video
     if isinstance(config, TrainConfig): return training.settled(config, data)
     return replace(config, view="pair") if isinstance(data, MultiModalDataset) else config
 
-def read(config:TrainConfig|BaselineConfig|TransferConfig, profile:str, data:datasets.VideoDataset|MultiModalDataset, what:str="") -> records.RunRecord|None:
+def read(config:TrainConfig|BaselineConfig|TransferConfig, profile:str, data:datasets.VideoDataset|MultiModalDataset,
+         what:str="") -> records.RunRecord|None:
     "The record of a run, or of a measurement of its network, or None; `ValueError` when it was made from other data."
     path = records.path_of(records.run_name(describe(settle(config, data), what)), profile)
     if not path.exists(): return None
@@ -118,16 +123,18 @@ def read(config:TrainConfig|BaselineConfig|TransferConfig, profile:str, data:dat
     return record
 
 def data_of(data:datasets.VideoDataset|MultiModalDataset) -> dict:
-    "What a record says of a data set: name, fingerprint and sizes of the splits; notes where there are some, e.g. that sizes are not the paper's."
+    "What a record says of a data set: name, fingerprint, sizes of the splits; notes if there are any, e.g. that sizes are not the paper's."
     sizes = {split: len(getattr(data, split)) for split in ("train", "database", "query")}
     return {"name": data.name, "fingerprint": data.fingerprint, **sizes, **({"notes": "; ".join(data.notes)} if data.notes else {})}
 
-def store(config:TrainConfig|BaselineConfig|TransferConfig, profile:str, data:datasets.VideoDataset|MultiModalDataset, device, codes:dict|None, what:str="",
+def store(config:TrainConfig|BaselineConfig|TransferConfig, profile:str, data:datasets.VideoDataset|MultiModalDataset, device,
+          codes:dict|None, what:str="",
           home:datasets.VideoDataset|None=None, # What it learnt from, where that is another set
           **parts) -> records.RunRecord: # metrics, seconds, history
     "Write the record of a run or a measurement, with its codes, and read it back."
     said = data_of(data) | ({"source": data_of(home)} if home else {})
-    record = records.RunRecord(config=describe(config, what), seed=config.seed, data=said, device=records.device_name(pick_device(device)), **parts)
+    record = records.RunRecord(config=describe(config, what), seed=config.seed, data=said,
+                               device=records.device_name(pick_device(device)), **parts)
     return records.load(records.save(record, profile, codes))
 
 def may_run() -> bool:
@@ -150,7 +157,8 @@ def ask(config:TrainConfig|BaselineConfig, # What to run
     check_may_run(records.run_name(describe(config)), profile)
     encode, row, history, learnt = learn(config, data, device, progress)
     codes, metrics, seconds = encoded(encode, data, device, alone=getattr(getattr(config, "model", None), "modality", None) == "both")
-    return store(config, profile, data, device, codes, metrics={"row": row, **metrics}, history=history, seconds={"train": learnt, **seconds})
+    return store(config, profile, data, device, codes, metrics={"row": row, **metrics}, history=history,
+                 seconds={"train": learnt, **seconds})
 
 def codes_of(record:records.RunRecord, profile:str) -> dict:
     "The packed codes of a run, by split."
@@ -159,9 +167,9 @@ def codes_of(record:records.RunRecord, profile:str) -> dict:
 # %% ../nbs/lib/42_runs.ipynb #487e2156
 def ask_about(config:TrainConfig, # Whose network
               what:str, # Name of the measurement
-              measure, # The network (on its device, in evaluation mode) and its data -> metrics; an entry `codes`, packed by split, is stored beside them
+              measure, # The network (on its device, in evaluation mode) and its data -> metrics; an entry `codes` is stored beside them
               profile:str, *, data_root:str|None=None, device:str|None=None, progress:bool=True) -> records.RunRecord: # As for `ask`
-    "The record of what was measured of a trained network: read when it exists; else the network is loaded or trained, measured, and the result recorded."
+    "The record of a measurement of a trained network: read when it exists; else the network is loaded or trained, and measured."
     data = load_data(config.dataset, data_root)
     if record := read(config, profile, data, what): return record
     config = settle(config, data)
@@ -170,13 +178,14 @@ def ask_about(config:TrainConfig, # Whose network
     begun = time.perf_counter()
     metrics = {**measure(run.model, data)}
     codes = metrics.pop("codes", None)
-    return store(config, profile, data, device, codes, what, metrics=metrics, seconds={"train": sum(run.seconds), "measure": time.perf_counter() - begun})
+    return store(config, profile, data, device, codes, what, metrics=metrics,
+                 seconds={"train": sum(run.seconds), "measure": time.perf_counter() - begun})
 
 # %% ../nbs/lib/42_runs.ipynb #45e50b4d
 def ask_transfer(config:TrainConfig|BaselineConfig, # What learns, and from what
                  dataset:str, # Whose database and queries are encoded: videos with features of the same width
                  profile:str, *, data_root:str|None=None, device:str|None=None, progress:bool=True) -> records.RunRecord: # As for `ask`
-    "The record of a transfer: read when it exists; else the hash function is loaded from its checkpoint or learnt, and its codes are scored and recorded."
+    "The record of a transfer: read when it exists; else the hash function is loaded or learnt, and its codes are scored and recorded."
     home, away = load_data(config.dataset, data_root), load_data(dataset, data_root)
     expect(home.widths == away.widths, f"{dataset}, widths", f"{home.widths}, those of {config.dataset}", away.widths)
     transfer = TransferConfig(dataset, settle(config, home))
@@ -191,7 +200,7 @@ def ask_transfer(config:TrainConfig|BaselineConfig, # What learns, and from what
 # %% ../nbs/lib/42_runs.ipynb #f442cc74
 def ask_all(configs:list, # Runs, as for `ask`
             profile:str, *, data_root:str|None=None, device:str|None=None,
-            workers:int|None=None) -> list: # Processes side by side; None: one for each of at most 4 threads of torch on a CPU, up to 6 per GPU
+            workers:int|None=None) -> list: # Processes side by side; None: one per thread, at most 4, on a CPU, up to 6 per GPU
     "The records of several runs, in order; a failed run is reported by name after the others have finished."
     missing = [c for c in configs if not read(c, profile, load_data(c.dataset, data_root))]
     workers = workers or _at_once(pick_device(device), [load_data(c.dataset, data_root) for c in missing])
@@ -223,12 +232,13 @@ def _side_by_side(configs, profile, options, workers, bar):
         for job in as_completed(jobs):
             bar.update()
             if job.exception(): failed[records.run_name(describe(jobs[job]))] = job.exception()
-    if failed: raise RuntimeError(f"{len(failed)} of {len(configs)} runs failed: " + "; ".join(f"{name}: {error}" for name, error in failed.items()))
+    said = "; ".join(f"{name}: {error}" for name, error in failed.items())
+    if failed: raise RuntimeError(f"{len(failed)} of {len(configs)} runs failed: {said}")
 
 # %% ../nbs/lib/42_runs.ipynb #2ffb8f95
 def several(value, # None, one value, a list, or text with commas
             default) -> list: # What None stands for
-    "A parameter as a list: `several('16,32', ...)` and `several([16, 32], ...)` are the same; `TypeError` or `ValueError` for what names nothing."
+    "A parameter as a list: `several('16,32', ...)` equals `several([16, 32], ...)`; `TypeError` or `ValueError` for what names nothing."
     if value is None: return list(default)
     wanted, where = "a name or a number, several of them, or None", "dataset, bits or seeds"
     if isinstance(value, str): value = [part.strip() for part in value.split(",")]
@@ -236,6 +246,13 @@ def several(value, # None, one value, a list, or text with commas
     expect(all(type(v) in (int, str) for v in values), where, wanted, repr(value), TypeError)
     expect(values and "" not in values, where, wanted, repr(value))
     return [int(v) if isinstance(v, str) and v.isdigit() else v for v in values]
+
+def video_sets(value, # As for `several`
+               default) -> list: # What None stands for
+    "The names of data sets that an artefact of paper 1 is asked for; `ValueError` for sets of image-text pairs."
+    names = several(value, default)
+    for name in names: expect(name not in PAIR_DATASETS, "dataset", "a set of videos (paper 2's artefacts take pairs)", repr(name))
+    return names
 
 def _there(names, find, root):
     def is_there(name):
