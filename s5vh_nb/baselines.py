@@ -156,7 +156,7 @@ def fit_cca_itq(x:np.ndarray, # (n, di + dt) float32, balanced
     "Directions that image and text agree on, then ITQ's rotation (Gong & Lazebnik 2011, section 4)."
     whiten = [PCA(bits, whiten=True, random_state=seed) for _ in range(2)]
     a, b = (pca.fit_transform(part) for pca, part in zip(whiten, (x[:, :di], x[:, di:])))     # (n, k) each
-    spread = all(pca.explained_variance_[-1] > 1e-10*pca.explained_variance_[0] for pca in whiten)   # else whitening blows up rounding errors
+    spread = all(pca.explained_variance_[-1] > 1e-10*pca.explained_variance_[0] for pca in whiten)   # else rounding errors are blown up
     expect(spread, "bits", "at most as many as each modality has independent directions on these pairs", bits)
     u, correlation, vt = np.linalg.svd(a.T @ b/len(x))                                         # (k, k), (k,), (k, k)
     maps = [pca.components_.T/np.sqrt(pca.explained_variance_) @ w*correlation for pca, w in zip(whiten, (u, vt.T))]

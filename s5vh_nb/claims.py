@@ -139,7 +139,8 @@ def _panels(claims): # With a verdict -> one list per panel and its label
     for unit in dict.fromkeys(c.unit for c in claims):
         own = [c for c in claims if c.unit == unit]
         close = report.near([np.nanmax(np.abs(list(c.findings.values()))) for c in own])
-        parts += [(unit, [c for c, small in zip(own, close) if small]), (f"{unit}, larger effects", [c for c, small in zip(own, close) if not small])]
+        for label, wanted in ((unit, True), (f"{unit}, larger effects", False)):
+            parts.append((label, [c for c, small in zip(own, close) if small == wanted]))
     return [(label, part) for label, part in parts if part]
 
 def _draw(ax, claims, label): # One panel

@@ -112,8 +112,8 @@ class MultiModalDataset:
                 expect(found == expected, f"{split.source}: {what}", f"{expected}, as everywhere in {self.name}", found)
         for split in (self.database, self.train): check_disjoint(self.query, split)
         if self.train_ids is None: return
-        there = 0 <= self.train_ids.min() and self.train_ids.max() < len(self.database)
-        expect(there, f"{self.name}: train_ids", f"rows of the database, 0..{len(self.database) - 1}", f"{self.train_ids.min()}..{self.train_ids.max()}")
+        low, high, last = self.train_ids.min(), self.train_ids.max(), len(self.database) - 1
+        expect(0 <= low and high <= last, f"{self.name}: train_ids", f"rows of the database, 0..{last}", f"{low}..{high}")
         same = np.array_equal(self.database.probe[self.train_ids], self.train.probe)
         expect(same, f"{self.name}: train_ids", "the rows of the database that are the training pairs", "rows that differ from them")
 

@@ -22,8 +22,9 @@ from .config import PROFILES, known
 def style():
     "Set the look of all figures; call it once at the top of a notebook."
     sns.set_theme(context="paper", style="ticks", palette="colorblind", font_scale=1.1)
-    plt.rcParams.update({"figure.figsize": (4.8, 3.2), "figure.dpi": 110, "figure.constrained_layout.use": True, "savefig.dpi": 200, "pdf.fonttype": 42,
-                         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": .3, "legend.frameon": False})
+    plt.rcParams.update({"figure.figsize": (4.8, 3.2), "figure.dpi": 110, "figure.constrained_layout.use": True, "savefig.dpi": 200,
+                         "pdf.fonttype": 42, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": .3,
+                         "legend.frameon": False})
 
 # %% ../nbs/lib/41_report.ipynb #74bb78cf
 def savefig(fig, # A matplotlib figure
@@ -103,6 +104,7 @@ def near(sizes) -> np.ndarray: # (n,) how far each of the things to draw reaches
 def published(name:str) -> pd.DataFrame: # e.g. "s5vh_retrieval"
     "The published figures in `results/published/<name>.csv`; the error lists what there is."
     folder = project_root()/"results"/"published"
-    expect(folder.is_dir(), str(folder), "the folder of published figures (run inside a checkout of the project)", "no such folder", FileNotFoundError)
+    wanted = "the folder of published figures (run inside a checkout of the project)"
+    expect(folder.is_dir(), str(folder), wanted, "no such folder", FileNotFoundError)
     known(name, sorted(path.stem for path in folder.glob("*.csv")), "published table")
     return pd.read_csv(folder/f"{name}.csv")
