@@ -110,6 +110,8 @@ class MultiModalDataset:
             for what, found, expected in (("di", split.image.shape[1], self.di), ("dt", split.text.shape[1], self.dt),
                                           ("label columns", split.labels.shape[1], len(self.classes))):
                 expect(found == expected, f"{split.source}: {what}", f"{expected}, as everywhere in {self.name}", found)
+        shared = self.query.labels.any(0) & self.database.labels.any(0)                      # (classes,)
+        expect(shared.any(), f"{self.name}: labels", "one that a query and a pair of the database have, to judge retrieval by", "none")
         for split in (self.database, self.train): check_disjoint(self.query, split)
         if self.train_ids is None: return
         low, high, last = self.train_ids.min(), self.train_ids.max(), len(self.database) - 1

@@ -185,6 +185,11 @@ def test_bad_parts(parts, message):
 def test_bad_training_rows(rows, message):
     with pytest.raises(ValueError, match=message): dataclasses.replace(emoji(), train_ids=rows)
 
+def test_labels_that_judge_nothing():
+    data, y = emoji(), np.zeros((300, 33), np.uint8)
+    with pytest.raises(ValueError, match="emoji: labels: expected one that a query and a pair of the database have"):
+        dataclasses.replace(data, query=dataclasses.replace(data.query, labels=y))
+
 def test_captions_of_a_table():
     "A column with numbers of its own, as a filter leaves it."
     column = pd.Series(["a dog", "two cats", "a cat"], [3, 5, 9])
