@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'FIT_NUMBERS', 'PAIR_METHODS', 'view_of', 'fit_matrix', 'fit_lsh', 'itq_rotation', 'fit_itq', 'fit_lift',
-           'Hasher', 'fit_baseline', 'pair_rows', 'balance', 'fit_cca_itq', 'code_targets', 'fit_supervised',
-           'PairHasher', 'fit_pair_baseline']
+           'Hasher', 'check_bits', 'fit_baseline', 'pair_rows', 'balance', 'fit_cca_itq', 'code_targets',
+           'fit_supervised', 'PairHasher', 'fit_pair_baseline']
 
 # %% ../nbs/lib/16_baselines.ipynb #57093a37
 from dataclasses import dataclass
@@ -110,17 +110,22 @@ class Hasher:
         if self.lift is not None: x = self.lift.transform(x)                     # (block, lifted width)
         return np.packbits((x - self.mean) @ self.directions > 0, axis=1)        # (block, k/8)
 
+def check_bits(bits):
+    "`ValueError` unless a positive multiple of 8."
+    expect(isinstance(bits, (int, np.integer)) and bits > 0 and bits % 8 == 0, "bits", "a positive multiple of 8", repr(bits))
+
 def fit_baseline(method:str, # "itq" | "lsh"
                  train, # (n, t, d) training features: array, tensor or `RowStore`; with view "flat" also (n, d)
                  bits:int, # k, a multiple of 8
                  view:str="mean", # One vector per video: "mean" over time, or all frames "flat"
                  seed:int=0, # Same seed, same codes
 ) -> Hasher: # `.encode(x)` gives packed codes, `.name` what to call it
-    "LSH or ITQ on the training split; ITQ lifts features that are narrower than `bits`. `ValueError` names the parameter that does not fit."
+    "LSH or ITQ on the training split, ITQ of lifted features where they are narrower than `bits`; `ValueError` names what does not fit."
     expect(method in ("itq", "lsh"), "method", "'itq' or 'lsh'", repr(method))
     expect(view in VIEWS, "view", f"one of {list(VIEWS)}", repr(view))
-    expect(bits > 0 and bits % 8 == 0, "bits", "a positive multiple of 8", bits)
-    expect(len(train.shape) == 3 or len(train.shape) == 2 and view == "flat", "train", "features (n, t, d); (n, d) with view 'flat'", tuple(train.shape))
+    check_bits(bits)
+    fits = len(train.shape) == 3 or len(train.shape) == 2 and view == "flat"
+    expect(fits, "train", "features (n, t, d); (n, d) with view 'flat'", tuple(train.shape))
     least = bits if method == "itq" else 1
     expect(len(train) >= least, "train", f"at least {least} videos", len(train))
     x, lift = fit_matrix(train, view, seed), None
@@ -151,6 +156,8 @@ def fit_cca_itq(x:np.ndarray, # (n, di + dt) float32, balanced
     "Directions that image and text agree on, then ITQ's rotation (Gong & Lazebnik 2011, section 4)."
     whiten = [PCA(bits, whiten=True, random_state=seed) for _ in range(2)]
     a, b = (pca.fit_transform(part) for pca, part in zip(whiten, (x[:, :di], x[:, di:])))     # (n, k) each
+    spread = all(pca.explained_variance_[-1] > 1e-10*pca.explained_variance_[0] for pca in whiten)   # else rounding errors are blown up
+    expect(spread, "bits", "at most as many as each modality has independent directions on these pairs", bits)
     u, correlation, vt = np.linalg.svd(a.T @ b/len(x))                                         # (k, k), (k,), (k, k)
     maps = [pca.components_.T/np.sqrt(pca.explained_variance_) @ w*correlation for pca, w in zip(whiten, (u, vt.T))]
     mean, directions = x.mean(0), np.concatenate(maps)                                        # (di + dt,), (di + dt, k)
@@ -193,6 +200,7 @@ class PairHasher:
     def encode(self, image, text) -> np.ndarray: # (b, di) and (b, dt) features of any kind -> (b, k/8) uint8
         "Packed codes, block by block; `TypeError` for what is no array, `ValueError` for features of another width, NaN and infinity."
         array_like(image, "image"); array_like(text, "text")
+        expect(len(image) > 0, "features", "at least one pair", "none")
         found = tuple(image.shape[1:]) + tuple(text.shape[1:])
         expect(found == self.widths and len(image) == len(text), "features", f"as many texts as images, of widths {self.widths}",
                (tuple(image.shape), tuple(text.shape)))
@@ -206,7 +214,7 @@ def fit_pair_baseline(method:str, # A key of PAIR_METHODS
 ) -> PairHasher: # `.encode(image, text)` gives packed codes
     "A rival of DMMH on the training pairs; `ValueError` names the parameter that does not fit."
     known(method, PAIR_METHODS, "method")
-    expect(bits > 0 and bits % 8 == 0, "bits", "a positive multiple of 8", bits)
+    check_bits(bits)
     di, dt = train.image.shape[1], train.text.shape[1]
     most = {"itq": min(di + dt, len(train)), "cca-itq": min(di, dt, len(train))}.get(method, bits)
     expect(bits <= most, "bits", f"at most {most} for {method} on these pairs", bits)

@@ -134,9 +134,19 @@ def blank(frame:pd.DataFrame) -> pd.DataFrame:
 # %% ../nbs/lib/45_claims.ipynb #a5a2b9c6
 COLOURS = {"holds": "C2", "undecided": "0.45", "does not hold": "C3"}
 
-def _draw(ax, claims): # One unit
+def _panels(claims): # With a verdict -> one list per panel and its label
+    parts = []
+    for unit in dict.fromkeys(c.unit for c in claims):
+        own = [c for c in claims if c.unit == unit]
+        close = report.near([np.nanmax(np.abs(list(c.findings.values()))) for c in own])
+        for label, wanted in ((unit, True), (f"{unit}, larger effects", False)):
+            parts.append((label, [c for c, small in zip(own, close) if small == wanted]))
+    return [(label, part) for label, part in parts if part]
+
+def _draw(ax, claims, label): # One panel
     known = [e for c in claims for e in c.findings.values()]
-    ends = [0. if all(c.wanted[0] == 0 for c in claims) else np.nan, *(v for c in claims for v in c.wanted if np.isfinite(v)), *(v for e in known for v in e)]
+    ends = [0. if all(c.wanted[0] == 0 for c in claims) else np.nan, *(v for e in known for v in e)]
+    ends += [v for c in claims for v in c.wanted if np.isfinite(v)]
     low, high = np.nanmin(ends), np.nanmax(ends)
     edge = .06*((high - low) or 1)
     for row, claim in enumerate(claims):
@@ -147,7 +157,7 @@ def _draw(ax, claims): # One unit
             bold, colour = setting == at, COLOURS[verdict(e, claim.wanted)]
             ax.plot([e.low, e.high], [place]*2, color=colour, lw=2 if bold else .8, solid_capstyle="butt")
             ax.plot(e.mean, place, "o", color=colour, mfc="w" if claim.seeds in FEW else colour, ms=4.5 if bold else 2.5)
-    ax.set(xlim=(low - edge, high + edge), ylim=(len(claims) - .4, -.6), xlabel=claims[0].unit)
+    ax.set(xlim=(low - edge, high + edge), ylim=(len(claims) - .4, -.6), xlabel=label)
     often = pd.Series([c.says for c in claims]).duplicated(keep=False)
     ax.set_yticks(range(len(claims)), [c.says + f" ({c.data})"*more for c, more in zip(claims, often)], fontsize=8)
     ax.grid(axis="y", visible=False); ax.tick_params(axis="y", length=0)
@@ -157,14 +167,15 @@ def _left_out(claims): # What the figure says of those that it can't show
     return f"left out of {len(claims)} claims: " + (", ".join(f"{count} {what}" for what, count in said.items()) or "none")
 
 def plot(claims:list) -> plt.Figure: # Of `Claim`; those without a verdict are left out, and counted below
-    "The effects with their intervals, one panel per unit, coloured by verdict; hollow: one or two seeds."
+    "The effects with their intervals, by unit and size, coloured by verdict; hollow: one or two seeds."
     judged = [c for c in claims if weakest(c) is not None]
-    units = {unit: [c for c in judged if c.unit == unit] for unit in dict.fromkeys(c.unit for c in judged)}
-    heights = [len(part) + 1.8 for part in units.values()]
+    panels = _panels(judged)
+    heights = [len(part) + 1.8 for _, part in panels]
     fig = plt.figure(figsize=(8.6, .9 + .24*sum(heights)))
     fig.supxlabel(_left_out(claims), fontsize=8, color="0.4")
     if not judged: return fig
-    for ax, part in zip(fig.subplots(len(units), height_ratios=heights, squeeze=False)[:, 0], units.values()): _draw(ax, part)
+    axes = fig.subplots(len(panels), height_ratios=heights, squeeze=False)[:, 0]
+    for ax, (label, part) in zip(axes, panels): _draw(ax, part, label)
     marks = [plt.Line2D([], [], color=colour, marker="o", ms=4.5, label=name) for name, colour in COLOURS.items()]
     marks += [plt.Line2D([], [], color="0.2", marker="o", ms=4.5, mfc="w", ls="", label="one or two seeds"),
               plt.Rectangle((0, 0), 1, 1, color="0.9", label="where the claim puts it")]

@@ -110,7 +110,7 @@ class BitCNN(nn.Module):
         return torch.tanh(self.norm(wide)).view(len(z), self.tokens, -1)                               # (b, tokens, hidden)
 
 class BitHash(nn.Module):
-    "The relaxed bits: (b, tokens, m) -> (b, k) in (-1, 1), each from its own token, or all from the only one (DMMH, section 2, hash layer)."
+    "The relaxed bits, each from its own token or all from the only one: (b, tokens, m) -> (b, k) in (-1, 1) (DMMH, section 2, hash layer)."
     def __init__(self, tokens:int, m:int, bits:int):
         super().__init__()
         self.conv = nn.Conv1d(tokens*m, bits, 1, groups=tokens)
@@ -134,7 +134,8 @@ class DMMH(HashNetwork, library_name="s5vh_nb", tags=["multi-modal-hashing", "ma
         "The relaxed codes (b, k) in (-1, 1); `ValueError` for another width, or when no modality that the network knows is there."
         for name, x, d in (("image", image, self.config.di), ("text", text, self.config.dt)):
             expect(x is None or x.ndim == 2 and x.shape[1] == d, name, f"features of shape (b, {d})", x if x is None else tuple(x.shape))
-        image, text = (None if x is None or branch is None else branch(x) for x, branch in ((image, self.image), (text, self.text)))  # (b, tokens, m)
+        parts = (image, self.image), (text, self.text)
+        image, text = (None if x is None or branch is None else branch(x) for x, branch in parts)      # (b, tokens, m)
         expect(image is not None or text is not None, "image, text", f"at least one modality of {self.config.modality!r}", "none")
         return self.hash(self.cnn(self.fusion(image, text)))
 
@@ -148,7 +149,9 @@ class DMMH(HashNetwork, library_name="s5vh_nb", tags=["multi-modal-hashing", "ma
                progress:bool=False) -> Tensor: # uint8 (n, k/8)
         "Packed codes of pairs, or of single pictures or texts; `TypeError` for what is no array."
         given = {name: x for name, x in {"image": image, "text": text}.items() if x is not None}
-        for name, x in given.items(): array_like(x, name)
+        for name, x in given.items():
+            array_like(x, name)
+            expect(len(x.shape) == 2, name, "features (n, width)", f"shape {tuple(x.shape)}")
         sizes = [len(x) for x in given.values()]
         expect(len(sizes) > 0, "encode", "image, text or both", "neither")
         expect(sizes[0] == sizes[-1], "text", f"{sizes[0]} rows, as many as images", sizes[-1])

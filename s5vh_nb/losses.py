@@ -43,7 +43,8 @@ def contrastive_loss(view1:Tensor, # (b, k) codes of the first view
     "Debiased contrastive loss (S5VH, L_CL; Chuang et al., 2020, eq. 8); needs b >= 2."
     b = len(view1)
     expect(0 <= tau_plus < 1, "tau_plus", "a prior in [0, 1)", tau_plus)
-    expect(view1.shape == view2.shape and b >= 2, "contrast", "two views of at least 2 videos, of one shape", (tuple(view1.shape), tuple(view2.shape)))
+    fits = view1.shape == view2.shape and b >= 2
+    expect(fits, "contrast", "two views of at least 2 videos, of one shape", (tuple(view1.shape), tuple(view2.shape)))
     h = F.normalize(torch.cat([view1, view2]), dim=1)             # (2b, k)
     s = torch.exp(h @ h.T / temperature)                          # (2b, 2b)
     partner = torch.exp((h[:b] * h[b:]).sum(1) / temperature).repeat(2)   # (2b,)
@@ -84,7 +85,8 @@ def metric_loss(h:Tensor, # (b, k) relaxed codes
                 labels:Tensor, # (b, n) multi-hot
                 ) -> dict:
     "The terms `similarity`, `classification` and `quantization`, scalars (DMMH's sister works) [inferred]."
-    expect(scores.shape == labels.shape and len(h) == len(labels), "metric loss", f"codes and scores of {tuple(labels.shape)} labels", (tuple(h.shape), tuple(scores.shape)))
+    fits = scores.shape == labels.shape and len(h) == len(labels)
+    expect(fits, "metric loss", f"codes and scores of {tuple(labels.shape)} labels", (tuple(h.shape), tuple(scores.shape)))
     unit = F.normalize(h, dim=1)                                  # (b, k)
     return {"similarity": F.mse_loss(unit @ unit.T, label_similarity(labels)),
             "classification": F.mse_loss(torch.sigmoid(scores), labels.float()),

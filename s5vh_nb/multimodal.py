@@ -6,8 +6,8 @@
 __all__ = ['PROBE', 'OPENMOJI', 'HIT', 'MISS', 'PLAIN', 'IMAGENET', 'PAIR_LAYOUTS', 'ROLES', 'MODALITIES', 'LOADERS', 'PairSplit',
            'check_matrix', 'check_rows', 'first_columns', 'find_pairs', 'MultiModalDataset', 'check_disjoint',
            'read_emoji', 'emoji', 'emoji_sheet', 'emoji_picture', 'framed', 'show_retrieved', 'bag_of_words',
-           'hashed_words', 'check_captions', 'group_split', 'vgg_input', 'vgg_fc7', 'vgg_features', 'PairLayout',
-           'LazyMatrix', 'read_variables', 'as_matrix', 'misfit', 'turned_shapes', 'orientation', 'turn',
+           'hashed_words', 'check_texts', 'group_split', 'vgg_input', 'vgg_fc7', 'vgg_features', 'PairLayout',
+           'layout_of', 'LazyMatrix', 'read_variables', 'as_matrix', 'misfit', 'turned_shapes', 'orientation', 'turn',
            'official_file', 'load_official_pairs', 'binary', 'pair_differences', 'pair_notes', 'write_official_pairs',
            'write_v73', 'synthetic_pairs']
 
@@ -25,6 +25,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .basics import atomic_write, expect, pick_device
+from .config import known
 from .datasets import RowStore, fingerprint, open_hdf5, read_matlab, row_blocks
 
 # %% ../nbs/lib/03_multimodal.ipynb #c47cc44f
@@ -43,6 +44,7 @@ class PairSplit:
     def __post_init__(self):
         for what in ("image", "text"): check_matrix(getattr(self, what), f"{self.source}: {what}")
         y = self.labels
+        expect(isinstance(y, np.ndarray), f"{self.source}: labels", "an array (n, classes) uint8", type(y).__name__)
         fine = (y.ndim, y.dtype) == (2, np.uint8) and y.size > 0
         expect(fine, f"{self.source}: labels", "(n, classes) uint8", f"shape {y.shape}, {y.dtype}")
         expect(y.max() <= 1, f"{self.source}: labels", "only 0 and 1", f"the value {y.max()}")
@@ -64,6 +66,7 @@ class PairSplit:
 
 def check_matrix(x, where:str): # Features of any kind; what they are, for the message
     "`ValueError` unless (n, width), float32, not empty and, where already in memory, finite."
+    expect(hasattr(x, "shape"), where, "an array or a row store", type(x).__name__)
     expect(len(x.shape) == 2, where, "rank 2 (n, width)", f"shape {tuple(x.shape)}")
     expect(min(x.shape) > 0, where, "at least one pair and one feature", f"shape {tuple(x.shape)}")
     expect(x.dtype == np.float32, where, "float32", x.dtype)
@@ -107,8 +110,12 @@ class MultiModalDataset:
             for what, found, expected in (("di", split.image.shape[1], self.di), ("dt", split.text.shape[1], self.dt),
                                           ("label columns", split.labels.shape[1], len(self.classes))):
                 expect(found == expected, f"{split.source}: {what}", f"{expected}, as everywhere in {self.name}", found)
+        shared = self.query.labels.any(0) & self.database.labels.any(0)                      # (classes,)
+        expect(shared.any(), f"{self.name}: labels", "one that a query and a pair of the database have, to judge retrieval by", "none")
         for split in (self.database, self.train): check_disjoint(self.query, split)
         if self.train_ids is None: return
+        low, high, last = self.train_ids.min(), self.train_ids.max(), len(self.database) - 1
+        expect(0 <= low and high <= last, f"{self.name}: train_ids", f"rows of the database, 0..{last}", f"{low}..{high}")
         same = np.array_equal(self.database.probe[self.train_ids], self.train.probe)
         expect(same, f"{self.name}: train_ids", "the rows of the database that are the training pairs", "rows that differ from them")
 
@@ -119,7 +126,8 @@ class MultiModalDataset:
     @property
     def n_classes(self) -> int: return len(self.classes) # Number of labels
     @property
-    def widths(self) -> dict: return {"di": self.di, "dt": self.dt, "n_classes": self.n_classes} # What only the data can tell a configuration
+    def widths(self) -> dict: # What only the data can tell a configuration
+        return {"di": self.di, "dt": self.dt, "n_classes": self.n_classes}
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -213,30 +221,37 @@ def bag_of_words(captions:Sequence[str], # One text each
                  vocabulary:Sequence[str]|None=None, # The words of the columns; None learns them from the captions
                  size:int=2000): # How many words to learn at most: the most frequent ones, English stop words aside
     "Which words occur, (n, words) float32 of 0 and 1, and the vocabulary as a tuple."
-    check_captions(captions)
-    learn = dict(vocabulary=vocabulary) if vocabulary is not None else dict(max_features=size, stop_words="english")
+    texts = check_texts(captions, "captions")
+    expect(size > 0, "size", "at least 1 word", size)
+    learn = dict(max_features=size, stop_words="english") if vocabulary is None else dict(vocabulary=check_texts(vocabulary, "vocabulary"))
     counter = CountVectorizer(binary=True, dtype=np.float32, **learn)
-    found = counter.fit_transform(captions)                                                  # (n, words), sparse
+    try: found = counter.fit_transform(texts)                                                # (n, words), sparse
+    except ValueError as e: raise ValueError(f"captions, vocabulary: expected at least one word, each once, found: {e}") from e
     return found.toarray(), tuple(counter.get_feature_names_out().tolist())
 
 def hashed_words(captions:Sequence[str], # One text each
                  size:int=2048): # Columns; words that fall together can't be told apart
     "Which words occur, each in the column that its hash names, (n, size) float32 of 0 and 1."
-    check_captions(captions)
+    texts = check_texts(captions, "captions")
+    expect(size > 0, "size", "at least 1 column", size)                                      # scikit-learn divides by it unasked
     hasher = HashingVectorizer(n_features=size, binary=True, norm=None, alternate_sign=False, stop_words="english", dtype=np.float32)
-    return hasher.transform(captions).toarray()                                              # (n, size)
+    return hasher.transform(texts).toarray()                                                 # (n, size)
 
-def check_captions(captions):
-    "`ValueError` unless a non-empty sequence of texts."
-    expect(not isinstance(captions, str) and len(captions) > 0, "captions", "a sequence of texts", repr(captions)[:60])
-    odd = next((i for i, text in enumerate(captions) if not isinstance(text, str)), None)
-    expect(odd is None, f"captions[{odd}]", "a text", captions[odd or 0])
+def check_texts(texts, where:str) -> list: # Anything that gives texts one by one, e.g. a column of a table; its name
+    "The texts as a list; `ValueError` when there are none, or one is no text."
+    expect(hasattr(texts, "__iter__") and not isinstance(texts, str), where, "a sequence of texts", repr(texts)[:60])
+    found = list(texts)
+    expect(len(found) > 0, where, "a sequence of texts", "none")
+    odd = next((i for i, text in enumerate(found) if not isinstance(text, str)), None)
+    expect(odd is None, f"{where}[{odd}]", "a text", found[odd or 0])
+    return found
 
 # %% ../nbs/lib/03_multimodal.ipynb #a1875bc1
 def group_split(groups:np.ndarray, # (n,) group of each item
                 n_query:int, # Queries wanted; fewer where whole groups don't add up to that
                 seed:int=0): # Which groups are drawn
     "Boolean (n,): is it a query? Whole groups, at most `n_query` items; `ValueError` when no group fits or nothing is left."
+    expect(np.ndim(groups) == 1 and len(groups) > 0, "groups", "one group for each item, (n,)", f"shape {np.shape(groups)}")
     _, member, sizes = np.unique(groups, return_inverse=True, return_counts=True)            # (n,) (groups,)
     smallest, n = sizes.min(), len(groups)
     expect(smallest <= n_query < n, "n_query", f"at least the smallest group, {smallest}, and less than {n}", n_query)
@@ -277,7 +292,8 @@ def vgg_features(paths:Sequence[str|Path], # Image files
                  weights:str|Path="IMAGENET1K_V1", # See `vgg_fc7`
                  device:str|None=None, # See `pick_device`
                  batch:int=32): # Pictures at a time
-    "fc7 features of image files, (n, 4096) float32."
+    "fc7 features of image files, (n, 4096) float32; errors of `vgg_fc7` and `vgg_input`."
+    expect(not isinstance(paths, (str, Path)) and len(paths) > 0, "paths", "a sequence of image files", repr(paths)[:60])
     device, net = pick_device(device), vgg_fc7(weights)
     net, out = net.to(device), []
     for i in tqdm(range(0, len(paths), batch), desc="fc7", disable=len(paths) <= batch):
@@ -301,6 +317,10 @@ PAIR_LAYOUTS = {
     "mirflickr25k": PairLayout("mir_cnn_twt.mat", 5000, 17772, 2243, 24, 4096, 1386),
     "nuswide": PairLayout("nus_cnn_twt.mat", 21000, 193749, 2085, 21, 4096, 1000),
     "mscoco": PairLayout("coco_cnn_twt_2014.mat", 18000, 82783, 5981, 80, 4096, 2000)}
+def layout_of(name:str) -> PairLayout:
+    "The layout of an official set; `ValueError` with the known names when there is none."
+    return PAIR_LAYOUTS[known(name, PAIR_LAYOUTS, "dataset")]
+
 ROLES = {"train": "tr", "database": "db", "query": "te"} # Split -> the file's suffix for it
 MODALITIES = {"image": "I", "text": "T", "labels": "L"} # Matrix -> the file's prefix for it
 
@@ -379,7 +399,7 @@ def turn(x): # A matrix of either kind
 def official_file(name:str, # One of PAIR_LAYOUTS
                   root:str|Path|None) -> Path: # Folder with the file, or with one folder for each set
     "The set's file; `ValueError` without a root, `FileNotFoundError` when it isn't there."
-    file = PAIR_LAYOUTS[name].file
+    file = layout_of(name).file
     expect(root is not None, "root", f"the folder that holds {file} ({name} isn't bundled)", None)
     found = next((p for p in (Path(root)/file, Path(root)/name/file) if p.is_file()), None)
     expect(found is not None, f"{root}", f"{file}, here or in {name}/", "no such file", FileNotFoundError)
@@ -400,7 +420,8 @@ def load_official_pairs(name:str, # One of PAIR_LAYOUTS
     sizes = pair_differences(PAIR_LAYOUTS[name], splits)
     if sizes: warnings.warn(f"{path}: not the sizes of {name} in the paper: {'; '.join(sizes)}")
     inside = train_ids if train_ids.min() >= 0 else None
-    return MultiModalDataset(name, **splits, classes=classes, origin=origin, train_ids=inside, notes=sizes + pair_notes(splits, train_ids, way))
+    notes = sizes + pair_notes(splits, train_ids, way)
+    return MultiModalDataset(name, **splits, classes=classes, origin=origin, train_ids=inside, notes=notes)
 
 def binary(x, where:str) -> np.ndarray: # Labels of either kind; file and key
     "Labels as uint8; `ValueError` unless all are 0 or 1."
@@ -435,7 +456,7 @@ def write_official_pairs(root:str|Path, # Folder to write to
     "Write `data` so that `datasets.load(name, root)` reads it back."
     expect(version in ("7.3", "5"), "version", "'7.3' or '5'", repr(version))
     matrices = {f"{m}_{r}": getattr(getattr(data, role), what) for what, m in MODALITIES.items() for role, r in ROLES.items()}
-    with atomic_write(Path(root)/PAIR_LAYOUTS[name].file) as tmp:
+    with atomic_write(Path(root)/layout_of(name).file) as tmp:
         if version == "5": scipy.io.savemat(tmp, {key: x[:] for key, x in matrices.items()})
         else: write_v73(tmp, matrices)
 
@@ -454,7 +475,7 @@ def synthetic_pairs(name:str, # One of PAIR_LAYOUTS: whose labels and name
                     di:int=64, dt:int=40, # Widths
                     seed:int=0): # Same seed, same numbers
     "Random clustered pairs in the form of an official set, for tests, never for quality."
-    draw, (train, database, query), classes = np.random.RandomState(seed), n, PAIR_LAYOUTS[name].n_classes
+    draw, (train, database, query), classes = np.random.RandomState(seed), n, layout_of(name).n_classes
     labels = (draw.rand(database + query, classes) < 1.5/classes).astype(np.uint8)           # (n, classes)
     labels[np.arange(len(labels)), draw.randint(classes, size=len(labels))] = 1              # at least one each
     image = labels @ draw.randn(classes, di) + draw.randn(len(labels), di)                   # (n, di)

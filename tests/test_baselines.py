@@ -2,9 +2,10 @@
 import faiss, numpy as np, pytest, torch
 
 from s5vh_nb import baselines
-from s5vh_nb.baselines import fit_baseline, fit_lsh, fit_matrix, itq_rotation
+from s5vh_nb.baselines import PAIR_METHODS, fit_baseline, fit_lsh, fit_matrix, fit_pair_baseline, itq_rotation
 from s5vh_nb.codes import pack
 from s5vh_nb.datasets import synthetic_like
+from s5vh_nb.multimodal import PairSplit, synthetic_pairs
 
 RNG = np.random.default_rng(0)
 VIDEOS = RNG.normal(size=(120, 6, 5)).astype(np.float32)
@@ -89,6 +90,7 @@ def test_lsh_works_beyond_the_width():
     (dict(view="max"), "view: expected one of"),
     (dict(bits=12), "bits: expected a positive multiple of 8, found 12"),
     (dict(bits=0), "bits: expected a positive multiple of 8, found 0"),
+    (dict(bits="8"), "bits: expected a positive multiple of 8, found '8'"),
     (dict(train=VIDEOS[:5]), "train: expected at least 8 videos, found 5"),
     (dict(train=VIDEOS[:0], method="lsh"), "train: expected at least 1 videos, found 0"),
     (dict(train=VIDEOS[:, 0]), "train: expected features"),
@@ -104,3 +106,29 @@ def test_bad_input_is_named(arguments, message):
 ])
 def test_bad_queries_are_named(x, message):
     with pytest.raises(ValueError, match=message): fit_baseline("itq", VIDEOS, 8, "flat").encode(x)
+
+PAIRS = synthetic_pairs("mirflickr25k").train
+
+def part(n=None, text=PAIRS.text): return PairSplit(PAIRS.image[:n], text[:n], PAIRS.labels[:n], "random pairs")
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(method="pca"), "method: expected one of itq, lsh, cca-itq, supervised, found 'pca'"),
+    (dict(bits=12), "bits: expected a positive multiple of 8, found 12"),
+    (dict(bits=16.), "bits: expected a positive multiple of 8, found 16.0"),
+    (dict(bits=48), "bits: expected at most 40 for cca-itq"),
+    (dict(train=part(8), bits=8), "bits: expected at most as many as each modality has independent directions"),     # centred, 8 pairs span 7
+    (dict(train=part(text=np.zeros_like(PAIRS.text)), bits=8), "bits: expected at most as many as each modality has independent directions"),
+])
+def test_bad_pairs_are_named(arguments, message):
+    with pytest.raises(ValueError) as found: fit_pair_baseline(**{**dict(method="cca-itq", train=part(), bits=16), **arguments})
+    assert message in str(found.value)
+
+@pytest.mark.parametrize("method", PAIR_METHODS)
+def test_bad_pair_queries_are_named(method):
+    hasher = fit_pair_baseline(method, part(), 16)
+    assert hasher.encode(*PAIRS.inputs).shape == (200, 2)
+    for queries, message in (((PAIRS.image[:0], PAIRS.text[:0]), "features: expected at least one pair, found none"),
+                             ((PAIRS.image, PAIRS.text[:5]), "features: expected as many texts as images"),
+                             ((PAIRS.text, PAIRS.image), "features: expected as many texts as images, of widths"),
+                             ((PAIRS.image, PAIRS.text*np.nan), "features: expected finite numbers")):
+        with pytest.raises(ValueError, match=message): hasher.encode(*queries)

@@ -1,4 +1,4 @@
-"Claims: the verdict rule on made-up intervals; both notebooks on made-up records, and with none at all."
+"Claims: the verdict rule on made-up intervals; both notebooks, and the one of speed, on made-up records, and with none at all."
 import shutil
 from pathlib import Path
 
@@ -7,10 +7,11 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from s5vh_nb import claims, records, runs
 from s5vh_nb.claims import Claim
-from s5vh_nb.config import train_config
+from s5vh_nb.config import PAIR_VARIANTS, BaselineConfig, train_config
 from s5vh_nb.report import Interval
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,14 +48,14 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def pretend(quality, name="spoken-digits", looks=(.1, .2), **changes):
+def pretend(quality, name="spoken-digits", looks=(.1, .2), metrics=None, **changes):
     "The record of a run that never was: a share of the items gets the code of its class, the others have random bits."
     config, data, rng = train_config(name, "smoke", bits=16, **changes), runs.load_data(name), np.random.default_rng(0)
     words = np.random.default_rng(1).integers(0, 256, (64, 2), np.uint8)
     def codes(split):
         first = split.labels if split.labels.ndim == 1 else split.labels.argmax(1)
         return np.where(rng.random(len(first))[:, None] < quality, words[first], rng.integers(0, 256, (len(first), 2), np.uint8))
-    return runs.store(runs.settle(config, data), "smoke", data, "cpu", {"query": codes(data.query), "database": codes(data.database)}, metrics={}, seconds={"train": 0},
+    return runs.store(runs.settle(config, data), "smoke", data, "cpu", {"query": codes(data.query), "database": codes(data.database)}, metrics=metrics or {}, seconds={"train": 0},
                       history=[{"epoch": e, "map@5": value} for e, value in enumerate(looks)] or [{"epoch": e} for e in (0, 1)])
 
 
@@ -68,12 +69,15 @@ def test_effect_of_made_up_runs(home):
     assert claims.effect(claims.percent(good, bad, "smoke"), "smoke").mean == pytest.approx(100*over.mean/claims.score_of(bad, "smoke").mean())
 
 
-def run_notebook(name):
-    "The cells of a notebook in this process, in smoke; its table, by claim."
+def run_cells(name):
+    "The cells of a notebook in this process, in smoke; what they leave."
     space = {}
     for cell in nbformat.read(ROOT/"nbs"/f"{name}.ipynb", as_version=4).cells:
         if cell.cell_type == "code": exec(cell.source.replace('profile = "quick"', 'profile = "smoke"'), space)
-    return space["table"].set_index("claim")
+    return space
+
+
+def run_notebook(name): return run_cells(name)["table"].set_index("claim")
 
 
 def test_notebook_of_paper_1(home):
@@ -105,3 +109,20 @@ def test_notebook_of_paper_2(home):
     assert table.verdict["thirteen baselines"] == "does not hold" and table.effect["thirteen baselines"] == 12
     pretend(.8, "emoji"), pretend(.9, "emoji", mixer="none")
     assert run_notebook("dmmh/claims").verdict["Mamba helps"] == "does not hold (one seed)"
+
+
+def test_times_of_a_gpu_are_shown_where_there_is_none(home):
+    "Records of measurements are enough to draw the artefact of speed again; as long as some of the GPU's are missing, it is left out."
+    data, times = runs.load_data("emoji"), dict(ms=2., ms_single=1., peak_mb=3., pairs=512, weights_mb=4.)
+    def measured(config, where): runs.store(runs.settle(config, data), "smoke", data, "cpu", None, f"speed on {where}", metrics=times, seconds={"train": 0})
+    changes = [PAIR_VARIANTS[row] for row in ("DMMH", "without Mamba", "with Transformer", "plain MLPs")]
+    networks = [train_config("emoji", "smoke", bits=16, **change) for change in changes]
+    for change in changes: pretend(.8, "emoji", metrics={"map": .5}, **change)
+    for config in networks: measured(config, "cpu")
+    for config in (BaselineConfig("emoji", method, bits=16) for method in ("supervised", "itq")):
+        runs.store(runs.settle(config, data), "smoke", data, "cpu", None, metrics={"map": .4}, seconds={"train": 0})
+        measured(config, "cpu")
+    for config in networks[:3]: measured(config, "cuda")
+    if not torch.cuda.is_available(): assert set(run_cells("dmmh/speed")["table"].on) == {"cpu"}
+    measured(networks[3], "cuda")
+    assert run_cells("dmmh/speed")["table"].on.value_counts().to_dict() == {"cpu": 6, "cuda": 4}

@@ -1,7 +1,7 @@
 "Image-text sets: bad files and bad arguments, reading little of large files, and the image network's plumbing."
-import os, sys, types
+import dataclasses, os, sys, types
 
-import h5py, numpy as np, pytest, scipy.io, scipy.sparse, torch
+import h5py, numpy as np, pandas as pd, pytest, scipy.io, scipy.sparse, torch
 from PIL import Image
 from torch import nn
 
@@ -143,12 +143,60 @@ def test_emoji_protocol():
     (lambda: group_split(np.arange(10), 0), "n_query: expected"),
     (lambda: group_split(np.arange(10), 10), "n_query: expected"),
     (lambda: multimodal.bag_of_words([]), "captions: expected a sequence of texts"),
+    (lambda: multimodal.bag_of_words(None), "captions: expected a sequence of texts, found None"),
+    (lambda: multimodal.bag_of_words(["the", "of a"]), "captions, vocabulary: expected at least one word, each once, found: empty vocabulary"),
+    (lambda: multimodal.bag_of_words(["a dog"], ["dog", "dog"]), "captions, vocabulary: expected at least one word, each once, found: Duplicate"),
+    (lambda: multimodal.bag_of_words(["a dog"], "dog"), "vocabulary: expected a sequence of texts, found 'dog'"),
+    (lambda: multimodal.bag_of_words(["a dog"], size=0), "size: expected at least 1 word, found 0"),
     (lambda: multimodal.hashed_words("a text"), "captions: expected a sequence of texts"),
+    (lambda: multimodal.hashed_words(["a text"], 0), "size: expected at least 1 column, found 0"),
+    (lambda: group_split([], 1), "groups: expected one group for each item, (n,), found shape (0,)"),
+    (lambda: group_split(np.zeros((9, 2)), 3), "groups: expected one group for each item, (n,), found shape (9, 2)"),
+    (lambda: vgg_features([]), "paths: expected a sequence of image files, found []"),
+    (lambda: vgg_features("a.jpg"), "paths: expected a sequence of image files, found 'a.jpg'"),
+    (lambda: synthetic_pairs("nuswid"), "(did you mean 'nuswide'?)"),
+    (lambda: load_official_pairs("coco", "unused"), "dataset: expected one of mirflickr25k, nuswide, mscoco, found 'coco'"),
     (lambda: multimodal.vgg_input("missing.jpg"), "missing.jpg: expected an image file, found nothing there"),
 ])
 def test_bad_arguments(call, message):
     with pytest.raises((ValueError, FileNotFoundError)) as found: call()
     assert message in str(found.value)
+
+ONE = np.ones((2, 3), np.float32)
+
+@pytest.mark.parametrize("parts, message", [
+    (([[1.], [2.]], ONE, np.ones((2, 1), np.uint8)), "mine: image: expected an array or a row store, found list"),
+    ((ONE, ONE[:, 0], np.ones((2, 1), np.uint8)), "mine: text: expected rank 2 (n, width)"),
+    ((ONE, ONE.T, np.ones((2, 1), np.uint8)), "mine: text: expected 2 rows, as many as images, found 3"),
+    ((ONE, ONE.astype(float), np.ones((2, 1), np.uint8)), "mine: text: expected float32, found float64"),
+    ((ONE, ONE*np.nan, np.ones((2, 1), np.uint8)), "mine: text: expected finite numbers, found NaN or infinity in pair 0"),
+    ((ONE, ONE, [[1], [0]]), "mine: labels: expected an array (n, classes) uint8, found list"),
+    ((ONE, ONE, np.ones((2, 1), np.int64)), "mine: labels: expected (n, classes) uint8, found shape (2, 1), int64"),
+    ((ONE, ONE, np.full((2, 1), 2, np.uint8)), "mine: labels: expected only 0 and 1, found the value 2"),
+])
+def test_bad_parts(parts, message):
+    "What a user puts together by hand."
+    with pytest.raises(ValueError) as found: multimodal.PairSplit(*parts, "mine")
+    assert message in str(found.value)
+
+@pytest.mark.parametrize("rows, message", [(np.arange(800) + 799, "train_ids: expected rows of the database, 0..1597, found 799..1598"),
+                                           (np.arange(800) - 1, "train_ids: expected rows of the database, 0..1597, found -1..798"),
+                                           (np.arange(800), "train_ids: expected the rows of the database that are the training pairs")])
+def test_bad_training_rows(rows, message):
+    with pytest.raises(ValueError, match=message): dataclasses.replace(emoji(), train_ids=rows)
+
+def test_labels_that_judge_nothing():
+    data, y = emoji(), np.zeros((300, 33), np.uint8)
+    with pytest.raises(ValueError, match="emoji: labels: expected one that a query and a pair of the database have"):
+        dataclasses.replace(data, query=dataclasses.replace(data.query, labels=y))
+
+def test_captions_of_a_table():
+    "A column with numbers of its own, as a filter leaves it."
+    column = pd.Series(["a dog", "two cats", "a cat"], [3, 5, 9])
+    x, vocabulary = multimodal.bag_of_words(column)
+    assert vocabulary == ("cat", "cats", "dog") and x.tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
+    assert multimodal.hashed_words(column, 64).sum() == 3
+    with pytest.raises(ValueError, match=r"captions\[1\]: expected a text, found (None|nan)"): multimodal.bag_of_words(column.where(column != "two cats", None))
 
 def tiny_vgg16(weights=None):
     "A stand-in with the structure of torchvision's VGG-16, and narrow layers."
