@@ -34,11 +34,11 @@ def _softplus(x):
     return tl.maximum(x, 0.0) + 2*r*(1 + q*(1/3 + q*(1/5 + q*(1/7 + q*(1/9 + q*(1/11 + q*(1/13 + q*(1/15))))))))
 
 @triton.jit
-def _step_size(raw, bias, live, SOFTPLUS: tl.constexpr):
-    "Step sizes in float32; zero outside the sequence, where the state must stay what it is."
+def _step_size(raw, bias, SOFTPLUS: tl.constexpr):
+    "Step sizes in float32."
     dt = raw.to(tl.float32) + bias
     if SOFTPLUS: dt = _softplus(dt)
-    return tl.where(live, dt, 0.0)
+    return dt
 
 # %% ../nbs/lib/11_scan_triton.ipynb #4d396dd0
 @triton.jit
@@ -66,14 +66,15 @@ def _walk(x, offset, b, first, sign):
 def _load(walk, s, columns, live): return tl.load(walk[0] + s*walk[1] + columns, live, 0.0)
 
 @triton.jit
-def _rows(by_channel, by_state, s, start, stop, place, K: tl.constexpr):
-    "Rows of the steps s, ..., s+K-1, zero outside start, ..., stop-1: for each step a tuple, in the order of the walks."
+def _rows(by_channel, by_state, s, stop, place, K: tl.constexpr):
+    "Rows of the steps s, ..., s+K-1, for each step a tuple, in the order of the walks; zero from `stop` on, or no step is checked where that is None."
     channels, states, m_d, m_n = place
     rows = ()
     for k in tl.static_range(K):
-        row, exists = (), (s + k >= start) & (s + k < stop)
-        for i in tl.static_range(len(by_channel)): row += (_load(by_channel[i], s + k, channels, m_d & exists),)
-        for i in tl.static_range(len(by_state)): row += (_load(by_state[i], s + k, states, m_n & exists),)
+        row, inside, known = (), m_d, m_n
+        if stop is not None: inside, known = m_d & (s + k < stop), m_n & (s + k < stop)
+        for i in tl.static_range(len(by_channel)): row += (_load(by_channel[i], s + k, channels, inside),)
+        for i in tl.static_range(len(by_state)): row += (_load(by_state[i], s + k, states, known),)
         rows += (row,)
     return rows
 
@@ -86,24 +87,24 @@ def _vector(ptr, columns, live):
 
 # %% ../nbs/lib/11_scan_triton.ipynb #49d6cf78
 @triton.jit
-def _forward_segment(h, rows, s, stop, out, A2, bias, skip, place, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr):
+def _forward_segment(h, rows, s, out, A2, bias, skip, place, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr):
     "K steps of the recurrence from state h; writes the outputs, returns the state after them."
     channels, states, m_d, m_n = place
     for k in tl.static_range(K):
-        live, x = m_d & (s + k < stop), rows[k][0].to(tl.float32)                                         # (DB,)
+        x = rows[k][0].to(tl.float32)                                                                     # (DB,)
         Bk, Ck = rows[k][3].to(tl.float32)[None, :], rows[k][4].to(tl.float32)[None, :]                   # (1, NB)
-        dt = _step_size(rows[k][1], bias, live, SOFTPLUS)
+        dt = _step_size(rows[k][1], bias, SOFTPLUS)
         h = tl.exp2(dt[:, None]*A2)*h + (dt*x)[:, None]*Bk                                                # (DB, NB)
         y = tl.sum(h*Ck, 1) + skip*x                                                                      # (DB,)
         if GATED:
             gate = rows[k][2].to(tl.float32)
             y *= gate*_sigmoid(gate)
-        tl.store(out[0] + (s + k)*out[1] + channels, y, live)
+        tl.store(out[0] + (s + k)*out[1] + channels, y, m_d)
     return h
 
 @triton.jit
 def _forward_kernel(u, delta, z, B, C, out, A, D, bias, saved, last, summary, t, d, group_size, reversed_from, chunk,
-                    SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, DB: tl.constexpr, NB: tl.constexpr):
+                    REST: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, DB: tl.constexpr, NB: tl.constexpr):
     c, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     block, group, place, tile, m_dn, A2 = _place(A, group_size, N, DB, NB)
     bias, skip = _vector(bias, place[0], place[2]), _vector(D, place[0], place[2])
@@ -114,55 +115,58 @@ def _forward_kernel(u, delta, z, B, C, out, A, D, bias, saved, last, summary, t,
     start, stop = c*chunk, tl.minimum(c*chunk + chunk, t)
     if summary is None: h = tl.zeros_like(A2)
     else: h = _fold(summary, b*tl.num_programs(1), 1, c, A2, place, tile, m_dn, d, N)
-    rows = _rows(by_channel, by_state, start, start, stop, place, K)
-    for s in range(start, stop, K):
-        ahead = _rows(by_channel, by_state, s + K, start, stop, place, K)
+    rows, end = _rows(by_channel, by_state, start, stop, place, K), start + (stop - start)//K*K             # whole segments end there
+    for s in range(start, end, K):
+        ahead = _rows(by_channel, by_state, s + K, stop, place, K)
         if saved is not None: tl.store(saved + (b*((t - 1)//K) + s//K - 1)*d*N + tile, h, m_dn & (s > 0))
-        h = _forward_segment(h, rows, s, stop, out, A2, bias, skip, place, SOFTPLUS, GATED, K)
+        h = _forward_segment(h, rows, s, out, A2, bias, skip, place, SOFTPLUS, GATED, K)
         rows = ahead
+    if REST > 0:
+        if end < stop:
+            if saved is not None: tl.store(saved + (b*((t - 1)//K) + end//K - 1)*d*N + tile, h, m_dn & (end > 0))
+            h = _forward_segment(h, rows, end, out, A2, bias, skip, place, SOFTPLUS, GATED, REST)
     if last is not None: tl.store(last + b*d*N + tile, h, m_dn & (stop == t))
 
 # %% ../nbs/lib/11_scan_triton.ipynb #a2c5ebb5
 @triton.jit
-def _backward_segment(h, rows, grads, s, stop, outs, A2, bias, skip, place, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
+def _backward_segment(h, rows, grads, s, outs, A2, bias, skip, place, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
     "K steps back: recompute their states from h, then follow g; writes the gradients of every step, returns the running sums."
     du, ddelta, dz, dBC, at_step = outs
     channels, states, m_d, m_n = place
     g, dA, dD, dbias = grads
     dts, hs = (), (h,)
     for k in tl.static_range(K):
-        dt = _step_size(rows[k][1], bias, m_d & (s + k < stop), SOFTPLUS)
+        dt = _step_size(rows[k][1], bias, SOFTPLUS)
         h = tl.exp2(dt[:, None]*A2)*h + (dt*rows[k][0].to(tl.float32))[:, None]*rows[k][4].to(tl.float32)[None, :]
         dts, hs = dts + (dt,), hs + (h,)
     slots = tl.arange(0, triton.next_power_of_2(2*K))                                                     # dB and dC of each step, in turn
     both = tl.zeros((triton.next_power_of_2(2*K), states.shape[0]), tl.float32)
     for k in tl.static_range(K - 1, -1, -1):
-        at, live, dt = at_step[0] + (s + k)*at_step[1] + channels, m_d & (s + k < stop), dts[k]
+        at, dt = at_step[0] + (s + k)*at_step[1] + channels, dts[k]
         x, dy = rows[k][0].to(tl.float32), rows[k][3].to(tl.float32)                                      # (DB,)
         Bk, Ck = rows[k][4].to(tl.float32)[None, :], rows[k][5].to(tl.float32)[None, :]                   # (1, NB)
         if GATED:
             gate = rows[k][2].to(tl.float32)
             sig = _sigmoid(gate)
-            tl.store(dz[0] + (s + k)*dz[1] + channels, dy*(tl.sum(hs[k + 1]*Ck, 1) + skip*x)*sig*(1 + gate*(1 - sig)), live)
+            tl.store(dz[0] + (s + k)*dz[1] + channels, dy*(tl.sum(hs[k + 1]*Ck, 1) + skip*x)*sig*(1 + gate*(1 - sig)), m_d)
             dy *= gate*sig
         g += dy[:, None]*Ck                                                                               # (DB, NB)
         dB, dC = tl.sum(g*(dt*x)[:, None], 0), tl.sum(hs[k + 1]*dy[:, None], 0)                           # (NB,)
         both = tl.where((slots == 2*k)[:, None], dB[None, :], tl.where((slots == 2*k + 1)[:, None], dC[None, :], both))
         gB = tl.sum(g*Bk, 1)                                                                              # (DB,)
-        tl.store(du + at, dt*gB + skip*dy, live)
+        tl.store(du + at, dt*gB + skip*dy, m_d)
         g *= tl.exp2((dt*LOG2E)[:, None]*(A2*LN2))
         dlog = g*hs[k]
         ddt = tl.sum(dlog*A2, 1)*LN2 + x*gB
         if SOFTPLUS: ddt *= _sigmoid(rows[k][1].to(tl.float32) + bias)
-        tl.store(ddelta + at, ddt, live)
+        tl.store(ddelta + at, ddt, m_d)
         dA, dD, dbias = dA + dlog*dt[:, None], dD + dy*x, dbias + ddt
-    exists = (slots < 2*K) & (s + slots//2 < stop)
-    tl.store(dBC[0] + (s + slots//2)[:, None]*dBC[1] + (slots % 2)[:, None]*N + states[None, :], both, exists[:, None] & m_n[None, :])
+    tl.store(dBC[0] + (s + slots//2)[:, None]*dBC[1] + (slots % 2)[:, None]*N + states[None, :], both, (slots < 2*K)[:, None] & m_n[None, :])
     return g, dA, dD, dbias
 
 @triton.jit
 def _backward_kernel(u, delta, z, dout, B, C, A, D, bias, saved, summary, du, ddelta, dz, dBC, dweights, t, d, group_size, reversed_from, chunk,
-                     SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, DB: tl.constexpr, NB: tl.constexpr):
+                     REST: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, DB: tl.constexpr, NB: tl.constexpr):
     c, chunks, b = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     block, group, place, tile, m_dn, A2 = _place(A, group_size, N, DB, NB)
     bias, skip = _vector(bias, place[0], place[2]), _vector(D, place[0], place[2])
@@ -174,14 +178,19 @@ def _backward_kernel(u, delta, z, dout, B, C, A, D, bias, saved, summary, du, dd
     if summary is None: g = tl.zeros_like(A2)
     else: g = _fold(summary, (b + 1)*chunks - 1, -1, chunks - 1 - c, A2, place, tile, m_dn, d, N)
     grads = g, tl.zeros_like(A2), tl.zeros_like(skip), tl.zeros_like(skip)
-    s = start + (stop - start - 1)//K*K                                                                   # the last segment
+    end = start + (stop - start)//K*K                                                                     # whole segments end there
+    if REST > 0:
+        if end < stop:
+            h = tl.load(saved + (b*((t - 1)//K) + end//K - 1)*d*N + tile, m_dn & (end > 0), 0.0)
+            grads = _backward_segment(h, _rows(by_channel, by_state, end, None, place, REST), grads, end, outs, A2, bias, skip, place, SOFTPLUS, GATED, REST, N)
+    s = end - K                                                                                           # the last whole segment
     saved += (b*((t - 1)//K) + s//K - 1)*d*N
     h = tl.load(saved + tile, m_dn & (s > 0), 0.0)
-    for i in range((stop - start - 1)//K + 1):
+    for i in range((end - start)//K):
         saved -= d*N
         h_ahead = tl.load(saved + tile, m_dn & (s > K) & (s > start), 0.0)
-        rows = _rows(by_channel, by_state, s, start, stop, place, K)
-        grads = _backward_segment(h, rows, grads, s, stop, outs, A2, bias, skip, place, SOFTPLUS, GATED, K, N)
+        rows = _rows(by_channel, by_state, s, None, place, K)
+        grads = _backward_segment(h, rows, grads, s, outs, A2, bias, skip, place, SOFTPLUS, GATED, K, N)
         h, s = h_ahead, s - K
     row = dweights + (b*chunks + c)*d*(N + 2)                                                             # this program's part of dA, dD, dbias
     tl.store(row + tile, grads[1], m_dn)
@@ -213,10 +222,10 @@ def _summary_kernel(u, delta, z, B, A, bias, summary, t, d, group_size, reversed
     by_channel, by_state = (_walk(u, 0, b, first, sign), _walk(delta, 0, b, first, sign), _walk(z, 0, b, first, sign)), (_walk(B, group*B[3], b, first, sign),)
     h, total = tl.zeros_like(A2), tl.zeros_like(bias)
     for s in range(0, stop - start, K):
-        rows = _rows(by_channel, by_state, s, 0, stop - start, place, K)
+        rows = _rows(by_channel, by_state, s, stop - start, place, K)
         for k in tl.static_range(K):
             x, Bk = rows[k][0].to(tl.float32), rows[k][3].to(tl.float32)[None, :]
-            dt = _step_size(rows[k][1], bias, place[2] & (s + k < stop - start), SOFTPLUS)
+            dt = tl.where(s + k < stop - start, _step_size(rows[k][1], bias, SOFTPLUS), 0.0)                 # no step: the state stays
             if GATED:
                 gate = rows[k][2].to(tl.float32)
                 x *= gate*_sigmoid(gate)
@@ -273,7 +282,7 @@ def _scan_forward(u, delta, A, B, C, D, z, bias, softplus, reversed_from, keep, 
     last = u.new_empty(b, d, n, dtype=torch.float32) if want_last else None
     if summary := _summaries(u, grid, d, n):
         _summary_kernel[grid](*map(_strided, (u, delta, u, B)), A, bias, summary, ADJOINT=False, GATED=False, **plan)
-    _forward_kernel[grid](*map(_strided, (u, delta, gate, B, C, out)), A, D, bias, saved, last, summary, GATED=z is not None, **plan, maxnreg=128)
+    _forward_kernel[grid](*map(_strided, (u, delta, gate, B, C, out)), A, D, bias, saved, last, summary, REST=t % plan["K"], GATED=z is not None, **plan, maxnreg=128)
     return out, last, saved
 
 def _scan_backward(dout, u, delta, A, B, C, D, z, bias, saved, softplus, reversed_from, dz=None, dBC=None):
@@ -290,7 +299,7 @@ def _scan_backward(dout, u, delta, A, B, C, D, z, bias, saved, softplus, reverse
     if summary := _summaries(u, grid, d, n):
         _summary_kernel[grid](*map(_strided, (dout, delta, gate, C)), A, bias, summary, ADJOINT=True, **plan)
     _backward_kernel[grid](*map(_strided, (u, delta, gate, dout, B, C)), A, D, bias, saved, summary, du, ddelta, _strided(dgate),
-                           (by_block, *by_block.stride()[1:3], by_block.stride(0)), by_chunk, **plan)
+                           (by_block, *by_block.stride()[1:3], by_block.stride(0)), by_chunk, REST=t % plan["K"], **plan)
     return du, ddelta, dz, _summed(by_block, dBC), by_chunk
 
 class _Scan(torch.autograd.Function):
