@@ -306,7 +306,8 @@ def _numba_forward(softplus, reversed_channels, u, delta, A, B, C, D, z, bias):
     out, last = u.new_empty(b, t, d), u.new_empty(b, d, n)
     loose, packed = _arrays(B, C, A, D, bias), _arrays(out, last)
     kernel = _compiled(_scan_forward, packed[0].dtype, 2, 3, (4, 4, 2, 1, 1), (3, 3))
-    _run(kernel, _tasks(b, d, B.shape[2], reversed_channels), softplus, gated, *(_strided(v) for v in (u, delta, z if gated else u)), *loose, *packed)
+    tasks = _tasks(b, d, B.shape[2], reversed_channels)
+    _run(kernel, tasks, softplus, gated, *(_strided(v) for v in (u, delta, z if gated else u)), *loose, *packed)
     return out, last
 
 def _numba_backward(dout, softplus, reversed_channels, u, delta, A, B, C, D, z, bias):
@@ -352,7 +353,8 @@ def _scan_mamba_ssm(u, *args):
 
 def _need(package:str, u:torch.Tensor):
     "Complain unless the backend's package is installed and `u` is on a GPU."
-    expect(importlib.util.find_spec(package) is not None, f"backend={package!r}", f"the package {package} to be installed", "none", ImportError)
+    installed = importlib.util.find_spec(package) is not None
+    expect(installed, f"backend={package!r}", f"the package {package} to be installed", "none", ImportError)
     expect(u.is_cuda, f"backend={package!r}", "tensors on a CUDA device", str(u.device))
 
 _BACKENDS = {"reference": _flipped(_scan_reference), "torch": _flipped(functools.partial(_scan_with, (_torch_forward, _torch_backward))),
@@ -362,14 +364,14 @@ _CHOSEN = contextvars.ContextVar("backend", default="auto")
 
 @contextlib.contextmanager
 def use_backend(name:str): # A backend of `selective_scan`, or "auto"
-    "Inside the `with`, calls that leave the backend to \"auto\" take this one; the convolution, which has fewer, goes on choosing where it lacks it."
+    "Inside the `with`, calls that leave the backend to \"auto\" take this one; the convolution, which has fewer, chooses where it lacks it."
     expect(name == "auto" or name in _BACKENDS, "backend", f"'auto' or one of {', '.join(map(repr, _BACKENDS))}", repr(name))
     token = _CHOSEN.set(name)
     try: yield
     finally: _CHOSEN.reset(token)
 
 def _pick(backend:str, x:torch.Tensor, backends:dict) -> str:
-    "The name of the backend to use: numba on a CPU, triton on a GPU (torch for float64 or when triton is missing), unless `use_backend` says otherwise."
+    "The backend to use: numba on a CPU, triton on a GPU (torch for float64 or when triton is missing), unless `use_backend` says otherwise."
     if backend == "auto" and _CHOSEN.get() in backends: backend = _CHOSEN.get()
     if backend == "auto":
         triton = x.is_cuda and x.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
@@ -397,10 +399,12 @@ def _check(u, delta, A, B, C, D, z, delta_bias, reversed_channels):
     for name, v in (("D", D), ("delta_bias", delta_bias)):
         expect(v is None or v.shape == (d,), name, f"shape {(d,)}", v is not None and tuple(v.shape))
     for name, v in (("B", B), ("C", C)):
-        fits = v.shape in ((d, n), (b, n, t)) or v.dim() == 4 and v.shape == (b, v.shape[1], n, t) and v.shape[1] > 0 and d % v.shape[1] == 0
-        expect(fits, name, f"shape ({d}, {n}), ({b}, {n}, {t}) or ({b}, g, {n}, {t}) where g divides {d}", tuple(v.shape))
+        grouped = v.dim() == 4 and v.shape == (b, v.shape[1], n, t) and v.shape[1] > 0 and d % v.shape[1] == 0
+        expect(grouped or v.shape in ((d, n), (b, n, t)), name,
+               f"shape ({d}, {n}), ({b}, {n}, {t}) or ({b}, g, {n}, {t}) where g divides {d}", tuple(v.shape))
     g = max((1, d, 1, v.shape[1])[v.dim() - 1] for v in (B, C))
-    expect(0 <= reversed_channels <= d and reversed_channels*g % d == 0, "reversed_channels", f"whole groups of {d//g} channels, at most {d}", reversed_channels)
+    whole = 0 <= reversed_channels <= d and reversed_channels*g % d == 0
+    expect(whole, "reversed_channels", f"whole groups of {d//g} channels, at most {d}", reversed_channels)
 
 def selective_scan(
     u:torch.Tensor, # Input (b, d, t), any strides; a transposed (b, t, d) tensor is the fast layout on a CPU
@@ -416,7 +420,7 @@ def selective_scan(
     reversed_channels:int=0, # So many channels, the last ones, run from t-1 to 0: whole groups of `B` and `C`
     backend:str="auto", # "reference", "torch", "numba", "triton", "mamba_ssm"; "auto": numba on a CPU, triton on a GPU, else torch
 ) -> torch.Tensor|tuple: # Output (b, d, t) in the dtype of `u`
-    "Selective scan (Gu & Dao 2023, equations 2 and 4 with Mamba's discretisation); `ValueError` for a bad argument, `ImportError` for a missing package."
+    "Selective scan (Gu & Dao 2023, equations 2 and 4, Mamba's discretisation); `ValueError`: a bad argument, `ImportError`: a missing package."
     _check(u, delta, A, B, C, D, z, delta_bias, reversed_channels)
     scan = _BACKENDS[_pick(backend, u, _BACKENDS)]
     out, last = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, reversed_channels)

@@ -90,7 +90,8 @@ def start(config:TrainConfig, data:datasets.VideoDataset|MultiModalDataset, devi
     vector_to_parameters(weights.data, learning)
     weights.grad = torch.zeros_like(weights)
     learning = [(p, g.view_as(p)) for p, g in zip(learning, weights.grad.split([p.numel() for p in learning]))]
-    optimizer = torch.optim.AdamW([weights], lr=torch.tensor(config.lr, device=device), weight_decay=config.weight_decay, fused=True, capturable=device.type == "cuda")
+    lr = torch.tensor(config.lr, device=device)
+    optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=config.weight_decay, fused=True, capturable=device.type == "cuda")
     return TrainedRun(config, data.fingerprint, model, objective, learning, weights, optimizer, device)
 
 # %% ../nbs/lib/23_training.ipynb #ba5b0d16
@@ -98,7 +99,8 @@ _SCHEMA = 2
 
 def save_checkpoint(run:TrainedRun, path:str|Path):
     "Write everything that resuming needs, in one step."
-    state = dict(schema=_SCHEMA, config=to_dict(run.config), fingerprint=run.fingerprint, epoch=run.epoch, history=run.history, seconds=run.seconds,
+    state = dict(schema=_SCHEMA, config=to_dict(run.config), fingerprint=run.fingerprint,
+                 epoch=run.epoch, history=run.history, seconds=run.seconds,
                  model=run.model.state_dict(), objective=run.objective.state_dict(), optimizer=run.optimizer.state_dict())
     torch.save(state, whole := io.BytesIO())      # in memory first: a full disk is then an ordinary, readable error of the write
     with atomic_write(path) as tmp: tmp.write_bytes(whole.getbuffer())
@@ -106,19 +108,22 @@ def save_checkpoint(run:TrainedRun, path:str|Path):
 def _read_checkpoint(path:str|Path) -> dict:
     expect(Path(path).is_file(), str(path), "a checkpoint", "no such file", FileNotFoundError)
     try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e: raise ValueError(f"{path}: expected a checkpoint of this package, found a damaged or foreign file ({type(e).__name__}: {e})") from e
+    except Exception as e:
+        said = f"a damaged or foreign file ({type(e).__name__}: {e})"
+        raise ValueError(f"{path}: expected a checkpoint of this package, found {said}") from e
     found = state.get("schema") if isinstance(state, dict) else None
     expect(found == _SCHEMA, str(path), f"a checkpoint of schema {_SCHEMA}", f"schema {found}")
     return state
 
 def load_checkpoint(path:str|Path, config:TrainConfig, data:datasets.VideoDataset|MultiModalDataset, device:torch.device) -> TrainedRun:
-    "The run that `save_checkpoint` wrote; `ValueError` when it is damaged or belongs to another configuration (looks apart, they change nothing) or other data."
+    "The run that `save_checkpoint` wrote; `ValueError` when damaged or of another configuration (looks apart, they change nothing) or other data."
     state = _read_checkpoint(path)
     stored = from_dict(state["config"], str(path))
     expect(replace(stored, watch=config.watch) == config, str(path), f"a checkpoint of {config}", stored)
-    expect(state["fingerprint"] == data.fingerprint, str(path), f"a checkpoint trained on data with fingerprint {data.fingerprint}", state["fingerprint"])
+    wanted, found = data.fingerprint, state["fingerprint"]
+    expect(found == wanted, str(path), f"a checkpoint trained on data with fingerprint {wanted}", found)
     run = start(config, data, device)
-    run.model.load_state_dict(state["model"]); run.objective.load_state_dict(state["objective"]); run.optimizer.load_state_dict(state["optimizer"])
+    for part in ("model", "objective", "optimizer"): getattr(run, part).load_state_dict(state[part])
     for group in run.optimizer.param_groups: group["lr"] = group["lr"].to(device)
     run.epoch, run.history, run.seconds = state["epoch"], state["history"], state["seconds"]
     return run
@@ -143,7 +148,7 @@ def make_step(run:TrainedRun, warm:bool): # warm: the soft labels move
 def place(features, # (n, t, d) array or `datasets.RowStore`
           device:torch.device,
           precision:str="float32"): # As in `TrainConfig`
-    "The features as a tensor on the device (rounded to bfloat16 on a GPU that computes so), or unchanged when they would take more than 60 % of its free memory."
+    "The features as a tensor on the device (bfloat16 on a GPU that computes so), or unchanged when they'd take over 60 % of its free memory."
     fits = device.type == "cpu" or features.nbytes < .6*torch.cuda.mem_get_info(device)[0]
     dtype = torch.bfloat16 if precision == "bfloat16" and device.type == "cuda" else torch.float32
     return datasets.to_tensor(features, device).to(dtype) if fits else features
@@ -155,7 +160,7 @@ def time_means(features, block:int=1024) -> Tensor: # (n, t, d), from `place`
 
 def batches(inputs:tuple, # (n, ...) each, from `place`
             plan:EpochPlan, device:torch.device):
-    "Yield the rows of every input and what was drawn, (*inputs, rows, order) or (*inputs, rows), for every step of an epoch, all on the device."
+    "Yield every step's rows of every input and what was drawn, (*inputs, rows, order) or (*inputs, rows), all on the device."
     if all(isinstance(x, Tensor) for x in inputs):
         yield from ((*(x[draw[0]] for x in inputs), *draw) for draw in plan.draws)
         return
@@ -188,7 +193,8 @@ def train_epoch(run:TrainedRun, take_step, inputs:tuple) -> dict: # `make_step`'
     for batch in batches(inputs, plan, run.device):
         for name, value in take_step(*batch).items(): totals[name] = totals.get(name, 0) + value
     means = {name: (value/len(plan.rows)).item() for name, value in totals.items()}
-    for name, value in means.items(): expect(math.isfinite(value), f"epoch {run.epoch}, {name}", "a finite loss (try a smaller lr)", value, FloatingPointError)
+    for name, value in means.items():
+        expect(math.isfinite(value), f"epoch {run.epoch}, {name}", "a finite loss (try a smaller lr)", value, FloatingPointError)
     return six_digits(means)
 
 # %% ../nbs/lib/23_training.ipynb #88c176e1
@@ -220,7 +226,7 @@ def settled(config:TrainConfig, data:datasets.VideoDataset|MultiModalDataset) ->
     return replace(config, centers=stamp(path)) if path and c.n_centers == DATASETS[data.name]["n_centers"] else config
 
 def given_centers(config:TrainConfig, data:datasets.VideoDataset) -> np.ndarray|None:
-    "The centers (c, k) of the file that a settled configuration names; None where it names none, `ValueError` where the file is another one now."
+    "The centers (c, k) of the file that a settled configuration names, None where it names none; `ValueError` where the file is another now."
     wanted, path = config.objective.centers, centers_file(data, config.model.bits)
     if not wanted.startswith("file:"): return None
     found = stamp(path) if path else "no such file"
@@ -242,14 +248,15 @@ def prepare(run:TrainedRun, data:datasets.VideoDataset|MultiModalDataset, inputs
     else: run.objective.fit(time_means(*inputs), progress, given_centers(run.config, data))
 
 def watched(config:TrainConfig, epochs:int) -> bool: # epochs: how many are done
-    "Whether the run is looked at now: every `watch` epochs, after the last, and early, where curves are steep, after 1, 2, 4, 8, ... epochs."
+    "Whether the run is looked at now: every `watch` epochs, after the last, and while curves are steep after 1, 2, 4, 8, ... epochs."
     early = epochs < config.watch and epochs & (epochs - 1) == 0
     return config.watch > 0 and (early or epochs % config.watch == 0 or epochs == config.epochs)
 
 def seen(run:TrainedRun, look) -> dict: # look: as for `train`
     "What a look says of the run, in evaluation mode and plain float32; the run does not notice it."
     run.model.eval()
-    with torch.no_grad(), matmul_precision("float32"), torch.random.fork_rng([run.device] if run.device.type == "cuda" else []): said = look(run)
+    gpus = [run.device] if run.device.type == "cuda" else []
+    with torch.no_grad(), matmul_precision("float32"), torch.random.fork_rng(gpus): said = look(run)
     run.model.train()
     return six_digits(said)
 
@@ -272,7 +279,8 @@ def train(config:TrainConfig, # What to train; see `settled`
         prepare(run, data, inputs, progress)
         run.seconds.append(time.perf_counter() - clock)
     steps = {warm: make_step(run, warm) for warm in (False, True)}
-    bar = tqdm(total=config.epochs, initial=run.epoch, desc=f"{config.dataset} {config.model.bits} bits seed {config.seed}", unit="epoch", leave=False, disable=not progress)
+    title = f"{config.dataset} {config.model.bits} bits seed {config.seed}"
+    bar = tqdm(total=config.epochs, initial=run.epoch, desc=title, unit="epoch", leave=False, disable=not progress)
     with bar, matmul_precision(config.precision), torch.random.fork_rng([device] if device.type == "cuda" else []):
         while run.epoch < config.epochs:
             clock = time.perf_counter()
