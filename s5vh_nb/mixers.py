@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIXERS', 'step_bias', 'Mamba', 'Bidirectional', 'stacked', 'Layers', 'norm_linear', 'TwoPart', 'mlp', 'to_heads',
-           'from_heads', 'LSTM', 'rotate', 'retention', 'HeadNorm', 'Retention', 'RetNet', 'wkv', 'shift', 'LowRank',
-           'TimeMix', 'ChannelMix', 'RWKV', 'Attention', 'Transformer']
+           'from_heads', 'ssd', 'Mamba2', 'LSTM', 'rotate', 'retention', 'HeadNorm', 'Retention', 'RetNet', 'wkv',
+           'shift', 'LowRank', 'TimeMix', 'ChannelMix', 'RWKV', 'Attention', 'Transformer']
 
 # %% ../nbs/lib/12_mixers.ipynb #3a6fe2ba
 import importlib, math
@@ -144,6 +144,50 @@ def to_heads(x:Tensor, # (b, t, h*w)
 def from_heads(x:Tensor) -> Tensor: # (b, h, t, w) -> (b, t, h*w)
     "Put the heads side by side again."
     return x.transpose(1, 2).flatten(2)
+
+# %% ../nbs/lib/12_mixers.ipynb #8f2c6a41
+def ssd(x:Tensor, # (b, t, h, p) the channels of every head, times the step sizes
+        log_decay:Tensor, # (b, t, h) logarithms of the decays
+        B:Tensor, C:Tensor, # (b, t, n) each
+        chunk:int=64) -> Tensor: # frames of a chunk; returns (b, t, h, p)
+    "State space duality: products of matrices inside a chunk, a recurrence from chunk to chunk (Dao & Gu, 2024, section 6)."
+    S, ys = x.new_zeros(len(x), *x.shape[2:], B.shape[2]), []                                 # (b, h, p, n)
+    for v, a, Bs, Cs in zip(*(part.split(chunk, 1) for part in (x, log_decay, B, C))):
+        total = a.cumsum(1)                                                                   # (b, l, h)
+        future = torch.ones(a.shape[1], a.shape[1], dtype=torch.bool, device=a.device).triu(1)[..., None]
+        fading = (total[:, :, None] - total[:, None]).masked_fill(future, -torch.inf).exp()   # (b, l, l, h): from frame j, second, to i
+        y = torch.einsum("bijh,bjhp->bihp", (Cs @ Bs.mT)[..., None]*fading, v)
+        ys.append(y + torch.einsum("bin,bhpn->bihp", Cs, S)*total.exp()[..., None])
+        rest = (total[:, -1:] - total).exp()                                                  # (b, l, h): to the chunk's end
+        S = total[:, -1].exp()[..., None, None]*S + torch.einsum("bjhp,bjn->bhpn", rest[..., None]*v, Bs)
+    return torch.cat(ys, 1)
+
+class Mamba2(nn.Module):
+    "Mamba-2 block with the parameters of `mamba_ssm.Mamba2` (Dao & Gu, 2024, section 7). Causal."
+    def __init__(self, m:int, # Model width
+                 d_state:int=128, # States per channel, n
+                 d_conv:int=4, # Taps of the convolution
+                 expand:int=2, # Inner width over model width
+                 headdim:int=64): # Channels of a head, p, at most
+        super().__init__()
+        d, n = expand*m, d_state
+        heads = d//math.gcd(d, headdim)
+        self.m, self.split, self.inner = m, (d, d + 2*n, heads), (d, n, n)
+        self.in_proj = nn.Linear(m, sum(self.split), bias=False)
+        self.conv1d = nn.Conv1d(d + 2*n, d + 2*n, d_conv, groups=d + 2*n)
+        self.dt_bias = nn.Parameter(step_bias(heads))
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(heads))
+        self.norm = nn.RMSNorm(d, eps=1e-5)
+        self.out_proj = nn.Linear(d, m, bias=False)
+
+    def forward(self, x:Tensor) -> Tensor: # (b, t, m) -> (b, t, m)
+        z, u, step = self.in_proj(x).split(self.split, -1)                                    # (b, t, d), (b, t, d + 2*n), (b, t, h)
+        u = causal_conv1d(u.transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias).transpose(1, 2)
+        v, B, C = u.split(self.inner, -1)                                                     # (b, t, d), (b, t, n), (b, t, n)
+        v, step = v.unflatten(-1, (len(self.D), -1)), F.softplus(step + self.dt_bias)         # (b, t, h, p), (b, t, h)
+        y = ssd(step[..., None]*v, -step*self.A_log.exp(), B, C) + self.D[:, None]*v          # (b, t, h, p)
+        return self.out_proj(self.norm(y.flatten(2)*F.silu(z)))
 
 # %% ../nbs/lib/12_mixers.ipynb #cb8e5954
 class LSTM(nn.Module):
@@ -305,4 +349,4 @@ class Transformer(TwoPart):
         super().__init__(m, Attention(m, heads), mlp(m, 4))
 
 # %% ../nbs/lib/12_mixers.ipynb #848320f6
-MIXERS = {c.__name__: c for c in (Mamba, LSTM, RetNet, RWKV, Transformer)}
+MIXERS = {c.__name__: c for c in (Mamba, Mamba2, LSTM, RetNet, RWKV, Transformer)}
