@@ -2,7 +2,8 @@
 
     python benchmarks/centers.py [--profile quick] [--sizes 101x16 101x64 450x64] [--compare 20x16 50x16 101x16]
 
-Writes one run record per size below results/<profile>/runs. Speed: clustered random features (a stand-in). Quality: time means of the spoken digits.
+Writes one run record per size below results/<profile>/runs.
+Speed: clustered random features (a stand-in). Quality: time means of the spoken digits.
 """
 import argparse, time
 
@@ -10,7 +11,8 @@ import numpy as np
 from numba import njit
 from sklearn.datasets import make_blobs
 
-from s5vh_nb.centers import ADMM, balanced_bits, improved, quality, semantic_targets, semantic_vectors, start_centers, sweep_centers, wanted_distance
+from s5vh_nb.centers import (ADMM, balanced_bits, improved, quality, semantic_targets, semantic_vectors, start_centers, sweep_centers,
+                             wanted_distance)
 from s5vh_nb.datasets import load
 from s5vh_nb.records import RunRecord, device_name, save
 
@@ -18,8 +20,9 @@ SEEDS = range(5)
 
 @njit(cache=True)
 def reference_center(x, Ho, s, delta, y1, y2, y3, p, early):
-    """The released iteration with a = 1: direct solves (inverted once per round), random multipliers, the signs of the rounds at the highest penalty.
+    """The released iteration with a = 1: direct solves (inverted once per round), random multipliers.
 
+    The signs of the rounds at the highest penalty come back.
     early: end a round once the slack is non-negative and the sphere is met, without projecting, as the release does.
     """
     k = len(x)
@@ -42,13 +45,17 @@ def reference_center(x, Ho, s, delta, y1, y2, y3, p, early):
     return found
 
 def reference_sweeps(H, S, W, distance, rule, rng, p=ADMM(), sweeps=20):
-    """Best set after sweeps by the release's iteration: "released" moves a center when mean plus smallest distance grow, "described" always."""
+    """Best set after sweeps by the release's iteration.
+
+    rule: "released" moves a center when mean plus smallest distance grow, "described" always.
+    """
     c, k = H.shape
     H, best, best_quality, stale = H.copy(), H, -np.inf, 0
     for _ in range(sweeps):
         for i in range(c):
             Ho, s = np.delete(H, i, 0), np.delete(S[i], i)
-            corners = reference_center(H[i], Ho, s, float(k - 2*distance), rng.random(k), rng.random(k), rng.random(c - 1), p, rule == "released")
+            y1, y2, y3 = rng.random(k), rng.random(k), rng.random(c - 1)
+            corners = reference_center(H[i], Ho, s, float(k - 2*distance), y1, y2, y3, p, rule == "released")
             def spread(x): return -(Ho@x).mean() - (Ho@x).max()
             H[i] = max([H[i], *corners], key=spread) if rule == "released" else corners[0]
         if (now := quality(H, W)) > best_quality: best, best_quality, stale = H.copy(), now, 0
@@ -70,7 +77,8 @@ def compare(c:int, k:int) -> RunRecord:
     for seed in SEEDS:
         W, _ = semantic_vectors(data.train.features, c, seed=seed)
         H, S, distance = start_centers(c, k, "hadamard", np.random.default_rng(seed)), semantic_targets(W, k), wanted_distance(c, k)
-        rules = {rule: lambda rule=rule: reference_sweeps(H, S, W, distance, rule, np.random.default_rng(seed)) for rule in ("released", "described")}
+        rules = {rule: lambda rule=rule: reference_sweeps(H, S, W, distance, rule, np.random.default_rng(seed))
+                 for rule in ("released", "described")}
         rules |= {"start": lambda: H, "sweeps": lambda: sweep_centers(H, S, W, distance, progress=False)[0]}
         for rule, run in rules.items():
             start = time.perf_counter()
@@ -79,7 +87,8 @@ def compare(c:int, k:int) -> RunRecord:
             rows.setdefault(rule, []).append(described(found, W))
         rows.setdefault("sweeps, balanced", []).append(described(balanced_bits(found, S, distance), W))
     metrics = {rule: {name: float(np.mean([row[name] for row in found])) for name in found[0]} for rule, found in rows.items()}
-    return record("centers-quality", data.name, c, k, dict(wanted_distance=distance, seeds=len(SEEDS), **metrics), seconds, data.fingerprint)
+    metrics = dict(wanted_distance=distance, seeds=len(SEEDS), **metrics)
+    return record("centers-quality", data.name, c, k, metrics, seconds, data.fingerprint)
 
 def speed(c:int, k:int) -> RunRecord:
     "Seconds of two sweeps and of one center."
@@ -94,7 +103,8 @@ def speed(c:int, k:int) -> RunRecord:
 
 def record(kind, dataset, c, k, metrics, seconds, fingerprint) -> RunRecord:
     config = dict(kind=kind, dataset=dataset, n_centers=c, bits=k, seed=0)
-    return RunRecord(config=config, seed=0, metrics=metrics, data=dict(name=dataset, fingerprint=fingerprint), device=device_name("cpu"), seconds=seconds)
+    data = dict(name=dataset, fingerprint=fingerprint)
+    return RunRecord(config=config, seed=0, metrics=metrics, data=data, device=device_name("cpu"), seconds=seconds)
 
 def main():
     def size(text): return tuple(int(part) for part in text.split("x"))
@@ -105,7 +115,8 @@ def main():
     asked = parser.parse_args()
     for c, k in asked.sizes:
         r = speed(c, k)
-        print(f"{c} centers of {k} bits: {r.seconds['sweep']:.2f} s a sweep ({r.seconds['sweep_cpu']:.2f} s of CPU); {save(r, asked.profile)}", flush=True)
+        wall, cpu = r.seconds["sweep"], r.seconds["sweep_cpu"]
+        print(f"{c} centers of {k} bits: {wall:.2f} s a sweep ({cpu:.2f} s of CPU); {save(r, asked.profile)}", flush=True)
     for c, k in asked.compare:
         r = compare(c, k)
         print(f"{c} centers of {k} bits, mean of {len(SEEDS)} seeds, distance wanted {r.metrics['wanted_distance']}")

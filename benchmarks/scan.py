@@ -2,8 +2,9 @@
 
     python benchmarks/scan.py [--profile quick] [--device auto] [--shapes 512x13 256x25 32x1000] [--milliseconds 50]
 
-Random inputs (a stand-in: the kernels cost the same on real ones), d 512, n 16, gated, softplus, bf16 on a GPU. Times on a GPU: "graph" replays a CUDA graph, as the
-training step does; "eager" calls the function, autograd included. Beside them the floor: bytes that must move, over the bandwidth of a copy measured in the same run.
+Random inputs (a stand-in: the kernels cost the same on real ones), d 512, n 16, gated, softplus, bf16 on a GPU.
+Times on a GPU: "graph" replays a CUDA graph, as the training step does; "eager" calls the function, autograd included.
+Beside them the floor: bytes that must move, over the bandwidth of a copy measured in the same run.
 Writes one run record below results/<profile>/runs.
 """
 import argparse, functools, importlib.util, statistics, time
@@ -23,7 +24,8 @@ def arguments(b, d, t, n, dtype, device, seed=0):
     "Inputs as a Mamba layer has them: (b, t, d) in memory, seen as (b, d, t)."
     draw = lambda *shape, r=torch.Generator().manual_seed(seed): torch.randn(*shape, generator=r)
     by_step = {name: draw(b, t, width).to(device, dtype).transpose(1, 2) for name, width in dict(u=d, delta=d, z=d, B=n, C=n).items()}
-    fixed = {name: v.to(device) for name, v in dict(A=-torch.exp(draw(d, n)/2)*torch.arange(1, n + 1), D=draw(d), delta_bias=draw(d) - 2).items()}
+    fixed = dict(A=-torch.exp(draw(d, n)/2)*torch.arange(1, n + 1), D=draw(d), delta_bias=draw(d) - 2)
+    fixed = {name: v.to(device) for name, v in fixed.items()}
     return {name: v.requires_grad_() for name, v in (by_step | fixed).items()}
 
 
@@ -68,8 +70,8 @@ def captured(call, calls:int=10):
 def seconds(call, device, graph:bool, milliseconds:float) -> float:
     "Median seconds of a call, after 0.2 seconds at work: a GPU at rest runs at a fraction of its clock."
     call, calls = captured(call) if graph else (call, 1)
-    begun, found = time.perf_counter(), []
-    while time.perf_counter() - begun < (0.2 if device.type == "cuda" else 0) + milliseconds/1000 or len(found) < 3: found.append(clocked(call, device)/calls)
+    begun, found, least = time.perf_counter(), [], (0.2 if device.type == "cuda" else 0) + milliseconds/1000
+    while time.perf_counter() - begun < least or len(found) < 3: found.append(clocked(call, device)/calls)
     return statistics.median(found[len(found)//2:])
 
 
@@ -84,7 +86,8 @@ def work(shape, device, dtype):
     "What is timed: name -> (function of a backend, its arguments, bytes that must move)."
     b, t = shape
     given = arguments(b, D, t, N, dtype, device)
-    conv = {"x": given["u"], "weight": torch.randn(D, WIDTH, device=device, requires_grad=True), "bias": torch.randn(D, device=device, requires_grad=True)}
+    weight, bias = torch.randn(D, WIDTH, device=device, requires_grad=True), torch.randn(D, device=device, requires_grad=True)
+    conv = {"x": given["u"], "weight": weight, "bias": bias}
     scan, row = functools.partial(selective_scan, delta_softplus=True), b*t*D*given["u"].element_size()
     return {f"{b} x t {t}, scan": (scan, given, 4*row, 11*row), f"{b} x t {t}, convolution": (causal_conv1d, conv, 2*row, 5*row)}
 
@@ -101,19 +104,24 @@ def measure(shapes, device, milliseconds) -> RunRecord:
     gpu, begun = device.type == "cuda", time.perf_counter()
     present = [name for name in ("triton", "mamba_ssm", "torch") if importlib.util.find_spec(name)] if gpu else ["numba", "torch"]
     dtype, modes = (torch.bfloat16, ("graph", "eager")) if gpu else (torch.float32, ("eager",))
-    errors = {f"{name} {str(kind)[6:]}": parity(name, kind, device) for name in present for kind in ((torch.float32, torch.bfloat16) if gpu else (torch.float32,))}
+    kinds = (torch.float32, torch.bfloat16) if gpu else (torch.float32,)
+    errors = {f"{name} {str(kind)[6:]}": parity(name, kind, device) for name in present for kind in kinds}
     bandwidth, rows = copy_bandwidth(device), {}
     for shape in shapes:
         for what, (function, given, *floors) in work(shape, device, dtype).items():
             found = {"forward": {"floor": floors[0]/bandwidth*1000}, "with backward": {"floor": floors[1]/bandwidth*1000}}
             for backend in present:
-                if backend == "mamba_ssm" and function is causal_conv1d or backend == "torch" and gpu and shape[1] > 100: continue  # not there; minutes
+                if backend == "mamba_ssm" and function is causal_conv1d: continue       # not there
+                if backend == "torch" and gpu and shape[1] > 100: continue              # minutes
                 for mode in modes:
-                    for part, value in times(function, given, backend, device, mode == "graph", milliseconds).items(): found[part][f"{mode} {backend}"] = value*1000
+                    timed = times(function, given, backend, device, mode == "graph", milliseconds)
+                    for part, value in timed.items(): found[part][f"{mode} {backend}"] = value*1000
             rows |= {f"{what}, {part}": values for part, values in found.items()}
-    config = {"kind": "scan-benchmark", "device": device_name(device), "dtype": str(dtype)[6:], "shapes": [list(shape) for shape in shapes], "d": D, "n": N, "seed": 0}
+    config = {"kind": "scan-benchmark", "device": device_name(device), "dtype": str(dtype)[6:],
+              "shapes": [list(shape) for shape in shapes], "d": D, "n": N, "seed": 0}
     metrics = {"relative_error": errors, "copy_tb_per_s": bandwidth/1e12, "times": rows}
-    return RunRecord(config=config, seed=0, metrics=metrics, data={"name": "random numbers", "stand_in": True}, device=device_name(device), seconds={"all": time.perf_counter() - begun})
+    return RunRecord(config=config, seed=0, metrics=metrics, data={"name": "random numbers", "stand_in": True},
+                     device=device_name(device), seconds={"all": time.perf_counter() - begun})
 
 
 def main():
@@ -121,7 +129,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="quick", help="where the record goes: results/<profile>/runs")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--shapes", type=size, nargs="+", help="SEQUENCESxSTEPS; default: those of the papers on a GPU, a small one on a CPU")
+    parser.add_argument("--shapes", type=size, nargs="+",
+                        help="SEQUENCESxSTEPS; default: those of the papers on a GPU, a small one on a CPU")
     parser.add_argument("--milliseconds", type=float, default=50, help="time to spend on each number")
     given = parser.parse_args()
     device = pick_device(given.device)
@@ -129,7 +138,8 @@ def main():
     record = measure(shapes, device, given.milliseconds)
     print(f"{record.device}; copy {record.metrics['copy_tb_per_s']:.2f} TB/s; milliseconds, floor = bytes over that bandwidth")
     print(pd.DataFrame(record.metrics["times"]).T.to_string(float_format="{:.3f}".format, na_rep="-"))
-    print("largest relative error against float64:", "  ".join(f"{name} {error:.1e}" for name, error in record.metrics["relative_error"].items()))
+    errors = record.metrics["relative_error"]
+    print("largest relative error against float64:", "  ".join(f"{name} {error:.1e}" for name, error in errors.items()))
     print(save(record, given.profile))
 
 

@@ -2,7 +2,8 @@
 
     python benchmarks/scoring.py [--profile quick]
 
-Writes a run record for each size below results/<profile>/runs. Seconds are the smallest of three runs after a warm-up that compiles the kernels.
+Writes a run record for each size below results/<profile>/runs.
+Seconds are the smallest of three runs after a warm-up that compiles the kernels.
 """
 import argparse, resource, time
 

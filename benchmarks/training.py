@@ -2,8 +2,9 @@
 
     python benchmarks/training.py [--profile full] [--device cuda] [--dataset ucf101] [--precision tf32 bfloat16] [--epochs 350]
 
-Writes one run record per precision below results/<profile>/runs. A step's time is that of the median epoch of its phase divided by its steps. The whole run
-goes from features in memory to the packed codes of database and queries, hash centers included.
+Writes one run record per precision below results/<profile>/runs.
+A step's time is that of the median epoch of its phase divided by its steps.
+The whole run goes from features in memory to the packed codes of database and queries, hash centers included.
 """
 import argparse, dataclasses, time
 
@@ -19,7 +20,8 @@ ENCODED = (25, 128), (25, 16384), (1000, 128)     # frames, videos
 
 def in_memory(data:datasets.VideoDataset, device) -> datasets.VideoDataset:
     "The same data set with its features as arrays, made on the device."
-    made = {id(s): dataclasses.replace(s, features=datasets.to_tensor(s.features, device).cpu().numpy()) for s in (data.train, data.database, data.query)}
+    def moved(split): return dataclasses.replace(split, features=datasets.to_tensor(split.features, device).cpu().numpy())
+    made = {id(split): moved(split) for split in (data.train, data.database, data.query)}
     return dataclasses.replace(data, **{part: made[id(getattr(data, part))] for part in ("train", "database", "query")})
 
 def clocked(call, device):
@@ -37,7 +39,8 @@ def encoding(model, config, device) -> dict:
         x = torch.randn(b, frames, config.model.d, device=device)
         def call():
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"): model.encode(x)
-        with training.matmul_precision(config.precision): peak, seconds = peak_bytes(call, device), float(np.median(seconds_per_call(call, device)))
+        with training.matmul_precision(config.precision):
+            peak, seconds = peak_bytes(call, device), float(np.median(seconds_per_call(call, device)))
         found[f"t={frames}, n={b}"] = {"ms": 1000*seconds, "videos_per_second": b/seconds, "peak_mb": peak and peak/1e6}
     return found
 
@@ -59,10 +62,12 @@ def measure(config, data, device) -> records.RunRecord:
     phases = {"warm-up": epochs[1:config.objective.warmup], "main": epochs[config.objective.warmup + 1:]}
     metrics = {"step_ms": {phase: float(1000*np.median(seconds)/steps) for phase, seconds in phases.items() if len(seconds)},
                "encode": encoding(run.model, run.config, device), "last_loss": run.history[-1]["loss"]}
-    seconds = {"set-up": run.seconds[0], "epochs": float(epochs.sum()), "features to codes": trained + encoded, "score 45600 x 45600": scoring(device)}
+    seconds = {"set-up": run.seconds[0], "epochs": float(epochs.sum()), "features to codes": trained + encoded,
+               "score 45600 x 45600": scoring(device)}
     described = {"name": data.name, "stand_in": True, "fingerprint": data.fingerprint, "train": len(data.train), "t": data.t, "d": data.d}
-    return records.RunRecord(config={"kind": "training-benchmark", "device": records.device_name(device), **{"run": to_dict(run.config)}}, seed=config.seed, metrics=metrics,
-                             data=described, device=records.device_name(device), seconds=seconds)
+    name = records.device_name(device)
+    about = {"kind": "training-benchmark", "device": name, "run": to_dict(run.config)}
+    return records.RunRecord(config=about, seed=config.seed, metrics=metrics, data=described, device=name, seconds=seconds)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -75,7 +80,8 @@ def main():
     device = pick_device(given.device)
     data = in_memory(datasets.load(f"synthetic-like:{given.dataset}"), device)
     for precision in given.precision:
-        config = train_config(data.name, "paper", precision=precision, **({"epochs": given.epochs, "warmup": given.epochs//7} if given.epochs else {}))
+        shorter = {"epochs": given.epochs, "warmup": given.epochs//7} if given.epochs else {}
+        config = train_config(data.name, "paper", precision=precision, **shorter)
         record = measure(config, data, device)
         print(precision, record.metrics, record.seconds, records.save(record, given.profile), sep="\n", flush=True)
 

@@ -7,7 +7,8 @@ import torch
 from s5vh_nb import ablations, datasets, records, runs, training
 from s5vh_nb.config import VARIANTS, BaselineConfig, train_config, variant
 
-LAYERS = {"Mamba, both": {}, "Mamba, tied": dict(tied=True), "Mamba, backward": dict(directions="backward"), **{name: dict(mixer=name) for name in ("LSTM", "RetNet", "RWKV")},
+LAYERS = {"Mamba, both": {}, "Mamba, tied": dict(tied=True), "Mamba, backward": dict(directions="backward"),
+          **{name: dict(mixer=name) for name in ("LSTM", "RetNet", "RWKV")},
           "Transformer": dict(mixer="Transformer", directions="forward")}
 TERMS = {"reconstruction": "reconstruction", "alpha": "contrast", "beta": "alignment"}      # weight -> what the history calls its term
 
@@ -66,7 +67,8 @@ def test_a_variant_is_another_run(name):
 
 
 def test_a_row_that_changes_an_unknown_field_is_refused(home):
-    with pytest.raises(ValueError, match="did you mean 'beta'"): ablations.ask_rows({"base": {}, "none": dict(bta=0.)}, "smoke", ["spoken-digits"], [16], [1])
+    rows = {"base": {}, "none": dict(bta=0.)}
+    with pytest.raises(ValueError, match="did you mean 'beta'"): ablations.ask_rows(rows, "smoke", ["spoken-digits"], [16], [1])
     assert not records.read_all("smoke")
 
 
@@ -85,4 +87,5 @@ def test_a_transfer_from_other_data_is_refused(home):
 
 def test_a_transfer_is_not_trained_where_that_is_forbidden(home, monkeypatch):
     monkeypatch.setenv("S5VH_NB_NO_TRAINING", "1")
-    with pytest.raises(FileNotFoundError, match="itq-from-spoken-digits-spoken-pairs-16bit"): runs.ask_transfer(BaselineConfig(bits=16), "spoken-pairs", "smoke", device="cpu")
+    with pytest.raises(FileNotFoundError, match="itq-from-spoken-digits-spoken-pairs-16bit"):
+        runs.ask_transfer(BaselineConfig(bits=16), "spoken-pairs", "smoke", device="cpu")

@@ -9,7 +9,7 @@ from s5vh_nb.multimodal import PairSplit, synthetic_pairs
 
 RNG = np.random.default_rng(0)
 VIDEOS = RNG.normal(size=(120, 6, 5)).astype(np.float32)
-FITS = [(method, view, bits) for method in ("lsh", "itq") for view in ("mean", "flat") for bits in (8, 64)]    # 5 or 30 numbers: 64 bits lift ITQ
+FITS = [(method, view, bits) for method in ("lsh", "itq") for view in ("mean", "flat") for bits in (8, 64)] # 5 or 30 numbers, lifted at 64
 
 @pytest.mark.parametrize("method, view, bits", FITS)
 def test_same_seed_same_codes_and_another_seed_others(method, view, bits):
@@ -73,7 +73,7 @@ def test_itq_finds_the_rotation_of_a_cubes_corners():
     for seed in range(5):
         p = corners @ hidden @ itq_rotation(corners @ hidden, seed)
         losses.append(((np.where(p > 0, 1, -1) - p)**2).sum(1).mean())
-    assert min(losses) < 1e-12                                                                 # local minima exist; some start finds the corners
+    assert min(losses) < 1e-12                                              # local minima exist; some start finds the corners
 
 def test_no_step_of_itq_raises_the_loss():
     v = VIDEOS.reshape(120, -1)
@@ -116,8 +116,9 @@ def part(n=None, text=PAIRS.text): return PairSplit(PAIRS.image[:n], text[:n], P
     (dict(bits=12), "bits: expected a positive multiple of 8, found 12"),
     (dict(bits=16.), "bits: expected a positive multiple of 8, found 16.0"),
     (dict(bits=48), "bits: expected at most 40 for cca-itq"),
-    (dict(train=part(8), bits=8), "bits: expected at most as many as each modality has independent directions"),     # centred, 8 pairs span 7
-    (dict(train=part(text=np.zeros_like(PAIRS.text)), bits=8), "bits: expected at most as many as each modality has independent directions"),
+    (dict(train=part(8), bits=8), "bits: expected at most as many as each modality has independent directions"), # centred, 8 pairs span 7
+    (dict(train=part(text=np.zeros_like(PAIRS.text)), bits=8),
+     "bits: expected at most as many as each modality has independent directions"),
 ])
 def test_bad_pairs_are_named(arguments, message):
     with pytest.raises(ValueError) as found: fit_pair_baseline(**{**dict(method="cca-itq", train=part(), bits=16), **arguments})

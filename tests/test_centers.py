@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from s5vh_nb.centers import (ADMM, balanced_bits, hadamard, hash_centers, improved, merit, quality, read_centers, semantic_targets, semantic_vectors,
-                             start_centers, sweep_centers, wanted_distance)
+from s5vh_nb.centers import (ADMM, balanced_bits, hadamard, hash_centers, improved, merit, quality, read_centers, semantic_targets,
+                             semantic_vectors, start_centers, sweep_centers, wanted_distance)
 
 QUICK = ADMM(growth=2., inner=3)
 
@@ -23,7 +23,8 @@ def smallest(H):
 
 
 @settings(max_examples=25, deadline=None)
-@given(c=st.integers(2, 40), k=st.sampled_from([8, 16, 24, 56]), init=st.sampled_from(["hadamard", "random"]), semantic=st.booleans(), seed=st.integers(0, 5))
+@given(c=st.integers(2, 40), k=st.sampled_from([8, 16, 24, 56]), init=st.sampled_from(["hadamard", "random"]),
+       semantic=st.booleans(), seed=st.integers(0, 5))
 def test_any_size_gives_distinct_signs(c, k, init, semantic, seed):
     found = hash_centers(features(), c, k, init=init, semantic=semantic, seed=seed, admm=QUICK, progress=False)
     assert found.centers.dtype == np.int8 and found.centers.shape == (c, k) and set(np.unique(found.centers)) <= {-1, 1}
@@ -101,7 +102,8 @@ def test_given_centers_are_used_in_an_order_that_suits(c, k):
     def mismatch(H): return ((H.astype(float)@H.T - semantic_targets(made.semantics, k))**2)[~np.eye(c, dtype=bool)].mean()
     assert found.centers.dtype == np.int8 and (np.unique(found.centers, axis=0) == np.unique(given, axis=0)).all()
     assert mismatch(found.centers) < .6*mismatch(given) + .4*mismatch(made.centers)
-    assert (found.labels == made.labels).all() and len(found.history) == 1 and found.objective == pytest.approx(quality(given, made.semantics))
+    assert (found.labels == made.labels).all() and len(found.history) == 1
+    assert found.objective == pytest.approx(quality(given, made.semantics))
     again = hash_centers(features(500), c, k, seed=1, given=given, progress=False)
     assert (again.centers == found.centers).all()
 

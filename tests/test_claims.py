@@ -19,8 +19,9 @@ NONE = {"not run yet", "not testable here"}
 
 
 @pytest.mark.parametrize("ends, wanted, said", [
-    ((.01, .2), (0, np.inf), "holds"), ((-.2, -.01), (0, np.inf), "does not hold"), ((-.1, .2), (0, np.inf), "undecided"), ((0, .2), (0, np.inf), "undecided"),
-    ((1.5, 5), (1, 6), "holds"), ((1.5, 7), (1, 6), "undecided"), ((7, 8), (1, 6), "does not hold"), ((-3, .5), (1, 6), "does not hold"), ((0, 7), (1, 6), "undecided"),
+    ((.01, .2), (0, np.inf), "holds"), ((-.2, -.01), (0, np.inf), "does not hold"), ((-.1, .2), (0, np.inf), "undecided"),
+    ((0, .2), (0, np.inf), "undecided"), ((1.5, 5), (1, 6), "holds"), ((1.5, 7), (1, 6), "undecided"), ((7, 8), (1, 6), "does not hold"),
+    ((-3, .5), (1, 6), "does not hold"), ((0, 7), (1, 6), "undecided"),
     ((.8, 1.05), (-np.inf, 1.1), "holds"), ((1.2, 1.3), (-np.inf, 1.1), "does not hold"), ((np.nan, np.nan), (0, np.inf), "undecided")])
 def test_verdict(ends, wanted, said): assert claims.verdict(Interval(np.mean(ends), *ends), wanted) == said
 
@@ -29,8 +30,10 @@ GOOD, OPEN, BAD = (Interval(m, m - .1, m + .1) for m in (.2, .05, -.2))
 
 
 @pytest.mark.parametrize("effects, seeds, said, shown", [
-    ([GOOD, GOOD], 5, "holds", 0), ([GOOD, GOOD], 2, "holds (two seeds)", 0), ([GOOD, OPEN], 1, "undecided", 1), ([OPEN, BAD, GOOD], 1, "does not hold (one seed)", 1), ([GOOD], None, "holds", 0),
-    ([GOOD, None], 5, "not run yet", None), ([BAD, None], 5, "not run yet", None), ([], 5, "not testable here", None), ([Interval(.3, np.nan, np.nan), Interval(.1, np.nan, np.nan)], 1, "undecided", 1)])
+    ([GOOD, GOOD], 5, "holds", 0), ([GOOD, GOOD], 2, "holds (two seeds)", 0), ([GOOD, OPEN], 1, "undecided", 1),
+    ([OPEN, BAD, GOOD], 1, "does not hold (one seed)", 1), ([GOOD], None, "holds", 0),
+    ([GOOD, None], 5, "not run yet", None), ([BAD, None], 5, "not run yet", None), ([], 5, "not testable here", None),
+    ([Interval(.3, np.nan, np.nan), Interval(.1, np.nan, np.nan)], 1, "undecided", 1)])
 def test_a_claim_is_as_strong_as_its_weakest_comparison(effects, seeds, said, shown):
     claim = Claim("A beats B", "A less B", "s5vh/retrieval", "made up", dict(enumerate(effects)), seeds)
     assert (claims.conclusion(claim), claims.weakest(claim)) == (said, shown)
@@ -55,18 +58,21 @@ def pretend(quality, name="spoken-digits", looks=(.1, .2), metrics=None, **chang
     def codes(split):
         first = split.labels if split.labels.ndim == 1 else split.labels.argmax(1)
         return np.where(rng.random(len(first))[:, None] < quality, words[first], rng.integers(0, 256, (len(first), 2), np.uint8))
-    return runs.store(runs.settle(config, data), "smoke", data, "cpu", {"query": codes(data.query), "database": codes(data.database)}, metrics=metrics or {}, seconds={"train": 0},
-                      history=[{"epoch": e, "map@5": value} for e, value in enumerate(looks)] or [{"epoch": e} for e in (0, 1)])
+    found = {"query": codes(data.query), "database": codes(data.database)}
+    history = [{"epoch": e, "map@5": value} for e, value in enumerate(looks)] or [{"epoch": e} for e in (0, 1)]
+    return runs.store(runs.settle(config, data), "smoke", data, "cpu", found, metrics=metrics or {}, seconds={"train": 0}, history=history)
 
 
 def test_effect_of_made_up_runs(home):
     good, bad = [pretend(.9)], [pretend(.5, beta=0.)]
     assert claims.found([train_config("spoken-digits", "smoke", bits=16)], "smoke") == good
-    assert claims.found([train_config("spoken-digits", "smoke", bits=16, seed=s) for s in (1, 2)], "smoke") is None       # one of two seeds is not enough
+    two = [train_config("spoken-digits", "smoke", bits=16, seed=s) for s in (1, 2)]
+    assert claims.found(two, "smoke") is None                                   # one of two seeds is not enough
     over = claims.effect(claims.gain(good, bad), "smoke")
     assert 0 < over.low < over.mean < over.high
     assert claims.effect(claims.gain(good, None), "smoke") is None is claims.effect(claims.percent(None, bad, "smoke"), "smoke")
-    assert claims.effect(claims.percent(good, bad, "smoke"), "smoke").mean == pytest.approx(100*over.mean/claims.score_of(bad, "smoke").mean())
+    share = claims.effect(claims.percent(good, bad, "smoke"), "smoke")
+    assert share.mean == pytest.approx(100*over.mean/claims.score_of(bad, "smoke").mean())
 
 
 def run_cells(name):
@@ -86,9 +92,10 @@ def test_notebook_of_paper_1(home):
     pretend(.9), pretend(.5, beta=0.), pretend(.95, mixer="LSTM")
     table = run_notebook("s5vh/claims")
     decided = table.verdict[~table.verdict.isin(NONE)].index.tolist()
-    assert decided == ["Mamba beats LSTM", "center alignment helps", "with alignment training converges faster", "with alignment training ends better"]
+    assert decided == ["Mamba beats LSTM", "center alignment helps",
+                       "with alignment training converges faster", "with alignment training ends better"]
     assert table.verdict["center alignment helps"] == "holds (one seed)" and table.low["center alignment helps"] > 0
-    assert table.verdict["with alignment training converges faster"] == "undecided"                                    # equal curves, and a t-interval of one seed is none
+    assert table.verdict["with alignment training converges faster"] == "undecided"  # equal curves, and a t-interval of one seed is none
     assert table.verdict["Mamba beats LSTM"] == "does not hold (one seed)" and table.notebook["Mamba beats LSTM"] == "s5vh/temporal"
     saved = pd.read_csv(home/"results"/"smoke"/"tables"/"s5vh_claims.csv")
     assert saved.verdict.tolist() == table.verdict.tolist() and (home/"figures"/"smoke"/"s5vh"/"claims.png").exists()
@@ -98,7 +105,8 @@ def test_runs_that_nobody_looked_at_have_no_curve(home):
     "Looks are not part of a run's name, so a record may lack them."
     blind, seen = pretend(.9, looks=()), pretend(.5, beta=0.)
     table = run_notebook("s5vh/claims")
-    assert table.verdict["with alignment training converges faster"] == "not run yet" and table.verdict["with alignment training ends better"] == "holds (one seed)"
+    assert table.verdict["with alignment training converges faster"] == "not run yet"
+    assert table.verdict["with alignment training ends better"] == "holds (one seed)"
     with pytest.raises(ValueError, match=f"history of {blind.name}: expected looks with map@5") as error: run_notebook("s5vh/convergence")
     assert seen.name not in str(error.value)
 
@@ -114,7 +122,8 @@ def test_notebook_of_paper_2(home):
 def test_times_of_a_gpu_are_shown_where_there_is_none(home):
     "Records of measurements are enough to draw the artefact of speed again; as long as some of the GPU's are missing, it is left out."
     data, times = runs.load_data("emoji"), dict(ms=2., ms_single=1., peak_mb=3., pairs=512, weights_mb=4.)
-    def measured(config, where): runs.store(runs.settle(config, data), "smoke", data, "cpu", None, f"speed on {where}", metrics=times, seconds={"train": 0})
+    def measured(config, where):
+        runs.store(runs.settle(config, data), "smoke", data, "cpu", None, f"speed on {where}", metrics=times, seconds={"train": 0})
     changes = [PAIR_VARIANTS[row] for row in ("DMMH", "without Mamba", "with Transformer", "plain MLPs")]
     networks = [train_config("emoji", "smoke", bits=16, **change) for change in changes]
     for change in changes: pretend(.8, "emoji", metrics={"map": .5}, **change)

@@ -28,6 +28,8 @@ def v73(path, array, key="labels"): # as MATLAB writes it: transposed, after a b
 def patch(path, at, what):
     with open(path, "r+b") as f: f.seek(at); f.write(what)
 
+def with_labels(x): return lambda root: scipy.io.savemat(root/LABELS, {"labels": x})
+
 # What is done to the files, the error, what it must name
 FAULTS = {
     "features missing": (lambda r: (r/FEATS).unlink(), FileNotFoundError, FEATS, "no such file"),
@@ -39,24 +41,28 @@ FAULTS = {
     "rank 2": (lambda r: rewrite(r/FEATS, features()[0]), ValueError, FEATS, "rank 3 (n, t, d), found shape (25, 8)"),
     "integers": (lambda r: rewrite(r/FEATS, features().astype(int)), ValueError, FEATS, "floating-point numbers, found int64"),
     "empty split": (lambda r: rewrite(r/FEATS, features(n=0)), ValueError, FEATS, "at least one video, frame and feature"),
-    "t differs": (lambda r: rewrite(r/FEATS, features(t=30)), ValueError, "(t, d)", "expected (30, 8) as in ucf_train_feats.h5, found (25, 8)"),
-    "d differs": (lambda r: rewrite(r/FEATS, features(d=9)), ValueError, "(t, d)", "expected (25, 9) as in ucf_train_feats.h5, found (25, 8)"),
-    "labels too short": (lambda r: scipy.io.savemat(r/LABELS, {"labels": onehot(119)}), ValueError, FEATS, "expected 120 rows, one for each video, found 119"),
-    "labels transposed": (lambda r: scipy.io.savemat(r/LABELS, {"labels": onehot().T}), ValueError, LABELS, "equally many classes, found [120, 101]"),
-    "labels of rank 3": (lambda r: scipy.io.savemat(r/LABELS, {"labels": onehot()[None]}), ValueError, LABELS, "rank 2 (n, classes)"),
-    "labels are counts": (lambda r: scipy.io.savemat(r/LABELS, {"labels": 3*onehot()}), ValueError, LABELS, "only 0 and 1, found values such as [3"),
-    "labels are NaN": (lambda r: scipy.io.savemat(r/LABELS, {"labels": onehot()*np.nan}), ValueError, LABELS, "only 0 and 1, found values such as [nan]"),
-    "truncated": (lambda r: os.truncate(r/FEATS, 5000), ValueError, FEATS, "a complete HDF5 file, found: "),
+    "t differs": (lambda r: rewrite(r/FEATS, features(t=30)), ValueError, "(t, d)",
+                  "expected (30, 8) as in ucf_train_feats.h5, found (25, 8)"),
+    "d differs": (lambda r: rewrite(r/FEATS, features(d=9)), ValueError, "(t, d)",
+                  "expected (25, 9) as in ucf_train_feats.h5, found (25, 8)"),
+    "labels too short": (with_labels(onehot(119)), ValueError, FEATS, "expected 120 rows, one for each video, found 119"),
+    "labels transposed": (with_labels(onehot().T), ValueError, LABELS, "equally many classes, found [120, 101]"),
+    "labels of rank 3": (with_labels(onehot()[None]), ValueError, LABELS, "rank 2 (n, classes)"),
+    "labels are counts": (with_labels(3*onehot()), ValueError, LABELS, "only 0 and 1, found values such as [3"),
+    "labels are NaN": (with_labels(onehot()*np.nan), ValueError, LABELS, "only 0 and 1, found values such as [nan]"),
     "not HDF5": (lambda r: (r/FEATS).write_text("no such thing"), ValueError, FEATS, "a complete HDF5 file, found: "),
     "empty file": (lambda r: (r/FEATS).write_bytes(b""), ValueError, FEATS, "a complete HDF5 file, found: "),
-    "not MATLAB": (lambda r: (r/LABELS).write_text("no such thing at all " * 20), ValueError, LABELS, "a MATLAB file (v5 or v7.3), found: "),
+    "not MATLAB": (lambda r: (r/LABELS).write_text("no such thing at all " * 20), ValueError, LABELS,
+                   "a MATLAB file (v5 or v7.3), found: "),
     "labels truncated": (lambda r: os.truncate(r/LABELS, 500), ValueError, LABELS, "a MATLAB file (v5 or v7.3), found: "),
-    "labels truncated, v7.3": (lambda r: (v73(r/LABELS, onehot()), os.truncate(r/LABELS, 5000)), ValueError, LABELS, "a complete HDF5 file, found: "),
-    "labels of an unknown version": (lambda r: patch(r/LABELS, 124, b"\x00\x09"), ValueError, LABELS, "a MATLAB file (v5 or v7.3), found: "),
-    "labels are class numbers": (lambda r: scipy.io.savemat(r/LABELS, {"labels": np.arange(120)[:, None]}), ValueError, LABELS, "only 0 and 1, found values such as [2]"),
-    "labels are -1 and 1": (lambda r: scipy.io.savemat(r/LABELS, {"labels": 2*onehot() - 1}), ValueError, LABELS, "only 0 and 1, found values such as [-1.]"),
-    "labels are text": (lambda r: scipy.io.savemat(r/LABELS, {"labels": ["walk", "swim"]}), ValueError, LABELS, "rank 2 (n, classes), found shape (2,)"),
-    "labels are sparse": (lambda r: scipy.io.savemat(r/LABELS, {"labels": scipy.sparse.csc_matrix(onehot())}), ValueError, LABELS, "rank 2 (n, classes), found shape ()"),
+    "labels truncated, v7.3": (lambda r: (v73(r/LABELS, onehot()), os.truncate(r/LABELS, 5000)), ValueError, LABELS,
+                               "a complete HDF5 file, found: "),
+    "labels of an unknown version": (lambda r: patch(r/LABELS, 124, b"\x00\x09"), ValueError, LABELS,
+                                     "a MATLAB file (v5 or v7.3), found: "),
+    "labels are class numbers": (with_labels(np.arange(120)[:, None]), ValueError, LABELS, "only 0 and 1, found values such as [2]"),
+    "labels are -1 and 1": (with_labels(2*onehot() - 1), ValueError, LABELS, "only 0 and 1, found values such as [-1.]"),
+    "labels are text": (with_labels(["walk", "swim"]), ValueError, LABELS, "rank 2 (n, classes), found shape (2,)"),
+    "labels are sparse": (with_labels(scipy.sparse.csc_matrix(onehot())), ValueError, LABELS, "rank 2 (n, classes), found shape ()"),
 }
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -91,7 +97,8 @@ def test_bad_arguments(name, root, error, message):
 def test_splits_that_do_not_belong_together():
     x, y = features(6), np.arange(6)
     a = Split(x, y, "a")
-    with pytest.raises(ValueError, match="b: labels: expected labels to judge retrieval by"): VideoDataset("toy", a, a, Split(x, None, "b"), 6, "")
+    with pytest.raises(ValueError, match="b: labels: expected labels to judge retrieval by"):
+        VideoDataset("toy", a, a, Split(x, None, "b"), 6, "")
     with pytest.raises(ValueError, match="a: labels: expected 5 classes, found 0..5"): VideoDataset("toy", a, a, a, 5, "")
     with pytest.raises(ValueError, match="b: labels: expected the form of a"):
         VideoDataset("toy", a, a, Split(x, np.eye(6, dtype=np.uint8), "b"), 6, "")
@@ -101,7 +108,8 @@ def test_splits_that_do_not_belong_together():
 def test_label_widths_must_agree(tmp_path):
     write_official(tmp_path, "activitynet", synthetic_like("activitynet", n=(30, 50, 20), d=8))
     scipy.io.savemat(tmp_path/"q_label.mat", {"q_label": onehot(20, 199)})
-    with pytest.raises(ValueError, match=r"re_label.mat, q_label.mat: expected equally many classes, found \[200, 199\]"): load("activitynet", tmp_path)
+    with pytest.raises(ValueError, match=r"re_label.mat, q_label.mat: expected equally many classes, found \[200, 199\]"):
+        load("activitynet", tmp_path)
 
 def test_v73_labels_multi_hot_and_a_video_without_class(root):
     y = onehot(); y[5, 7], y[6] = 1, 0                      # video 5 has two classes, video 6 none
@@ -116,13 +124,16 @@ def test_old_matlab_files_are_read(root):
     np.testing.assert_array_equal(load("ucf101", root).train.labels, onehot().argmax(1))
 
 @pytest.mark.parametrize("name, n, d, told", [
-    ("ucf101", (9537, 9537, 40), 8, ["ucf_test_feats.h5: videos: 3783 in the paper, 40 here", "feature width d: 4096 in the paper, 8 here"]),
-    ("activitynet", (9722, 20, 1000), 2, ["test_feats.h5: videos: 3758 in the paper, 20 here", "feature width d: 2048 in the paper, 2 here"]),
+    ("ucf101", (9537, 9537, 40), 8,
+     ["ucf_test_feats.h5: videos: 3783 in the paper, 40 here", "feature width d: 4096 in the paper, 8 here"]),
+    ("activitynet", (9722, 20, 1000), 2,
+     ["test_feats.h5: videos: 3758 in the paper, 20 here", "feature width d: 2048 in the paper, 2 here"]),
     ("hmdb51", (3570, 3570, 1530), 1, ["feature width d: 4096 in the paper, 1 here"])])
 def test_other_sizes_than_the_papers_are_told(tmp_path, name, n, d, told):
     write_official(tmp_path, name, synthetic_like(name, n=n, d=d))
     with pytest.warns(UserWarning) as warned: data = load(name, tmp_path)
-    assert list(data.notes) == told and [str(w.message) for w in warned] == [f"{tmp_path}: not the sizes of {name} in the paper: {'; '.join(told)}"]
+    assert list(data.notes) == told
+    assert [str(w.message) for w in warned] == [f"{tmp_path}: not the sizes of {name} in the paper: {'; '.join(told)}"]
 
 def test_release_folder_names(tmp_path):
     write_official(tmp_path/"ucf", "ucf101", synthetic_like("ucf101", n=(120, 120, 40), d=8))

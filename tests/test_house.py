@@ -54,7 +54,8 @@ def test_lib_imports_go_down():
     for module in number:
         source = (ROOT/"s5vh_nb"/f"{module}.py").read_text()
         used = re.findall(r"^from \.(\w+) import", source, re.M)
-        used += [name.strip() for names in re.findall(r"^from \. import (.+)$", source, re.M) for name in names.split(",") if name.strip() in number]
+        packages = re.findall(r"^from \. import (.+)$", source, re.M)
+        used += [name.strip() for names in packages for name in names.split(",") if name.strip() in number]
         assert all(number[name] < number[module] for name in used), f"{module} imports {used}"
 
 
@@ -70,7 +71,8 @@ def test_artefact_notebook(path):
     assert nb.metadata.kernelspec.name == "python3"
     assert not any(cell.outputs for cell in nb.cells if cell.cell_type == "code"), "artefact sources carry no outputs"
     assert artefact.tables + artefact.figures, "it saves no table and no figure"
-    assert all(name == path.stem or name.startswith(f"{path.stem}_") for name in artefact.tables + artefact.figures), "outputs begin with the notebook's stem"
+    outputs = artefact.tables + artefact.figures
+    assert all(name == path.stem or name.startswith(f"{path.stem}_") for name in outputs), "outputs begin with the notebook's stem"
     assert f"nbs/{artefact.name}.ipynb" in (ROOT/"README.md").read_text(), "not listed in the index (make readme)"
 
 
@@ -88,7 +90,8 @@ def readme():
 
 def test_readme_is_current(readme):
     current = (ROOT/"README.md").read_text()
-    assert readme.to_markdown(nbformat.read(readme.INDEX, as_version=4)) == current, "README.md differs from the index's stored outputs (make readme)"
+    stored = readme.to_markdown(nbformat.read(readme.INDEX, as_version=4))
+    assert stored == current, "README.md differs from the index's stored outputs (make readme)"
     assert readme.to_markdown(readme.executed_index()) == current, "the index's outputs are stale (make readme)"
 
 

@@ -1,4 +1,4 @@
-"What the notebook's contract test does not reach: odd sizes, state dicts, other number formats, the whole layer against the reference scan."
+"What the notebook's contract test does not reach: odd sizes, state dicts, other number formats, the whole layer by the reference scan."
 import copy, functools
 
 import pytest, torch
@@ -40,7 +40,8 @@ def test_the_seed_fixes_the_start(make):
 def test_bfloat16_autocast_stays_close(make):
     torch.manual_seed(0)
     net, x = make(32), torch.randn(2, 9, 32)
-    if make is mixers.LSTM and not torch.ops.mkldnn._is_mkldnn_bf16_supported(): pytest.skip("torch has no bfloat16 LSTM for this processor")
+    if make is mixers.LSTM and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("torch has no bfloat16 LSTM for this processor")
     with torch.autocast("cpu", torch.bfloat16): y = net(x)
     y.float().sum().backward()
     assert (y.float() - net(x)).abs().max() < .05*net(x).abs().max()

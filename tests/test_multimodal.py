@@ -6,7 +6,8 @@ from PIL import Image
 from torch import nn
 
 from s5vh_nb import datasets, multimodal
-from s5vh_nb.multimodal import LazyMatrix, emoji, group_split, load_official_pairs, synthetic_pairs, vgg_features, vgg_fc7, write_official_pairs
+from s5vh_nb.multimodal import (LazyMatrix, emoji, group_split, load_official_pairs, synthetic_pairs, vgg_features, vgg_fc7,
+                                write_official_pairs)
 
 FILE = "mir_cnn_twt.mat"
 
@@ -41,21 +42,27 @@ def from_database(key):
 FAULTS = {
     "no file": (lambda r: (r/FILE).unlink(), FileNotFoundError, f"{FILE}, here or in mirflickr25k/"),
     "key missing": (lambda r: rewrite(r, T_db=None), ValueError, f"{FILE}: expected the keys I_tr, I_db, I_te"),
-    "one matrix transposed": (lambda r: rewrite(r, I_db=np.transpose), ValueError, "[I_db, T_db, L_db]: expected equally many rows (is a matrix transposed"),
+    "one matrix transposed": (lambda r: rewrite(r, I_db=np.transpose), ValueError,
+                              "[I_db, T_db, L_db]: expected equally many rows (is a matrix transposed"),
     "a modality too short": (lambda r: rewrite(r, T_te=lambda x: x[:-1]), ValueError, "[I_te, T_te, L_te]: expected equally many rows"),
     "labels too short": (lambda r: rewrite(r, L_tr=lambda x: x[:-1]), ValueError, "found (200, 64), (200, 40), (199, 24)"),
     "widths differ": (lambda r: rewrite(r, T_te=lambda x: x[:, :-1]), ValueError, "[T_tr, T_db, T_te]: expected equally many columns"),
-    "label columns differ": (lambda r: rewrite(r, L_te=lambda x: x[:, :-1]), ValueError, "[L_tr, L_db, L_te]: expected equally many columns"),
-    "labels are counts": (lambda r: rewrite(r, L_db=lambda x: 2*x), ValueError, f"{FILE}[L_db]: expected only 0 and 1, found values such as [2"),
+    "label columns differ": (lambda r: rewrite(r, L_te=lambda x: x[:, :-1]), ValueError,
+                             "[L_tr, L_db, L_te]: expected equally many columns"),
+    "labels are counts": (lambda r: rewrite(r, L_db=lambda x: 2*x), ValueError,
+                          f"{FILE}[L_db]: expected only 0 and 1, found values such as [2"),
     "labels are -1 and 1": (lambda r: rewrite(r, L_db=lambda x: 2.*x - 1), ValueError, "expected only 0 and 1, found values such as [-1"),
     "labels are NaN": (lambda r: rewrite(r, L_te=lambda x: hole(x.astype(float))), ValueError, f"{FILE}[L_te]: expected"),
     "text is a cell": (lambda r: rewrite(r, T_te=lambda x: np.full(x.shape, b"x")), ValueError, f"{FILE}[T_te]"),
     "a query from the database": (lambda r: rewrite(r, **{k: from_database(k)(r) for k in ("I_te", "T_te", "L_te")}), ValueError,
-                                  "expected pairs that aren't in mir_cnn_twt.mat, database, found 1 of 50 that are, such as query 3 = pair 7"),
-    "empty queries": (lambda r: rewrite(r, **{k: lambda x: x[:0] for k in ("I_te", "T_te", "L_te")}), ValueError, "at least one pair and one feature"),
+                                  "expected pairs that aren't in mir_cnn_twt.mat, database, "
+                                  "found 1 of 50 that are, such as query 3 = pair 7"),
+    "empty queries": (lambda r: rewrite(r, **{k: lambda x: x[:0] for k in ("I_te", "T_te", "L_te")}), ValueError,
+                      "at least one pair and one feature"),
     "truncated": (lambda r: os.truncate(r/FILE, (r/FILE).stat().st_size//2), ValueError, FILE),
     "cut to its head": (lambda r: os.truncate(r/FILE, 700), ValueError, FILE),
-    "not MATLAB": (lambda r: (r/FILE).write_text("no such thing at all " * 20), ValueError, f"{FILE}: expected a MATLAB file (v5 or v7.3), found: "),
+    "not MATLAB": (lambda r: (r/FILE).write_text("no such thing at all " * 20), ValueError,
+                   f"{FILE}: expected a MATLAB file (v5 or v7.3), found: "),
     "empty file": (lambda r: (r/FILE).write_bytes(b""), ValueError, f"{FILE}: expected a MATLAB file (v5 or v7.3), found: "),
 }
 
@@ -85,7 +92,8 @@ def test_whole_modalities_turned(root, letters):
     np.testing.assert_array_equal(turned.query.text[[3, 1]], text)
 
 def test_other_numbers_and_doubles(root):
-    rewrite(root, **every("T", lambda x: x.astype(np.uint8)), **every("I", lambda x: x.astype(float)), **every("L", lambda x: x.astype(bool)))
+    kinds = {"T": np.uint8, "I": float, "L": bool}
+    for letter, kind in kinds.items(): rewrite(root, **every(letter, lambda x: x.astype(kind)))
     data, made = load_official_pairs("mirflickr25k", root), synthetic_pairs("mirflickr25k")
     assert data.database.text.dtype == data.database.image.dtype == np.float32 and data.database.labels.dtype == np.uint8
     np.testing.assert_array_equal(data.database.text[:], made.database.text)
@@ -110,7 +118,8 @@ def test_sizes_of_table_1_are_noted(root):
 def test_sparse_matrix_is_refused(tmp_path):
     write_official_pairs(tmp_path, "mirflickr25k", synthetic_pairs("mirflickr25k"), "5")
     rewrite(tmp_path, T_te=scipy.sparse.csc_array)
-    with pytest.raises(ValueError, match=r"mir_cnn_twt.mat\[T_te\]: expected a dense matrix of numbers"): load_official_pairs("mirflickr25k", tmp_path)
+    with pytest.raises(ValueError, match=r"mir_cnn_twt.mat\[T_te\]: expected a dense matrix of numbers"):
+        load_official_pairs("mirflickr25k", tmp_path)
 
 def test_loading_reads_little(tmp_path, monkeypatch):
     made = synthetic_pairs("nuswide", n=(50, 400, 30), di=1024)
@@ -129,7 +138,8 @@ def test_emoji_survives_the_papers_layout(tmp_path):
     write_official_pairs(tmp_path, "mirflickr25k", data, "5")
     back = load_official_pairs("mirflickr25k", tmp_path)
     for role in ("train", "database", "query"):
-        for what in ("image", "text", "labels"): np.testing.assert_array_equal(getattr(getattr(back, role), what)[:], getattr(getattr(data, role), what))
+        for what in ("image", "text", "labels"):
+            np.testing.assert_array_equal(getattr(getattr(back, role), what)[:], getattr(getattr(data, role), what))
 
 def test_emoji_protocol():
     data = emoji()
@@ -144,8 +154,10 @@ def test_emoji_protocol():
     (lambda: group_split(np.arange(10), 10), "n_query: expected"),
     (lambda: multimodal.bag_of_words([]), "captions: expected a sequence of texts"),
     (lambda: multimodal.bag_of_words(None), "captions: expected a sequence of texts, found None"),
-    (lambda: multimodal.bag_of_words(["the", "of a"]), "captions, vocabulary: expected at least one word, each once, found: empty vocabulary"),
-    (lambda: multimodal.bag_of_words(["a dog"], ["dog", "dog"]), "captions, vocabulary: expected at least one word, each once, found: Duplicate"),
+    (lambda: multimodal.bag_of_words(["the", "of a"]),
+     "captions, vocabulary: expected at least one word, each once, found: empty vocabulary"),
+    (lambda: multimodal.bag_of_words(["a dog"], ["dog", "dog"]),
+     "captions, vocabulary: expected at least one word, each once, found: Duplicate"),
     (lambda: multimodal.bag_of_words(["a dog"], "dog"), "vocabulary: expected a sequence of texts, found 'dog'"),
     (lambda: multimodal.bag_of_words(["a dog"], size=0), "size: expected at least 1 word, found 0"),
     (lambda: multimodal.hashed_words("a text"), "captions: expected a sequence of texts"),
@@ -196,14 +208,16 @@ def test_captions_of_a_table():
     x, vocabulary = multimodal.bag_of_words(column)
     assert vocabulary == ("cat", "cats", "dog") and x.tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
     assert multimodal.hashed_words(column, 64).sum() == 3
-    with pytest.raises(ValueError, match=r"captions\[1\]: expected a text, found (None|nan)"): multimodal.bag_of_words(column.where(column != "two cats", None))
+    with pytest.raises(ValueError, match=r"captions\[1\]: expected a text, found (None|nan)"):
+        multimodal.bag_of_words(column.where(column != "two cats", None))
 
 def tiny_vgg16(weights=None):
     "A stand-in with the structure of torchvision's VGG-16, and narrow layers."
     if weights is not None: raise OSError("no network")
     net = nn.Module()
     net.features, net.avgpool = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), nn.AdaptiveAvgPool2d(7)
-    net.classifier = nn.Sequential(nn.Linear(4*49, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 12), nn.ReLU(), nn.Dropout(), nn.Linear(12, 10))
+    net.classifier = nn.Sequential(nn.Linear(4*49, 16), nn.ReLU(), nn.Dropout(),
+                                   nn.Linear(16, 12), nn.ReLU(), nn.Dropout(), nn.Linear(12, 10))
     return net
 
 @pytest.fixture
@@ -227,7 +241,8 @@ def test_vgg_features(torchvision, tmp_path):
     np.testing.assert_allclose(found, net.classifier[3](hidden).relu().detach(), rtol=1e-5, atol=1e-6)
 
 def test_vgg_weights_that_cannot_be_had(torchvision, tmp_path):
-    with pytest.raises(ValueError, match="weights: expected a name that torchvision can download .* found 'IMAGENET1K_V1': no network"): vgg_fc7()
+    said = "weights: expected a name that torchvision can download .* found 'IMAGENET1K_V1': no network"
+    with pytest.raises(ValueError, match=said): vgg_fc7()
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path/"wrong.pth")
     with pytest.raises(ValueError, match="wrong.pth"): vgg_fc7(tmp_path/"wrong.pth")
 

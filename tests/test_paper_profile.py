@@ -1,4 +1,7 @@
-"Profile `paper` from end to end: all four official layouts, by the real command and the real notebook; only the network and the schedule are smoke's, so that it takes seconds."
+"""Profile `paper` from end to end: all four official layouts, by the real command and the real notebook.
+
+Only the network and the schedule are smoke's, so that it takes seconds.
+"""
 
 import h5py
 import numpy as np
@@ -7,7 +10,8 @@ import pytest
 
 from s5vh_nb import config, datasets, records, reproduce, runs, training
 
-SIZES = {"ucf101": (130, 130, 40), "hmdb51": (120, 120, 40), "fcvid": (120, 150, 150), "activitynet": (120, 110, 30)} # train, database, query
+# train, database, query
+SIZES = {"ucf101": (130, 130, 40), "hmdb51": (120, 120, 40), "fcvid": (120, 150, 150), "activitynet": (120, 110, 30)}
 REDUCED = config.PROFILES["smoke"] | {"n_centers": 100, "epochs": 3}
 STARTUP = f"""
 from s5vh_nb import config
@@ -20,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*not the sizes of:UserWarning")
 
 @pytest.fixture
 def data_root(tmp_path):
-    "Random numbers under the files' true names, keys and widths; few videos; ready-made centers for one set of the right number, for another of the wrong one."
+    "Few videos of random numbers under true names, keys and widths; centers for one set in the right number, for another in the wrong one."
     for name, n in SIZES.items(): datasets.write_official(tmp_path/"data"/name, name, datasets.synthetic_like(name, n=n))
     for name in ("hmdb51", "ucf101"):
         with h5py.File(tmp_path/"data"/name/"hash_center_16.h5", "w") as f: f["matrix"] = signs(config.DATASETS[name]["n_centers"], 16)
@@ -29,25 +33,32 @@ def data_root(tmp_path):
 @pytest.fixture
 def home(project): return project(("nbs/s5vh/retrieval.ipynb", "results/published"), STARTUP)
 
-def reproduce_retrieval(data_root): return reproduce.main(["reproduce", "s5vh/retrieval", "--profile", "paper", "--device", "cpu", "-p", f"data_root={data_root}", "-p", "bits=16", "-p", "seeds=1"])
+def reproduce_retrieval(data_root):
+    given = [word for value in (f"data_root={data_root}", "bits=16", "seeds=1") for word in ("-p", value)]
+    return reproduce.main(["reproduce", "s5vh/retrieval", "--profile", "paper", "--device", "cpu", *given])
 
 def test_retrieval_of_all_four_sets(home, data_root, capfd):
     assert reproduce_retrieval(data_root) == 0
     warned = capfd.readouterr().err
     for name in SIZES: assert f"{data_root/name}: not the sizes of {name} in the paper: " in warned
     made = {record.name: record for record in records.read_all("paper")}
-    def name_of(name): return records.run_name(runs.describe(runs.settle(config.train_config(name, "paper", bits=16, seed=1, **REDUCED), runs.load_data(name, str(data_root)))))
+    def name_of(name):
+        asked = config.train_config(name, "paper", bits=16, seed=1, **REDUCED)
+        return records.run_name(runs.describe(runs.settle(asked, runs.load_data(name, str(data_root)))))
     by_name = {name: made[name_of(name)] for name in SIZES}
     for name, (train, database, query) in SIZES.items():
         record, layout = by_name[name], datasets.OFFICIAL[name]
         assert [record.data[split] for split in ("train", "database", "query")] == [train, database, query]
-        assert record.config["model"]["d"] == layout.d and f"{layout.train.feats}: videos: {layout.train.size} in the paper, {train} here" in record.data["notes"]
+        assert record.config["model"]["d"] == layout.d
+        assert f"{layout.train.feats}: videos: {layout.train.size} in the paper, {train} here" in record.data["notes"]
         assert record.config["objective"]["alpha"] == config.DATASETS[name]["alpha"] and len(record.history) == 3
         assert record.metrics["gmap"] > 3/layout.n_classes                     # the stand-in's classes are easy: far above chance
     kinds = {name: record.config["objective"]["centers"] for name, record in by_name.items()}
-    assert kinds == dict.fromkeys(SIZES, "semantic") | {"hmdb51": training.stamp(data_root/"hmdb51"/"hash_center_16.h5")} # ucf101's file has 101
+    its_own = training.stamp(data_root/"hmdb51"/"hash_center_16.h5")
+    assert kinds == dict.fromkeys(SIZES, "semantic") | {"hmdb51": its_own}      # ucf101's file has 101
     table, beside = (pd.read_csv(home/"results"/"paper"/"tables"/f"s5vh_{name}.csv") for name in ("retrieval", "retrieval_published"))
-    for name in SIZES: assert {"S5VH", "ITQ, flattened"} <= {row.removesuffix(" (Nystroem-lifted)") for row in table[table.dataset == name].method}
+    for name in SIZES:
+        assert {"S5VH", "ITQ, flattened"} <= {row.removesuffix(" (Nystroem-lifted)") for row in table[table.dataset == name].method}
     assert set(beside.dataset) == set(SIZES)
     assert str(data_root) not in (home/"results"/"paper"/"executed"/"s5vh_retrieval.ipynb").read_text()
 

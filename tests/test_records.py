@@ -13,7 +13,8 @@ import pytest
 
 from s5vh_nb import records
 
-RECORD = records.RunRecord(config={"kind": "test", "bits": 16}, seed=1, metrics={"gmap": .5}, data={"name": "none"}, device="none", seconds={"train": 1})
+RECORD = records.RunRecord(config={"kind": "test", "bits": 16}, seed=1, metrics={"gmap": .5}, data={"name": "none"},
+                           device="none", seconds={"train": 1})
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,8 @@ def test_killed_while_saving(home):
         from s5vh_nb import records
         codes = {"query": np.zeros((20000, 8), np.uint8)}
         for i in range(10**6):
-            record = records.RunRecord(config={"kind": "test"}, seed=1, metrics={"i": i}, data={}, device="", seconds={}, history=[{"epoch": e} for e in range(300)])
+            record = records.RunRecord(config={"kind": "test"}, seed=1, metrics={"i": i}, data={}, device="", seconds={},
+                                       history=[{"epoch": e} for e in range(300)])
             records.save(record, "smoke", codes)
     """
     process = subprocess.Popen([sys.executable, "-c", writer])
@@ -91,7 +93,9 @@ def test_codes_without_pickle(home):
 
 def test_commit(home):
     "None in a folder without git and inside another project's checkout; dirty when a source changes, not when results do."
-    def git(*words): subprocess.run(["git", "-C", str(home), "-c", "user.name=n", "-c", "user.email=e@x", *words], check=True, capture_output=True)
+    def git(*words):
+        who = ("-c", "user.name=n", "-c", "user.email=e@x")
+        subprocess.run(["git", "-C", str(home), *who, *words], check=True, capture_output=True)
     assert records.git_commit() is None
     git("init", "-q")
     (home/"code.py").write_text("1")

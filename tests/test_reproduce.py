@@ -29,14 +29,17 @@ def project(tmp_path, monkeypatch):
     return make
 
 
-def outputs(path): return "".join(output.get("text", "") for cell in nbformat.read(path, 4).cells if cell.cell_type == "code" for output in cell.outputs)
+def outputs(path):
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    return "".join(output.get("text", "") for cell in cells for output in cell.outputs)
 
 
 def test_the_kernel_is_this_python(project, tmp_path, monkeypatch):
     "Another kernel called python3 comes first on the user's own Jupyter path."
     other = tmp_path/"jupyter"/"kernels"/"python3"
     other.mkdir(parents=True)
-    (other/"kernel.json").write_text(json.dumps({"argv": ["/bin/false", "{connection_file}"], "display_name": "other", "language": "python"}))
+    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "other", "language": "python"}
+    (other/"kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path/"jupyter"))
     artefact = project("kernel", "import sys\nprint(sys.executable == PYTHON)".replace("PYTHON", repr(sys.executable)))
     assert reproduce.execute(artefact, {"profile": "smoke"}) is None
@@ -56,7 +59,8 @@ def test_traceback_and_progress_bar_in_the_kept_copy(project, tmp_path):
 
 def start(*words): # a background shell may have told its children to ignore interrupts
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen([sys.executable, "-c", "import sys; from s5vh_nb.reproduce import main; sys.exit(main(sys.argv[1:]))", *words], stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    program = "import sys; from s5vh_nb.reproduce import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE, text=True, preexec_fn=listen)
 
 
 def wait_for(path, process):
@@ -66,7 +70,8 @@ def wait_for(path, process):
 
 
 def test_killed_runner_leaves_nothing_half_written(project, tmp_path):
-    artefact = project("long", f"import os, pathlib, time\npathlib.Path({str(tmp_path/'pid')!r}).write_text(str(os.getpid()))\ntime.sleep(600 if device == 'slow' else 0)")
+    tell = f"import os, pathlib, time\npathlib.Path({str(tmp_path/'pid')!r}).write_text(str(os.getpid()))"
+    artefact = project("long", f"{tell}\ntime.sleep(600 if device == 'slow' else 0)")
     process = start("reproduce", "long", "--profile", "smoke", "--device", "slow")
     wait_for(tmp_path/"pid", process)
     process.kill()
@@ -92,7 +97,8 @@ def test_interrupt(project, tmp_path):
 @pytest.mark.parametrize("words, said", [
     (["reproduce", "nothing"], "artefact: expected one of fine, found 'nothing'"),
     (["reproduce", "dmmh/fine"], "artefact: expected one of s5vh/fine"),
-    (["reproduce", "fine", "-p", "prof=quick"], "parameter of s5vh/fine: expected one of profile, device, data_root, found 'prof' (did you mean 'profile'?)"),
+    (["reproduce", "fine", "-p", "prof=quick"],
+     "parameter of s5vh/fine: expected one of profile, device, data_root, found 'prof' (did you mean 'profile'?)"),
     (["reproduce", "fine", "-p", "profile"], "-p: expected NAME=VALUE, found 'profile'"),
     (["reproduce", "fine", "-p", "profile=fast"], "profile: expected one of smoke, quick, full, paper"),
 ])

@@ -45,7 +45,8 @@ def test_a_measurement_that_fails_leaves_no_record_and_is_made_again(home):
 
     with pytest.raises(ArithmeticError): runs.ask_about(CONFIG, "size", fails, "smoke", device="cpu", progress=False)
     assert not records.read_all("smoke")
-    again = runs.ask_about(CONFIG, "size", lambda model, data: {"size": sum(p.numel() for p in model.parameters())}, "smoke", device="cpu", progress=False)
+    def size(model, data): return {"size": sum(p.numel() for p in model.parameters())}
+    again = runs.ask_about(CONFIG, "size", size, "smoke", device="cpu", progress=False)
     assert again.metrics["size"] > 0 and [record.name for record in records.read_all("smoke")] == [again.name]
 
 

@@ -11,8 +11,9 @@ D, M, K, DECODER, DEPTH, CLASSES = 40, 32, 16, 24, 2, 7
 
 def mamba(m, d_inner=None, n=16, width=4):
     d_inner, rank = 2*m, -(-m//16)
-    return {"A_log": (d_inner, n), "D": (d_inner,), "in_proj.weight": (2*d_inner, m), "conv1d.weight": (d_inner, 1, width), "conv1d.bias": (d_inner,),
-            "x_proj.weight": (rank + 2*n, d_inner), "dt_proj.weight": (d_inner, rank), "dt_proj.bias": (d_inner,), "out_proj.weight": (m, d_inner)}
+    return {"A_log": (d_inner, n), "D": (d_inner,), "in_proj.weight": (2*d_inner, m), "out_proj.weight": (m, d_inner),
+            "conv1d.weight": (d_inner, 1, width), "conv1d.bias": (d_inner,),
+            "x_proj.weight": (rank + 2*n, d_inner), "dt_proj.weight": (d_inner, rank), "dt_proj.bias": (d_inner,)}
 
 def linear(name, out, inp, bias=True): return {f"{name}.weight": (out, inp), **({f"{name}.bias": (out,)} if bias else {})}
 def norm(name, m): return {f"{name}.weight": (m,), f"{name}.bias": (m,)}
@@ -30,7 +31,8 @@ def released_shapes(d, m, k, decoder, depth, classes):
     return {**linear("encoder.patch_embed", m, d), **stack("encoder", m, depth), **linear("encoder.head", m, m),
             **stack("decoder", decoder, 1), **linear("decoder.head", d, decoder), **linear("encoder_to_decoder", decoder, k, bias=False),
             "mask_token": (1, 1, decoder), **linear("binary", k, m), **norm("ln", k), **linear("classifier", classes, k, bias=False),
-            **linear("get_token_probs.0", m, d), **{f"get_token_probs.1.{name}": shape for name, shape in mamba(m).items()}, **linear("get_token_probs.2", 1, m)}
+            **linear("get_token_probs.0", m, d), **{f"get_token_probs.1.{name}": shape for name, shape in mamba(m).items()},
+            **linear("get_token_probs.2", 1, m)}
 
 @pytest.fixture
 def state():
@@ -42,7 +44,7 @@ def write(path, state):
     return path
 
 def test_a_released_checkpoint_of_full_size_is_accounted_for(tmp_path):
-    "UCF101 at 64 bits: 9,191,489 parameters in all (measured on the release), each either in the network or among the tensors that are reported."
+    "UCF101 at 64 bits: 9,191,489 parameters in all (measured on the release), each in the network or among the tensors that are reported."
     full = {name: torch.zeros(shape) for name, shape in released_shapes(4096, 256, 64, 192, 6, 101).items()}
     assert sum(tensor.numel() for tensor in full.values()) == 9_191_489
     with pytest.warns(UserWarning) as caught: model = S5VH.load_released(write(tmp_path/"released.pt", full))
@@ -51,11 +53,13 @@ def test_a_released_checkpoint_of_full_size_is_accounted_for(tmp_path):
     assert sum(p.numel() for p in model.parameters()) + sum(full[name].numel() for name in reported) == 9_191_489
 
 def test_a_released_checkpoint_loads_tied_and_names_what_it_leaves(state, tmp_path):
-    with pytest.warns(UserWarning, match="classifier.weight.*get_token_probs") as caught: model = S5VH.load_released(write(tmp_path/"released.pt", state))
+    path = write(tmp_path/"released.pt", state)
+    with pytest.warns(UserWarning, match="classifier.weight.*get_token_probs") as caught: model = S5VH.load_released(path)
     assert "mamba2" in str(caught[0].message) and "mamba1" not in str(caught[0].message)
     assert model.config == S5VHConfig(d=D, m=M, bits=K, decoder_m=DECODER, depth=DEPTH, tied=True)
     ours = model.state_dict()
-    assert torch.equal(ours["hash.norm.weight"], state["ln.weight"]) and torch.equal(ours["decoder.mask_token"], state["mask_token"].flatten())
+    assert torch.equal(ours["hash.norm.weight"], state["ln.weight"])
+    assert torch.equal(ours["decoder.mask_token"], state["mask_token"].flatten())
     assert model.encode(torch.randn(3, 25, D)).shape == (3, K//8)
 
 def test_the_loaded_forward_mixer_is_the_released_one(state, tmp_path):
@@ -72,7 +76,8 @@ NEEDED = [name for name in released_shapes(D, M, K, DECODER, DEPTH, CLASSES) if 
 @pytest.mark.parametrize("missing", NEEDED)
 def test_a_missing_tensor_is_named(state, tmp_path, missing):
     del state[missing]
-    with pytest.raises(KeyError, match="released.pt.*expected the tensor that becomes"): S5VH.load_released(write(tmp_path/"released.pt", state))
+    path = write(tmp_path/"released.pt", state)
+    with pytest.raises(KeyError, match="released.pt.*expected the tensor that becomes"): S5VH.load_released(path)
 
 @pytest.mark.parametrize("extra", ["encoder.blocks.0.mamba3.D", "teacher.weight", "ln2.bias", "module.ln.weight"])
 def test_a_tensor_that_the_release_does_not_have_is_reported(state, tmp_path, extra):
@@ -85,7 +90,8 @@ def test_every_tensor_that_is_not_used_is_reported(state, tmp_path):
 
 def test_a_tensor_of_another_shape_is_named(state, tmp_path):
     state["encoder.head.weight"] = torch.zeros(M, M + 1)
-    with pytest.raises(ValueError, match=r"encoder.head.weight: expected shape \(32, 32\), found \(32, 33\)"): S5VH.load_released(write(tmp_path/"released.pt", state))
+    path = write(tmp_path/"released.pt", state)
+    with pytest.raises(ValueError, match=r"encoder.head.weight: expected shape \(32, 32\), found \(32, 33\)"): S5VH.load_released(path)
 
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.pt"): S5VH.load_released(tmp_path/"nothing.pt")

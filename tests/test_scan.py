@@ -67,7 +67,8 @@ def test_strides_do_not_matter(kind, b, d, t):
 
 @pytest.mark.parametrize("dtype,rtol", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
 def test_lower_precision(dtype, rtol):
-    args = {k: v.detach().to(torch.float32 if k in ("A", "D", "delta_bias") else dtype).requires_grad_() for k, v in arguments(4, 33, 20, 16).items()}
+    kept = "A", "D", "delta_bias"
+    args = {k: v.detach().to(torch.float32 if k in kept else dtype).requires_grad_() for k, v in arguments(4, 33, 20, 16).items()}
     agree(args, rtol=rtol)
     assert selective_scan(**args).dtype == dtype and outcome("numba", args)[1].dtype == torch.float32
 
@@ -96,17 +97,19 @@ def test_threads_do_not_change_a_bit(b, d):
 
 def conv_outcome(backend, x, width=4, bias=True, activation="silu"):
     x, r = x.detach().requires_grad_(), torch.Generator().manual_seed(1)
-    W, beta = (torch.randn(x.shape[1], width, generator=r).to(x.dtype).requires_grad_(), torch.randn(x.shape[1], generator=r).to(x.dtype).requires_grad_())
+    W, beta = (torch.randn(*shape, generator=r).to(x.dtype).requires_grad_() for shape in ((x.shape[1], width), (x.shape[1],)))
     out = causal_conv1d(x, W, beta if bias else None, activation, backend=backend)
     return out.detach(), *torch.autograd.grad((out*out.detach().cos()).sum(), [x, W, beta][:2 + bias])
 
 
 @pytest.mark.parametrize("b,d,t", [(1, 1, 1), (3, 70, 2), (40, 5, 9)])
-@pytest.mark.parametrize("width,bias,activation", [(4, True, "silu"), (4, False, "silu"), (3, True, None), (1, True, "silu"), (6, False, None)])
+@pytest.mark.parametrize("width,bias,activation", [(4, True, "silu"), (4, False, "silu"), (3, True, None), (1, True, "silu"),
+                                                   (6, False, None)])
 def test_convolution(b, d, t, width, bias, activation):
     for layout in ("plain", "token-major"):
         x = torch.randn(b, d, t, dtype=torch.float64) if layout == "plain" else torch.randn(b, t, d, dtype=torch.float64).transpose(1, 2)
-        for mine, theirs in zip(conv_outcome("numba", x, width, bias, activation), conv_outcome("torch", x, width, bias, activation), strict=True):
+        both = (conv_outcome(backend, x, width, bias, activation) for backend in ("numba", "torch"))
+        for mine, theirs in zip(*both, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
@@ -136,7 +139,8 @@ print(sum(sum(k.stats.cache_hits.values()) for k in kernels), len(kernels))
 
 def cache_hits(home, package_root):
     "Run PROGRAM in a new process that finds its cache folder below `home`: how many of the kernels it used were loaded, of how many."
-    env = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home/"cache"), "PYTHONPATH": str(package_root), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home/"cache"), "PYTHONPATH": str(package_root),
+           "PYTHONDONTWRITEBYTECODE": "1"}
     env.pop("NUMBA_CACHE_DIR", None)
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, cwd=home, check=True, capture_output=True, text=True)
     return done.stdout.split()

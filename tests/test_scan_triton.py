@@ -1,4 +1,4 @@
-"GPU kernels against float64: every dtype, odd shapes and strides, both directions, chunks of time, bit for bit the same twice. Skipped without a GPU."
+"GPU kernels against float64: every dtype, odd shapes and strides, both directions, chunks of time, the same bits twice; needs a GPU."
 import pytest, torch
 
 from s5vh_nb.scan import causal_conv1d, selective_scan
@@ -19,8 +19,8 @@ def arguments(b=3, d=6, t=5, n=4, groups=None, dtype=torch.float32, absent=(), l
         return v if layout == "channel" else torch.stack([v, v], -1).flatten(-2)[..., ::2]
     of_group = draw(d, n).cuda() if groups == "constant" else None
     B, C = (laid(draw(b, n, t) if groups is None else draw(b, groups, n, t)) if of_group is None else of_group.clone() for _ in "BC")
-    full = dict(u=laid(draw(b, d, t)), delta=laid(draw(b, d, t)), A=-torch.exp(draw(d, n)/2).cuda(), B=B, C=C, D=draw(d).cuda(), z=laid(draw(b, d, t)),
-                delta_bias=(draw(d) - 1).cuda())
+    full = dict(u=laid(draw(b, d, t)), delta=laid(draw(b, d, t)), A=-torch.exp(draw(d, n)/2).cuda(), B=B, C=C,
+                D=draw(d).cuda(), z=laid(draw(b, d, t)), delta_bias=(draw(d) - 1).cuda())
     return {name: None if name in absent else v.requires_grad_() for name, v in full.items()}
 
 
@@ -36,8 +36,11 @@ def reference(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus
     "The reference backend between two flips of the last channels; B and C get a group per channel, so that theirs flip too."
     d, flips = u.shape[1], u.shape[1] - reversed_channels
     def turn(v): return None if v is None else torch.cat([v[:, :flips], v[:, flips:].flip(-1)], 1)
-    def per_channel(v): return v if v.dim() == 2 else turn(v[:, None].expand(-1, d, -1, -1) if v.dim() == 3 else v.repeat_interleave(d//v.shape[1], 1))
-    return turn(selective_scan(turn(u), turn(delta), A, per_channel(B), per_channel(C), D, turn(z), delta_bias, delta_softplus, backend="reference"))
+    def per_channel(v):
+        if v.dim() == 2: return v
+        return turn(v[:, None].expand(-1, d, -1, -1) if v.dim() == 3 else v.repeat_interleave(d//v.shape[1], 1))
+    B, C = per_channel(B), per_channel(C)
+    return turn(selective_scan(turn(u), turn(delta), A, B, C, D, turn(z), delta_bias, delta_softplus, backend="reference"))
 
 
 def agree(given, dtype=torch.float32, softplus=True, reversed_channels=0):
@@ -49,7 +52,8 @@ def agree(given, dtype=torch.float32, softplus=True, reversed_channels=0):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("b,d,t,n", [(1, 1, 1, 1), (2, 7, 2, 3), (3, 33, 13, 16), (2, 512, 25, 16), (1, 5, 64, 64), (2, 40, 301, 16), (1, 2, 3000, 2)])
+@pytest.mark.parametrize("b,d,t,n", [(1, 1, 1, 1), (2, 7, 2, 3), (3, 33, 13, 16), (2, 512, 25, 16), (1, 5, 64, 64), (2, 40, 301, 16),
+                                     (1, 2, 3000, 2)])
 def test_shapes_and_dtypes(b, d, t, n, dtype): agree(arguments(b, d, t, n, dtype=dtype), dtype)
 
 
@@ -78,7 +82,8 @@ def test_directions_are_whole_groups():
 
 def test_last_state():
     given = arguments(t=200)
-    states = [function(**given, delta_softplus=True, return_last_state=True)[1] for function in (selective_scan_triton, lambda **k: selective_scan(**k, backend="reference"))]
+    both = selective_scan_triton, lambda **k: selective_scan(**k, backend="reference")
+    states = [function(**given, delta_softplus=True, return_last_state=True)[1] for function in both]
     assert (states[0] - states[1]).norm() <= 2e-5*states[1].norm()
 
 
@@ -96,7 +101,8 @@ def test_against_mamba_ssm():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("b,d,t,width,activation,bias,reversed_channels", [(1, 1, 1, 4, "silu", True, 0), (2, 5, 7, 4, "silu", False, 5), (3, 200, 35, 3, None, True, 70), (2, 512, 13, 4, "silu", True, 256)])
+@pytest.mark.parametrize("b,d,t,width,activation,bias,reversed_channels", [
+    (1, 1, 1, 4, "silu", True, 0), (2, 5, 7, 4, "silu", False, 5), (3, 200, 35, 3, None, True, 70), (2, 512, 13, 4, "silu", True, 256)])
 def test_convolution(b, d, t, width, activation, bias, reversed_channels, dtype):
     draw = lambda *shape, r=torch.Generator().manual_seed(0): torch.randn(*shape, generator=r).cuda()
     given = dict(x=draw(b, t, d).to(dtype).transpose(1, 2), weight=draw(d, width), bias=draw(d) if bias else None)

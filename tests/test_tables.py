@@ -21,7 +21,8 @@ def pretend(config, quality=0.):
     codes = {"query": draw(data.query.labels), "database": draw(data.database.labels)}
     row = "S5VH" if isinstance(config, TrainConfig) else f"{config.method.upper()}, {dict(flat='flattened', mean='time mean')[config.view]}"
     history = [{"epoch": 0, "reconstruction": 1., "contrast": 1., "alignment": 1.}]
-    runs.store(runs.settle(config, data), "smoke", data, "cpu", codes, metrics={"row": row, **runs.scores(codes, data)}, history=history, seconds={"train": 1.})
+    metrics = {"row": row, **runs.scores(codes, data)}
+    runs.store(runs.settle(config, data), "smoke", data, "cpu", codes, metrics=metrics, history=history, seconds={"train": 1.})
 
 
 @pytest.fixture
@@ -59,7 +60,8 @@ def test_a_method_without_all_seeds_is_named_and_left_out(table, capsys):
     assert found["table"][["bits", "method"]].values.tolist() == [[16, "S5VH"], [16, "LSH, flattened"]]
     assert found["verdict"][["bits", "best rival", "seeds"]].values.tolist() == [[16, "LSH, flattened", 2]]
     said = capsys.readouterr().out
-    assert "spoken-digits, 16 bits: ConMH-style, SSTH-style, itq flat, itq mean, lsh mean\n" in said and "64 bits: S5VH, ConMH-style" in said
+    assert "spoken-digits, 16 bits: ConMH-style, SSTH-style, itq flat, itq mean, lsh mean\n" in said
+    assert "64 bits: S5VH, ConMH-style" in said
 
 
 def test_a_table_without_a_pair_to_compare_has_no_verdict(table, tmp_path):
@@ -68,16 +70,19 @@ def test_a_table_without_a_pair_to_compare_has_no_verdict(table, tmp_path):
 
 
 def test_a_table_without_records_is_refused(table):
-    with pytest.raises(FileNotFoundError, match="records of profile smoke: expected all seeds of at least one method, found none"): table(HALF)
+    with pytest.raises(FileNotFoundError, match="records of profile smoke: expected all seeds of at least one method, found none"):
+        table(HALF)
 
 
 @pytest.mark.parametrize("ours, rival, said", [
     ({16: .8, 64: .6}, {16: .5, 64: .5}, "holds (one seed)"), ({16: .8, 64: .9}, {16: .5, 64: .3}, "does not hold (one seed)"),
-    ({16: .6, 64: .4}, {16: .7, 64: .9}, "does not hold (one seed)")], ids=["a lead that shrinks", "a lead that grows", "no lead, least behind at few bits"])
+    ({16: .6, 64: .4}, {16: .7, 64: .9}, "does not hold (one seed)")],
+    ids=["a lead that shrinks", "a lead that grows", "no lead, least behind at few bits"])
 def test_a_lead_at_few_bits_must_be_a_lead(draw, ours, rival, said):
     for k in ours:
         config = train_config("spoken-digits", "smoke", bits=k)
         pretend(config, ours[k])
-        for other in (variant(config, "conmh"), variant(config, "ssth"), *(BaselineConfig(view=view, bits=k) for view in ("flat", "mean"))): pretend(other, rival[k])
+        for name in ("conmh", "ssth"): pretend(variant(config, name), rival[k])
+        for view in ("flat", "mean"): pretend(BaselineConfig(view=view, bits=k), rival[k])
     table = draw("claims", bits=[16, 64])["table"].set_index("claim")
     assert table.verdict["its lead is largest at few bits"] == said

@@ -14,7 +14,8 @@ import sys, numpy as np
 from s5vh_nb import datasets, training
 from s5vh_nb.config import train_config
 data = datasets.load("spoken-digits")
-run = training.train(train_config("spoken-digits", "smoke", epochs=6), data, device="cpu", checkpoint=sys.argv[1], every=1, resume=True, progress=False)
+config = train_config("spoken-digits", "smoke", epochs=6)
+run = training.train(config, data, device="cpu", checkpoint=sys.argv[1], every=1, resume=True, progress=False)
 np.save(sys.argv[2], run.model.encode(data.query.features).numpy())
 """
 
@@ -32,7 +33,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("after, delay", [(0, .05), (1, .0), (1, .11), (2, .07)])
 def test_a_killed_run_resumes_to_the_same_codes(whole, tmp_path, after, delay):
-    "Killed `delay` seconds after its checkpoint was written for the `after`-th time (0: before the first): inside an epoch, or while writing the next."
+    "Killed `delay` seconds after the `after`-th checkpoint was written (0: before the first): inside an epoch, or while writing the next."
     checkpoint, seen, stamp = tmp_path/"killed.pt", 0, None
     process = start(tmp_path, "killed")
     while seen < after and process.poll() is None:
@@ -45,7 +46,8 @@ def test_a_killed_run_resumes_to_the_same_codes(whole, tmp_path, after, delay):
     assert np.array_equal(np.load(tmp_path/"killed.npy"), whole)
 
 def test_another_seed_gives_other_codes(data):
-    codes = [training.train(replace(CONFIG, seed=s, epochs=1), data, device="cpu", progress=False).model.encode(data.query.features) for s in (1, 2)]
+    changed = [replace(CONFIG, seed=s, epochs=1) for s in (1, 2)]
+    codes = [training.train(config, data, device="cpu", progress=False).model.encode(data.query.features) for config in changed]
     assert not torch.equal(*codes)
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,9 @@ def checkpoint(data, tmp_path_factory):
     training.train(replace(CONFIG, epochs=1), data, device="cpu", checkpoint=path, progress=False)
     return path
 
-def resume(path, data, **changes): return training.train(replace(CONFIG, epochs=1, **changes), data, device="cpu", checkpoint=path, resume=True, progress=False)
+def resume(path, data, **changes):
+    config = replace(CONFIG, epochs=1, **changes)
+    return training.train(config, data, device="cpu", checkpoint=path, resume=True, progress=False)
 
 @pytest.mark.parametrize("changes", [{}, dict(watch=5)], ids=["as it was", "other looks"])
 def test_a_finished_checkpoint_is_not_trained_again(checkpoint, data, changes):
@@ -87,9 +91,11 @@ def test_a_checkpoint_of_another_schema_is_refused(checkpoint, data, tmp_path):
     with pytest.raises(ValueError, match="schema 2, found schema 99"): resume(tmp_path/"new.pt", data)
 
 @pytest.mark.parametrize("changes, said", [
-    (dict(alpha=-1.), "reconstruction, alpha, beta: expected weights of at least 0"), (dict(alpha=0., beta=0., reconstruction=0.), "one of them above 0"),
-    (dict(lr=-1.), "lr: expected a positive"), (dict(lr_end=float("nan")), "lr_end: expected a positive"), (dict(batch=1), "batch"), (dict(epochs=0), "epochs"),
-    (dict(tau_plus=1.), "tau_plus"), (dict(mask_ratio=1.), "mask_ratio"), (dict(bits=20), "bits: expected a positive multiple of 8"), (dict(mixer="Mamba3"), "mixer"),
+    (dict(alpha=-1.), "reconstruction, alpha, beta: expected weights of at least 0"),
+    (dict(alpha=0., beta=0., reconstruction=0.), "one of them above 0"),
+    (dict(lr=-1.), "lr: expected a positive"), (dict(lr_end=float("nan")), "lr_end: expected a positive"),
+    (dict(batch=1), "batch"), (dict(epochs=0), "epochs"), (dict(tau_plus=1.), "tau_plus"), (dict(mask_ratio=1.), "mask_ratio"),
+    (dict(bits=20), "bits: expected a positive multiple of 8"), (dict(mixer="Mamba3"), "mixer"),
 ])
 def test_a_configuration_that_makes_no_sense_is_refused(data, changes, said):
     with pytest.raises(ValueError, match=said): training.train(replace(CONFIG, **changes), data, device="cpu", progress=False)
@@ -112,7 +118,8 @@ import resource, signal
 from s5vh_nb import datasets, training
 from s5vh_nb.config import replace, train_config
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-training.train(replace(train_config("spoken-digits", "smoke"), epochs=1), datasets.load("spoken-digits"), device="cpu", checkpoint={str(checkpoint)!r}, progress=False)
+config, data = replace(train_config("spoken-digits", "smoke"), epochs=1), datasets.load("spoken-digits")
+training.train(config, data, device="cpu", checkpoint={str(checkpoint)!r}, progress=False)
 """
     failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert failed.returncode != 0 and f"{checkpoint}: expected to write the whole file, found: File too large" in failed.stderr

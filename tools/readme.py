@@ -20,7 +20,8 @@ NOTE = "<!-- made from nbs/index.ipynb by `make readme`; edit the notebook -->\n
 def executed_index():
     "The index, executed."
     nb = nbformat.read(INDEX, as_version=4)
-    ExecutePreprocessor(timeout=300, kernel_name="python3", extra_arguments=["--log-level=CRITICAL"]).preprocess(nb, {"metadata": {"path": str(INDEX.parent)}})
+    run = ExecutePreprocessor(timeout=300, kernel_name="python3", extra_arguments=["--log-level=CRITICAL"])
+    run.preprocess(nb, {"metadata": {"path": str(INDEX.parent)}})
     return nb
 
 
