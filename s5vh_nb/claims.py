@@ -43,19 +43,21 @@ class Claim:
     wanted: tuple = (0, np.inf) # the range in which the claim puts the effect
 
 def weakest(claim:Claim) -> str|None: # A setting
-    "The setting whose comparison does least for the claim; None when there is none, or one has not been run."
-    if not claim.findings or None in claim.findings.values(): return None
+    "The setting whose comparison does least for the claim, of those that have been run; None when there is none."
+    run = {setting: effect for setting, effect in claim.findings.items() if effect is not None}
     def strength(effect):
         low, high = (effect.mean if np.isnan(end) else end for end in effect[1:])
         return DEGREES.index(verdict(effect, claim.wanted)), min(low - claim.wanted[0], claim.wanted[1] - high)
-    return min(claim.findings, key=lambda setting: strength(claim.findings[setting]))
+    return min(run, key=lambda setting: strength(run[setting]), default=None)
 
 def conclusion(claim:Claim) -> str:
-    "The verdict on the weakest comparison, `not run yet` or `not testable here`."
+    "The verdict on the weakest comparison, `so far` where others have not been run and could change it; `not run yet` or `not testable here`."
     if not claim.findings: return "not testable here"
-    if None in claim.findings.values(): return "not run yet"
-    found = verdict(claim.findings[weakest(claim)], claim.wanted)
-    return found + FEW.get(claim.seeds, "")*(found != "undecided")
+    at = weakest(claim)
+    if at is None: return "not run yet"
+    found = verdict(claim.findings[at], claim.wanted)
+    so_far = None in claim.findings.values() and found != "does not hold"
+    return found + " so far"*so_far + FEW.get(claim.seeds, "")*(found != "undecided")
 
 # %% ../nbs/lib/45_claims.ipynb #96f96da9
 def found(configs:list, # One per seed
@@ -134,17 +136,19 @@ def blank(frame:pd.DataFrame) -> pd.DataFrame:
 # %% ../nbs/lib/45_claims.ipynb #a5a2b9c6
 COLOURS = {"holds": "C2", "undecided": "0.45", "does not hold": "C3"}
 
+def _known(claim): return [e for e in claim.findings.values() if e is not None]
+
 def _panels(claims): # With a verdict -> one list per panel and its label
     parts = []
     for unit in dict.fromkeys(c.unit for c in claims):
         own = [c for c in claims if c.unit == unit]
-        close = report.near([np.nanmax(np.abs(list(c.findings.values()))) for c in own])
+        close = report.near([np.nanmax(np.abs(_known(c))) for c in own])
         for label, wanted in ((unit, True), (f"{unit}, larger effects", False)):
             parts.append((label, [c for c, small in zip(own, close) if small == wanted]))
     return [(label, part) for label, part in parts if part]
 
 def _draw(ax, claims, label): # One panel
-    known = [e for c in claims for e in c.findings.values()]
+    known = [e for c in claims for e in _known(c)]
     ends = [0. if all(c.wanted[0] == 0 for c in claims) else np.nan, *(v for e in known for v in e)]
     ends += [v for c in claims for v in c.wanted if np.isfinite(v)]
     low, high = np.nanmin(ends), np.nanmax(ends)
@@ -154,6 +158,7 @@ def _draw(ax, claims, label): # One panel
         ax.barh(row, right - left, .84, left, color="0.94", zorder=0)
         at = weakest(claim)
         for place, (setting, e) in zip(row + .64*(np.arange(len(claim.findings)) + .5)/len(claim.findings) - .32, claim.findings.items()):
+            if e is None: continue
             bold, colour = setting == at, COLOURS[verdict(e, claim.wanted)]
             ax.plot([e.low, e.high], [place]*2, color=colour, lw=2 if bold else .8, solid_capstyle="butt")
             ax.plot(e.mean, place, "o", color=colour, mfc="w" if claim.seeds in FEW else colour, ms=4.5 if bold else 2.5)

@@ -32,7 +32,8 @@ GOOD, OPEN, BAD = (Interval(m, m - .1, m + .1) for m in (.2, .05, -.2))
 @pytest.mark.parametrize("effects, seeds, said, shown", [
     ([GOOD, GOOD], 5, "holds", 0), ([GOOD, GOOD], 2, "holds (two seeds)", 0), ([GOOD, OPEN], 1, "undecided", 1),
     ([OPEN, BAD, GOOD], 1, "does not hold (one seed)", 1), ([GOOD], None, "holds", 0),
-    ([GOOD, None], 5, "not run yet", None), ([BAD, None], 5, "not run yet", None), ([], 5, "not testable here", None),
+    ([GOOD, None], 5, "holds so far", 0), ([None, OPEN], 1, "undecided so far", 1), ([BAD, None], 5, "does not hold", 0),
+    ([GOOD, None], 1, "holds so far (one seed)", 0), ([None], 5, "not run yet", None), ([], 5, "not testable here", None),
     ([Interval(.3, np.nan, np.nan), Interval(.1, np.nan, np.nan)], 1, "undecided", 1)])
 def test_a_claim_is_as_strong_as_its_weakest_comparison(effects, seeds, said, shown):
     claim = Claim("A beats B", "A less B", "s5vh/retrieval", "made up", dict(enumerate(effects)), seeds)
