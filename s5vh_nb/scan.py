@@ -364,14 +364,14 @@ _CHOSEN = contextvars.ContextVar("backend", default="auto")
 
 @contextlib.contextmanager
 def use_backend(name:str): # A backend of `selective_scan`, or "auto"
-    "Inside the `with`, calls that leave the backend to \"auto\" take this one; the convolution, which has fewer, chooses where it lacks it."
+    "Inside the `with`, calls that leave the backend to \"auto\" take this one; the convolution has fewer, and chooses where it lacks it."
     expect(name == "auto" or name in _BACKENDS, "backend", f"'auto' or one of {', '.join(map(repr, _BACKENDS))}", repr(name))
     token = _CHOSEN.set(name)
     try: yield
     finally: _CHOSEN.reset(token)
 
 def _pick(backend:str, x:torch.Tensor, backends:dict) -> str:
-    "The backend to use: numba on a CPU, triton on a GPU (torch for float64 or when triton is missing), unless `use_backend` says otherwise."
+    "The backend to use: numba on a CPU, triton on a GPU (torch for float64 or without triton), unless `use_backend` says otherwise."
     if backend == "auto" and _CHOSEN.get() in backends: backend = _CHOSEN.get()
     if backend == "auto":
         triton = x.is_cuda and x.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
@@ -420,7 +420,7 @@ def selective_scan(
     reversed_channels:int=0, # So many channels, the last ones, run from t-1 to 0: whole groups of `B` and `C`
     backend:str="auto", # "reference", "torch", "numba", "triton", "mamba_ssm"; "auto": numba on a CPU, triton on a GPU, else torch
 ) -> torch.Tensor|tuple: # Output (b, d, t) in the dtype of `u`
-    "Selective scan (Gu & Dao 2023, equations 2 and 4, Mamba's discretisation); `ValueError`: a bad argument, `ImportError`: a missing package."
+    "Selective scan (Gu & Dao 2023, eqs. 2 and 4, Mamba's discretisation); `ValueError`: bad argument, `ImportError`: missing package."
     _check(u, delta, A, B, C, D, z, delta_bias, reversed_channels)
     scan = _BACKENDS[_pick(backend, u, _BACKENDS)]
     out, last = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, reversed_channels)

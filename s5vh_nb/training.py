@@ -116,7 +116,7 @@ def _read_checkpoint(path:str|Path) -> dict:
     return state
 
 def load_checkpoint(path:str|Path, config:TrainConfig, data:datasets.VideoDataset|MultiModalDataset, device:torch.device) -> TrainedRun:
-    "The run that `save_checkpoint` wrote; `ValueError` when damaged or of another configuration (looks apart, they change nothing) or other data."
+    "The run that `save_checkpoint` wrote; `ValueError` when damaged, of another configuration (looks may differ) or of other data."
     state = _read_checkpoint(path)
     stored = from_dict(state["config"], str(path))
     expect(replace(stored, watch=config.watch) == config, str(path), f"a checkpoint of {config}", stored)
@@ -148,7 +148,7 @@ def make_step(run:TrainedRun, warm:bool): # warm: the soft labels move
 def place(features, # (n, t, d) array or `datasets.RowStore`
           device:torch.device,
           precision:str="float32"): # As in `TrainConfig`
-    "The features as a tensor on the device (bfloat16 on a GPU that computes so), or unchanged when they'd take over 60 % of its free memory."
+    "The features as a tensor on the device (bfloat16 on a GPU that computes so), or unchanged where over 60 % of its free memory."
     fits = device.type == "cpu" or features.nbytes < .6*torch.cuda.mem_get_info(device)[0]
     dtype = torch.bfloat16 if precision == "bfloat16" and device.type == "cuda" else torch.float32
     return datasets.to_tensor(features, device).to(dtype) if fits else features
@@ -226,7 +226,7 @@ def settled(config:TrainConfig, data:datasets.VideoDataset|MultiModalDataset) ->
     return replace(config, centers=stamp(path)) if path and c.n_centers == DATASETS[data.name]["n_centers"] else config
 
 def given_centers(config:TrainConfig, data:datasets.VideoDataset) -> np.ndarray|None:
-    "The centers (c, k) of the file that a settled configuration names, None where it names none; `ValueError` where the file is another now."
+    "The centers (c, k) of the file that a settled configuration names, or None; `ValueError` where the file is another one now."
     wanted, path = config.objective.centers, centers_file(data, config.model.bits)
     if not wanted.startswith("file:"): return None
     found = stamp(path) if path else "no such file"
