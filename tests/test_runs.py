@@ -1,11 +1,11 @@
-"Runs: watched ones that are interrupted, measurements that fail or belong to other data."
+"Runs: watched ones that are interrupted, measurements that fail or belong to other data, processes side by side."
 import functools
 
 import pytest
 import torch
 
 from s5vh_nb import datasets, records, runs, training
-from s5vh_nb.config import replace, train_config
+from s5vh_nb.config import BaselineConfig, replace, train_config
 
 CONFIG = train_config("spoken-digits", "smoke", epochs=4, watch=2)
 DEVICES = ["cpu"] + ["cuda"]*torch.cuda.is_available()
@@ -55,3 +55,13 @@ def test_a_measurement_of_other_data_is_refused(home):
     path = records.path_of(record.name, "smoke")
     path.write_text(path.read_text().replace(record.data["fingerprint"], "0"*16))
     with pytest.raises(ValueError, match="data: expected the fingerprint"): runs.ask_about(CONFIG, "nothing", None, "smoke", device="cpu")
+
+
+def test_processes_side_by_side_finish_and_name_the_run_that_failed(home):
+    good = [BaselineConfig(bits=16, method=method) for method in ("itq", "lsh")]
+    bad = train_config("spoken-digits", "smoke", bits=16, n_centers=5000)
+    name = records.run_name(runs.describe(bad))
+    with pytest.raises(RuntimeError, match=f"1 of 3 runs failed: {name}: .*n_centers"):
+        runs.ask_all([bad, *good], "smoke", device="cpu", workers=2)
+    assert len(records.read_all("smoke")) == 2
+    assert [r.config["method"] for r in runs.ask_all(good, "smoke", device="cpu", workers=2)] == ["itq", "lsh"]
