@@ -71,7 +71,8 @@ class Beside:
     def __init__(self, device:torch.device, lane:int=0): # Of the tensors; as for `side_stream`
         self.stream = side_stream(torch.cuda.current_device(), lane) if device.type == "cuda" else None
 
-    def __call__(self, work, *reads): # Called without arguments; the tensors of this stream that it reads: their memory is kept until it has
+    def __call__(self, work, # Called without arguments
+                 *reads): # The tensors of this stream that it reads: their memory is kept until it has
         if self.stream is None: return work()
         self.stream.wait_stream(torch.cuda.current_stream())
         for x in reads: x.record_stream(self.stream)

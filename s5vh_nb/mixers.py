@@ -87,8 +87,10 @@ class _Stack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *tensors):
         first, at = tensors[0].detach(), [v.data_ptr() for v in tensors]
-        equal = len({v.untyped_storage().data_ptr() for v in tensors}) == len({v.stride() for v in tensors}) == len({b - a for a, b in pairwise(at)}) == 1
-        return first.as_strided((len(at), *first.shape), ((at[1] - at[0])//first.element_size(), *first.stride())) if equal and at[1] > at[0] else torch.stack(tensors)
+        equal = (len({v.untyped_storage().data_ptr() for v in tensors}) == len({v.stride() for v in tensors})
+                 == len({b - a for a, b in pairwise(at)}) == 1)
+        if not (equal and at[1] > at[0]): return torch.stack(tensors)
+        return first.as_strided((len(at), *first.shape), ((at[1] - at[0])//first.element_size(), *first.stride()))
 
     @staticmethod
     def backward(ctx, grad): return grad.unbind(0)
@@ -96,8 +98,9 @@ class _Stack(torch.autograd.Function):
 _KINDS = { # a weight of `mamba_layers_triton` -> where a LayerNorm and a Mamba have it
     "in_proj": lambda norm, mix: mix.in_proj.weight, "gain": lambda norm, mix: norm.weight, "bias": lambda norm, mix: norm.bias,
     "taps": lambda norm, mix: mix.conv1d.weight.squeeze(1), "conv_bias": lambda norm, mix: mix.conv1d.bias,
-    "x_proj": lambda norm, mix: mix.x_proj.weight, "dt_proj": lambda norm, mix: mix.dt_proj.weight, "dt_bias": lambda norm, mix: mix.dt_proj.bias,
-    "A_log": lambda norm, mix: mix.A_log, "D": lambda norm, mix: mix.D, "out_proj": lambda norm, mix: mix.out_proj.weight}
+    "x_proj": lambda norm, mix: mix.x_proj.weight, "dt_proj": lambda norm, mix: mix.dt_proj.weight,
+    "dt_bias": lambda norm, mix: mix.dt_proj.bias, "A_log": lambda norm, mix: mix.A_log, "D": lambda norm, mix: mix.D,
+    "out_proj": lambda norm, mix: mix.out_proj.weight}
 
 def stacked(layers:list) -> dict: # `Bidirectional` ones with Mamba mixers of one shape, of the same directions
     "Their weights by name, (l, g, ...) for `l` layers and `g` directions."
@@ -107,8 +110,9 @@ def stacked(layers:list) -> dict: # `Bidirectional` ones with Mamba mixers of on
 class Layers(nn.Sequential):
     "`Bidirectional` layers, one after another; on a GPU Mamba's in one step."
     def forward(self, x:Tensor) -> Tensor: # (b, t, m) -> (b, t, m)
-        alike = len({layer.directions for layer in self}) == 1                                # a silenced direction makes a layer another one
-        if not (runs_on_triton(x) and alike and all(isinstance(mix, Mamba) for layer in self for _, mix in layer.ways())): return super().forward(x)
+        alike = len({layer.directions for layer in self}) == 1                                # a silenced direction makes another layer
+        if not (runs_on_triton(x) and alike and all(isinstance(mix, Mamba) for layer in self for _, mix in layer.ways())):
+            return super().forward(x)
         backward, eps = int(self[0].directions != "forward"), self[0].ways()[0][0].eps
         return importlib.import_module("s5vh_nb.scan_triton").mamba_layers_triton(x, stacked(list(self)), backward, eps, product_dtype(x))
 

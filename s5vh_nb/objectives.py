@@ -43,7 +43,10 @@ class SLGObjective(nn.Module):
         kind = dict(init="random" if self.c.centers == "random" else "hadamard", semantic=self.c.centers == "semantic",
                     optimise=self.c.centers in ("semantic", "plain"), pca=self.c.pca, given=given, progress=progress)
         found = hash_centers(means, self.c.n_centers, self.centers.shape[1], seed=self.seed, **kind)
-        labels = found.labels if self.c.matched else hash_centers(means, self.c.n_centers, self.centers.shape[1], seed=self.seed + 1000, **(kind | dict(optimise=False))).labels
+        labels = found.labels
+        if not self.c.matched:
+            others = hash_centers(means, self.c.n_centers, self.centers.shape[1], seed=self.seed + 1000, **(kind | dict(optimise=False)))
+            labels = others.labels
         self.centers.copy_(torch.as_tensor(found.centers))
         self.soft_labels.copy_(nn.functional.one_hot(torch.as_tensor(labels), self.c.n_centers))
 
@@ -81,7 +84,8 @@ class SLGObjective(nn.Module):
                 if self.c.alpha > 0: found["contrast"] = contrastive_loss(*h.chunk(2), self.c.tau_plus, self.c.temperature)
                 if self.c.beta > 0: found["alignment"] = center_alignment_loss(self.logits(h), self.soft_labels[rows])
         beside(of_codes, h, rows)                                               # next to the decoder
-        if self.c.reconstruction > 0: found["reconstruction"] = reconstruction_loss(model.decoder(out.codes, visible, out.hidden), take(x, out.hidden))
+        if self.c.reconstruction > 0:
+            found["reconstruction"] = reconstruction_loss(model.decoder(out.codes, visible, out.hidden), take(x, out.hidden))
         beside.join()
         weights = {"reconstruction": self.c.reconstruction, "contrast": self.c.alpha, "alignment": self.c.beta}
         terms = {name: found[name] for name in weights if name in found}

@@ -154,7 +154,8 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
 
     def check(self, x:Tensor): # (b, t, d)
         "`ValueError` unless `x` has the shape that this model was made for."
-        expect(x.ndim == 3 and x.shape[2] == self.config.d and x.shape[1] > 0, "frames", f"shape (b, t, {self.config.d}), t at least 1", tuple(x.shape))
+        fits = x.ndim == 3 and x.shape[2] == self.config.d and x.shape[1] > 0
+        expect(fits, "frames", f"shape (b, t, {self.config.d}), t at least 1", tuple(x.shape))
 
     def forward(self, x:Tensor, # (b, t, d) frame features
                 visible:Tensor|None=None, # (views*b, v) frame numbers; None: all frames, no decoder

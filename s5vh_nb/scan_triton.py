@@ -67,7 +67,7 @@ def _load(walk, s, columns, live): return tl.load(walk[0] + s*walk[1] + columns,
 
 @triton.jit
 def _rows(by_channel, by_state, s, stop, place, K: tl.constexpr):
-    "Rows of the steps s, ..., s+K-1, for each step a tuple, in the order of the walks; zero from `stop` on, or no step is checked where that is None."
+    "Rows of the steps s, ..., s+K-1, for each a tuple, in the order of the walks; zero from `stop` on, or unchecked where that is None."
     channels, states, m_d, m_n = place
     rows = ()
     for k in tl.static_range(K):
@@ -104,7 +104,8 @@ def _forward_segment(h, rows, s, out, A2, bias, skip, place, SOFTPLUS: tl.conste
 
 @triton.jit
 def _forward_kernel(u, delta, z, B, C, out, A, D, bias, saved, last, summary, t, d, group_size, reversed_from, chunk,
-                    REST: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, DB: tl.constexpr, NB: tl.constexpr):
+                    REST: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr,
+                    K: tl.constexpr, N: tl.constexpr, DB: tl.constexpr, NB: tl.constexpr):
     c, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     block, group, place, tile, m_dn, A2 = _place(A, group_size, N, DB, NB)
     bias, skip = _vector(bias, place[0], place[2]), _vector(D, place[0], place[2])
@@ -129,7 +130,8 @@ def _forward_kernel(u, delta, z, B, C, out, A, D, bias, saved, last, summary, t,
 
 # %% ../nbs/lib/11_scan_triton.ipynb #a2c5ebb5
 @triton.jit
-def _backward_segment(h, rows, grads, s, outs, A2, bias, skip, place, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
+def _backward_segment(h, rows, grads, s, outs, A2, bias, skip, place,
+                      SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
     "K steps back: recompute their states from h, then follow g; writes the gradients of every step, returns the running sums."
     du, ddelta, dz, dBC, at_step = outs
     channels, states, m_d, m_n = place
@@ -161,12 +163,14 @@ def _backward_segment(h, rows, grads, s, outs, A2, bias, skip, place, SOFTPLUS: 
         if SOFTPLUS: ddt *= _sigmoid(rows[k][1].to(tl.float32) + bias)
         tl.store(ddelta + at, ddt, m_d)
         dA, dD, dbias = dA + dlog*dt[:, None], dD + dy*x, dbias + ddt
-    tl.store(dBC[0] + (s + slots//2)[:, None]*dBC[1] + (slots % 2)[:, None]*N + states[None, :], both, (slots < 2*K)[:, None] & m_n[None, :])
+    tl.store(dBC[0] + (s + slots//2)[:, None]*dBC[1] + (slots % 2)[:, None]*N + states[None, :], both,
+             (slots < 2*K)[:, None] & m_n[None, :])
     return g, dA, dD, dbias
 
 @triton.jit
-def _backward_kernel(u, delta, z, dout, B, C, A, D, bias, saved, summary, du, ddelta, dz, dBC, dweights, t, d, group_size, reversed_from, chunk,
-                     REST: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, DB: tl.constexpr, NB: tl.constexpr):
+def _backward_kernel(u, delta, z, dout, B, C, A, D, bias, saved, summary, du, ddelta, dz, dBC, dweights,
+                     t, d, group_size, reversed_from, chunk, REST: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr,
+                     K: tl.constexpr, N: tl.constexpr, DB: tl.constexpr, NB: tl.constexpr):
     c, chunks, b = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     block, group, place, tile, m_dn, A2 = _place(A, group_size, N, DB, NB)
     bias, skip = _vector(bias, place[0], place[2]), _vector(D, place[0], place[2])
@@ -182,7 +186,8 @@ def _backward_kernel(u, delta, z, dout, B, C, A, D, bias, saved, summary, du, dd
     if REST > 0:
         if end < stop:
             h = tl.load(saved + (b*((t - 1)//K) + end//K - 1)*d*N + tile, m_dn & (end > 0), 0.0)
-            grads = _backward_segment(h, _rows(by_channel, by_state, end, None, place, REST), grads, end, outs, A2, bias, skip, place, SOFTPLUS, GATED, REST, N)
+            grads = _backward_segment(h, _rows(by_channel, by_state, end, None, place, REST), grads, end, outs,
+                                      A2, bias, skip, place, SOFTPLUS, GATED, REST, N)
     s = end - K                                                                                           # the last whole segment
     saved += (b*((t - 1)//K) + s//K - 1)*d*N
     h = tl.load(saved + tile, m_dn & (s > 0), 0.0)
@@ -192,7 +197,7 @@ def _backward_kernel(u, delta, z, dout, B, C, A, D, bias, saved, summary, du, dd
         rows = _rows(by_channel, by_state, s, None, place, K)
         grads = _backward_segment(h, rows, grads, s, outs, A2, bias, skip, place, SOFTPLUS, GATED, K, N)
         h, s = h_ahead, s - K
-    row = dweights + (b*chunks + c)*d*(N + 2)                                                             # this program's part of dA, dD, dbias
+    row = dweights + (b*chunks + c)*d*(N + 2)                                                             # this program's dA, dD, dbias
     tl.store(row + tile, grads[1], m_dn)
     tl.store(row + d*N + place[0], grads[2], place[2])
     tl.store(row + d*(N + 1) + place[0], grads[3], place[2])
@@ -210,7 +215,8 @@ def _fold(summary, at, step, count, A2, place, tile, m_dn, d, N: tl.constexpr):
 
 @triton.jit
 def _summary_kernel(u, delta, z, B, A, bias, summary, t, d, group_size, reversed_from, chunk,
-                    ADJOINT: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, DB: tl.constexpr, NB: tl.constexpr):
+                    ADJOINT: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr,
+                    K: tl.constexpr, N: tl.constexpr, DB: tl.constexpr, NB: tl.constexpr):
     "Summary of a chunk; ADJOINT: of the gradient's scan, where u and B stand for the gradient of the output and C."
     c, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     block, group, place, tile, m_dn, A2 = _place(A, group_size, N, DB, NB)
@@ -219,7 +225,8 @@ def _summary_kernel(u, delta, z, B, A, bias, summary, t, d, group_size, reversed
     start, stop = c*chunk, tl.minimum(c*chunk + chunk, t)
     if ADJOINT: first, sign = first + sign*(stop - 1), -sign
     else: first += sign*start
-    by_channel, by_state = (_walk(u, 0, b, first, sign), _walk(delta, 0, b, first, sign), _walk(z, 0, b, first, sign)), (_walk(B, group*B[3], b, first, sign),)
+    by_channel = _walk(u, 0, b, first, sign), _walk(delta, 0, b, first, sign), _walk(z, 0, b, first, sign)
+    by_state = (_walk(B, group*B[3], b, first, sign),)
     h, total = tl.zeros_like(A2), tl.zeros_like(bias)
     for s in range(0, stop - start, K):
         rows = _rows(by_channel, by_state, s, stop - start, place, K)
@@ -262,7 +269,8 @@ def _plan(b:int, t:int, d:int, g:int, n:int) -> tuple:
     blocks = g*triton.cdiv(d//g, DB)
     chunks = max(1, min(t//64, 2048//(b*blocks)))
     chunk = triton.cdiv(triton.cdiv(t, chunks), K)*K
-    return (blocks, triton.cdiv(t, chunk), b), dict(t=t, d=d, group_size=d//g, chunk=chunk, K=K, N=n, DB=DB, NB=NB, num_warps=1, num_stages=1)
+    grid = blocks, triton.cdiv(t, chunk), b
+    return grid, dict(t=t, d=d, group_size=d//g, chunk=chunk, K=K, N=n, DB=DB, NB=NB, num_warps=1, num_stages=1)
 
 def _token_major(x:torch.Tensor) -> torch.Tensor: return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
@@ -273,7 +281,7 @@ def _summaries(x:torch.Tensor, grid:tuple, d:int, n:int) -> tuple|None:
     if grid[1] > 1: return x.new_empty(grid[2], grid[1], d, n, dtype=torch.float32), x.new_empty(grid[2], grid[1], d, dtype=torch.float32)
 
 def _scan_forward(u, delta, A, B, C, D, z, bias, softplus, reversed_from, keep, want_last):
-    "Output (b, t, d) of u, delta, z (b, t, d) with B, C (b, t, g, n); the last state, the states between segments: None where not asked for."
+    "Output (b, t, d) of u, delta, z (b, t, d) with B, C (b, t, g, n); the last state, those between segments: None where not asked for."
     (b, t, d), n = u.shape, A.shape[1]
     grid, plan = _plan(b, t, d, B.shape[2], n)
     plan |= dict(reversed_from=reversed_from, SOFTPLUS=softplus)
@@ -282,11 +290,12 @@ def _scan_forward(u, delta, A, B, C, D, z, bias, softplus, reversed_from, keep, 
     last = u.new_empty(b, d, n, dtype=torch.float32) if want_last else None
     if summary := _summaries(u, grid, d, n):
         _summary_kernel[grid](*map(_strided, (u, delta, u, B)), A, bias, summary, ADJOINT=False, GATED=False, **plan)
-    _forward_kernel[grid](*map(_strided, (u, delta, gate, B, C, out)), A, D, bias, saved, last, summary, REST=t % plan["K"], GATED=z is not None, **plan, maxnreg=128)
+    _forward_kernel[grid](*map(_strided, (u, delta, gate, B, C, out)), A, D, bias, saved, last, summary,
+                          REST=t % plan["K"], GATED=z is not None, **plan, maxnreg=128)
     return out, last, saved
 
 def _scan_backward(dout, u, delta, A, B, C, D, z, bias, saved, softplus, reversed_from, dz=None, dBC=None):
-    "Gradients of u, delta, z (b, t, d), of B and C side by side (b, t, g, 2*n), and parts of those of A, D, bias one behind the other (parts, d*n + d + d)."
+    "Gradients of u, delta, z (b, t, d), B and C side by side (b, t, g, 2*n); parts of those of A, D, bias, end to end (parts, d*(n + 2))."
     (b, t, d), (g, n) = u.shape, B.shape[2:]
     grid, plan = _plan(b, t, d, g, n)
     plan |= dict(reversed_from=reversed_from, SOFTPLUS=softplus, GATED=z is not None)
@@ -319,14 +328,17 @@ class _Scan(torch.autograd.Function):
         du, ddelta, dz, dBC, parts = _scan_backward(_token_major(dout), *ctx.saved_tensors, *ctx.options)
         dB, dC = dBC.chunk(2, -1)                                                        # (b, t, g, n) each
         dA, dD, dbias = _summed(parts, torch.empty_like(parts[0])).split((A.numel(), d, d))
-        dC, dA, dD, dbias = (None if v is None else grad.view(v.shape) if v is A else grad.to(v.dtype) for grad, v in ((dC, C), (dA, A), (dD, D), (dbias, bias)))
+        dC, dA, dD, dbias = (None if v is None else grad.view(v.shape) if v is A else grad.to(v.dtype)
+                             for grad, v in ((dC, C), (dA, A), (dD, D), (dbias, bias)))
         return du, ddelta, dA.to(A.dtype), dB, dC, dD, dz, dbias, None, None, None, None
 
 # %% ../nbs/lib/11_scan_triton.ipynb #9140ec48
 def _ready(x:torch.Tensor):
     "Complain unless kernels can run on `x`."
-    expect(hasattr(triton, "language"), "triton", "the package triton to be installed (it comes with torch's CUDA builds)", "none", ImportError)
-    expect(x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1", "device", "CUDA tensors (or TRITON_INTERPRET=1, set before the import)", str(x.device))
+    expect(hasattr(triton, "language"), "triton",
+           "the package triton to be installed (it comes with torch's CUDA builds)", "none", ImportError)
+    usable = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    expect(usable, "device", "CUDA tensors (or TRITON_INTERPRET=1, set before the import)", str(x.device))
     expect(x.dtype in (torch.float32, torch.bfloat16, torch.float16), "dtype", "float32, bfloat16 or float16", x.dtype)
 
 def _grouped(B:torch.Tensor, b:int, t:int) -> torch.Tensor:
@@ -347,7 +359,7 @@ def selective_scan_triton(
     return_last_state:bool=False, # Also return the state after the last step (b, d, n), float32, without a gradient
     reversed_channels:int=0, # So many channels, the last ones, run from t-1 to 0: whole groups
 ) -> torch.Tensor|tuple: # Output (b, d, t) in the dtype of `u`
-    "The selective scan on a GPU, see `scan.selective_scan`; same result bit for bit in every run; `ValueError` for a bad argument, `ImportError` without triton."
+    "The selective scan on a GPU, see `scan.selective_scan`; same bits in every run; `ValueError`: bad argument, `ImportError`: no triton."
     _ready(u)
     b, d, t = u.shape
     B, C = _grouped(B, b, t), _grouped(C, b, t)
@@ -394,7 +406,8 @@ def _conv_forward_kernel(x, out, weight, bias, t, d, reversed_from, SILU: tl.con
         tl.store(out[0] + b*out[1] + (first + sign*(s + k))*out[2] + channels, y, live & (s + k < t))
 
 @triton.jit
-def _conv_backward_kernel(x, dout, dx, weight, bias, dweights, t, d, reversed_from, SILU: tl.constexpr, W: tl.constexpr, K: tl.constexpr, DB: tl.constexpr):
+def _conv_backward_kernel(x, dout, dx, weight, bias, dweights, t, d, reversed_from,
+                          SILU: tl.constexpr, W: tl.constexpr, K: tl.constexpr, DB: tl.constexpr):
     channels, live, first, sign, taps, bias = _conv_place(weight, bias, t, d, reversed_from, W, DB)
     s, b = tl.program_id(1)*K, tl.program_id(2).to(tl.int64)
     xs = _conv_rows(x, b, first, sign, s - W + 1, t, channels, live, K + 2*W - 2)
@@ -420,7 +433,8 @@ def _conv_plan(x, weight, silu, reversed_from) -> tuple:
     "Launch grid, and the sizes that both kernels share."
     b, t, d = x.shape
     K, DB = triton.cdiv(t, triton.cdiv(t, 16)), min(128, triton.next_power_of_2(d))
-    return (triton.cdiv(d, DB), triton.cdiv(t, K), b), dict(t=t, d=d, reversed_from=reversed_from, SILU=silu, W=weight.shape[1], K=K, DB=DB, num_warps=2)
+    grid = triton.cdiv(d, DB), triton.cdiv(t, K), b
+    return grid, dict(t=t, d=d, reversed_from=reversed_from, SILU=silu, W=weight.shape[1], K=K, DB=DB, num_warps=2)
 
 def _conv_forward(x, weight, bias, silu, reversed_from):
     grid, plan = _conv_plan(x, weight, silu, reversed_from)
@@ -487,7 +501,8 @@ def _norm_forward_kernel(x, y, total, normed, scales, rows, m, width, eps, PADDI
     tl.store(normed + wide, s*scale[:, None], live)
     tl.store(scales + row, scale, row < rows)
     behind = tl.arange(0, PADDING)
-    tl.store(normed + (row*width + m)[:, None] + behind[None, :], tl.where(behind == 0, 1.0, 0.0)[None, :] + tl.zeros((R, PADDING), tl.float32), (row < rows)[:, None])
+    tl.store(normed + (row*width + m)[:, None] + behind[None, :],
+             tl.where(behind == 0, 1.0, 0.0)[None, :] + tl.zeros((R, PADDING), tl.float32), (row < rows)[:, None])
 
 @triton.jit
 def _norm_backward_kernel(dtotal, dnormed, normed, scales, dx, dy, rows, m, width, R: tl.constexpr, M: tl.constexpr):
@@ -555,8 +570,9 @@ def _fold_plan(W, half) -> tuple:
 
 def _places(x:torch.Tensor) -> tuple: return (x, *x.stride()[:2])
 
-def _folded(W, gain, bias, half, dtype, shift=None):
-    "Weights (l, g*rows, m + 8) of W (l, g, rows, m), any stride along l and g, gain and bias (l, g, m), and for a single projection a bias `shift` (rows,) of its own."
+def _folded(W, gain, bias, half, dtype,
+            shift=None): # (rows,), a bias of its own for a single projection
+    "Weights (l, g*rows, m + 8) of W (l, g, rows, m), any stride along l and g, gain and bias (l, g, m)."
     (l, g, rows, m), (grid, sizes) = W.shape, _fold_plan(W, half)
     out = W.new_empty(l, g*rows, m + PADDING, dtype=dtype)
     _fold_norm_kernel[grid](*map(_places, (W, gain, bias)), shift, out, **sizes)
@@ -610,7 +626,8 @@ def _padded(x_proj, dt_proj) -> tuple:
     r = dt_proj.shape[-1]
     more = -r % 8
     if more == 0: return x_proj, dt_proj
-    return torch.cat([x_proj[:, :, :r], x_proj.new_zeros(*x_proj.shape[:2], more, x_proj.shape[3]), x_proj[:, :, r:]], 2), torch.nn.functional.pad(dt_proj, (0, more))
+    x_proj = torch.cat([x_proj[:, :, :r], x_proj.new_zeros(*x_proj.shape[:2], more, x_proj.shape[3]), x_proj[:, :, r:]], 2)
+    return x_proj, torch.nn.functional.pad(dt_proj, (0, more))
 
 def _layer_forward(x, y, eps, w, turn, keep):
     "One layer: the sum x + y that enters it, what it adds to it (b, t, m), and what its backward pass needs."
@@ -627,12 +644,12 @@ def _layer_forward(x, y, eps, w, turn, keep):
     return x, h @ w.out_proj.T, (normed, scales, uz, u, s, delta, h, saved)
 
 def _layer_backward(dtotal, dy, first, w, turn, kept, grads, beside):
-    "Gradients of x and y, from those of the sum and of what the layer added; those of the weights go to `grads`, by a call that `beside` gets."
+    "Gradients of x and y, from those of the sum and of what the layer added; the weights' go to `grads`, by a call that `beside` gets."
     normed, scales, uz, u, s, delta, h, saved = kept
     (g, d, r), n = w.dt_proj.shape, w.A.shape[1]
     duz, ds = torch.empty_like(uz), torch.empty_like(s)
-    du, ddelta, *_, scan_parts = _scan_backward(dy @ w.out_proj, u, delta, w.A, *s[..., r:].chunk(2, -1), w.D, uz[..., g*d:], w.dt_bias, saved, True, turn,
-                                                duz[..., g*d:], ds[..., r:])
+    du, ddelta, *_, scan_parts = _scan_backward(dy @ w.out_proj, u, delta, w.A, *s[..., r:].chunk(2, -1), w.D, uz[..., g*d:], w.dt_bias,
+                                                saved, True, turn, duz[..., g*d:], ds[..., r:])
     ways, dways, ranks, dranks = (_by_direction(v) for v in (u.unflatten(2, (g, d)), du.unflatten(2, (g, d)), s, ds))
     steps = _by_direction(ddelta.unflatten(2, (g, d)))                                        # (g, b*t, d)
     torch.bmm(steps, w.dt_proj, out=dranks[..., :r])
@@ -655,7 +672,8 @@ class _Layers(torch.autograd.Function):
         (l, g, d, n), rank = A_log.shape, dt_proj.shape[3]
         A = -torch.exp(A_log)
         x_proj, dt_proj = _padded(x_proj, dt_proj)
-        along = {name: v.flatten(1, 2) for name, v in dict(taps=taps, conv_bias=conv_bias, dt_bias=dt_bias, A=A, D=D).items()}        # (l, g*d, ...)
+        by_way = dict(taps=taps, conv_bias=conv_bias, dt_bias=dt_bias, A=A, D=D)
+        along = {name: v.flatten(1, 2) for name, v in by_way.items()}                         # (l, g*d, ...)
         weights = dict(in_proj=_folded(in_proj, gain, bias, d, dtype), x_proj=x_proj.to(dtype), dt_proj=dt_proj.to(dtype),
                        out_proj=out_proj.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(2), **along)
         layers, kept, y = [SimpleNamespace(**{name: v[i] for name, v in weights.items()}) for i in range(l)], [], None
@@ -684,17 +702,19 @@ class _Layers(torch.autograd.Function):
         x_proj, dt_proj = grads["x_proj"], grads["dt_proj"][..., :r]
         if x_proj.shape[2] > r + 2*n: x_proj = torch.cat([x_proj[:, :, :r], x_proj[:, :, -2*n:]], 2)              # without what was padded
         taps = grads["conv"][:, :-1].unflatten(2, (g, d)).permute(0, 2, 3, 1).contiguous()                   # (l, g, d, W)
-        return (dtotal, None, None, None, None, *_folded_backward(grads["in_proj"], in_proj, gain, bias, d), taps, grads["conv"][:, -1].unflatten(1, (g, d)),
-                x_proj.to(in_proj.dtype), dt_proj.to(in_proj.dtype, memory_format=torch.contiguous_format), ddt_bias, dA.unflatten(2, (d, n))*ctx.A, dD, grads["out_proj"].to(in_proj.dtype))
+        return (dtotal, None, None, None, None, *_folded_backward(grads["in_proj"], in_proj, gain, bias, d),
+                taps, grads["conv"][:, -1].unflatten(1, (g, d)), x_proj.to(in_proj.dtype),
+                dt_proj.to(in_proj.dtype, memory_format=torch.contiguous_format), ddt_bias,
+                dA.unflatten(2, (d, n))*ctx.A, dD, grads["out_proj"].to(in_proj.dtype))
 
 def mamba_layers_triton(
     x:torch.Tensor, # (b, t, m) float32
-    weights:dict, # Stacked (l, g, ...) by name: in_proj, gain and bias of the norm before it, taps, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj
+    weights:dict, # Stacked (l, g, ...): in_proj, the norm's gain and bias, taps, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj
     backward:int, # So many of the `g` directions, the last ones, run from the last frame to the first
     eps:float, # Of the norms
     dtype:torch.dtype, # Of matrix products and of what lies between them
 ) -> torch.Tensor: # (b, t, m) float32
-    "Residual layers with Mamba mixers of all directions (S5VH, temporal encoder) on a GPU; `ValueError` for a bad argument, `ImportError` without triton."
+    "Residual Mamba layers of all directions (S5VH, temporal encoder) on a GPU; `ValueError`: bad argument, `ImportError`: no triton."
     _ready(x)
     expect(x.dtype == torch.float32, "dtype", "float32", x.dtype)
     g, d = weights["D"].shape[1:3]

@@ -16,6 +16,7 @@ from s5vh_nb.reproduce import PAPERS, read_artefact
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path for path in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 ARTEFACTS = [path for path in NOTEBOOKS if path.parent.name in PAPERS]
+WIDTH = 140  # of a line of code, at most
 PARAMETERS = {"profile", "dataset", "bits", "seeds", "device", "data_root"}
 
 
@@ -46,6 +47,22 @@ def test_package_equals_notebooks(remade):
 def test_notebooks_are_clean(remade):
     unclean = [name_of(path) for path in NOTEBOOKS if path.read_text() != (remade/path.relative_to(ROOT)).read_text()]
     assert not unclean, f"nbdev_clean would change {unclean} (make prepare)"
+
+
+def code_lines():
+    "Every line of code with its place: a notebook's code cell (counted from 0, markdown cells too) or a script, and the line in it."
+    for path in NOTEBOOKS:
+        for number, cell in enumerate(nbformat.read(path, as_version=4).cells):
+            lines = cell.source.split("\n") if cell.cell_type == "code" else []
+            for line, text in enumerate(lines, 1): yield f"{name_of(path)}, cell {number}, line {line}", text
+    for folder in ("tests", "benchmarks", "tools"):
+        for path in sorted((ROOT/folder).rglob("*.py")):
+            for line, text in enumerate(path.read_text().split("\n"), 1): yield f"{name_of(path)}, line {line}", text
+
+
+def test_lines_are_short():
+    long = [f"{place}: {len(text)} characters" for place, text in code_lines() if len(text) > WIDTH]
+    assert not long, f"lines of more than {WIDTH} characters:\n" + "\n".join(long)
 
 
 def test_lib_imports_go_down():
