@@ -51,7 +51,7 @@ def weakest(claim:Claim) -> str|None: # A setting
     return min(run, key=lambda setting: strength(run[setting]), default=None)
 
 def conclusion(claim:Claim) -> str:
-    "The verdict on the weakest comparison, `so far` where others have not been run and could change it; `not run yet` or `not testable here`."
+    "The verdict on the weakest comparison, `so far` where those not run could change it; `not run yet` or `not testable here`."
     if not claim.findings: return "not testable here"
     at = weakest(claim)
     if at is None: return "not run yet"
