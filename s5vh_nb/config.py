@@ -234,7 +234,7 @@ BITS = {"smoke": (16,), "quick": (16, 32, 64), "full": (16, 32, 64), "paper": (1
 ABLATION_BITS = {"smoke": (16,), "quick": (64,), "full": (16, 64), "paper": (16, 64)}  # those of paper 1's ablations
 PAIR_BITS = {"smoke": (16,), "quick": (16, 32, 64, 128), "full": (16, 32, 64, 128), "paper": (16, 32, 64, 128)}  # those of paper 2
 PAIR_ABLATION_BITS = {"smoke": (16,), "quick": (32,), "full": (16, 64), "paper": (16, 64)}  # of its ablations
-PAIR_ABLATION_SEEDS = {**SEEDS, "quick": (1, 2)}  # and their seeds
+PAIR_ABLATION_SEEDS = {**SEEDS, "quick": (1, 2, 3)}  # and their seeds
 PAIR_SPEED_BITS = {"smoke": (16,), "quick": (16, 64), "full": (16, 64), "paper": (16, 64)}  # of its measurements of speed
 
 def train_config(dataset:str="spoken-digits", # A name that `datasets.load` knows
