@@ -507,7 +507,7 @@ def _norm_forward_kernel(x, y, total, normed, scales, rows, m, width, eps, PADDI
 @triton.jit
 def _norm_backward_kernel(dtotal, dnormed, normed, scales, dx, dy, rows, m, width, R: tl.constexpr, M: tl.constexpr):
     row, narrow, wide, live = _frames(rows, m, width, R, M)
-    g, s = tl.load(dnormed + wide, live, 0.0).to(tl.float32), tl.load(normed + wide, live, 0.0).to(tl.float32)
+    g, s = tl.load(dnormed + narrow, live, 0.0).to(tl.float32), tl.load(normed + wide, live, 0.0).to(tl.float32)
     d = tl.load(scales + row, row < rows, 0.0)[:, None]*(g - (tl.sum(g, 1)/m)[:, None] - s*(tl.sum(g*s, 1)/m)[:, None])
     if dtotal is not None: d += tl.load(dtotal + narrow, live, 0.0).to(tl.float32)
     tl.store(dx + narrow, d, live)
@@ -527,8 +527,7 @@ def _norm_forward(x, y, eps, dtype):
 
 def _norm_backward(dtotal, dnormed, normed, scales, x_dtype, y_dtype=None):
     "Gradients of x and y (None without y), of one value in two dtypes; `dtotal` None where nothing else reads the sum."
-    shape = *normed.shape[:-1], normed.shape[-1] - PADDING
-    dx, dy = (None if dtype is None else normed.new_empty(shape, dtype=dtype) for dtype in (x_dtype, y_dtype))
+    dx, dy = (None if dtype is None else normed.new_empty(dnormed.shape, dtype=dtype) for dtype in (x_dtype, y_dtype))
     grid, sizes = _norm_sizes(dx)
     _norm_backward_kernel[grid](dtotal, dnormed, normed, scales, dx, dy, **sizes)
     return dx, dy
@@ -602,7 +601,7 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx, dout):
         normed, scales, W, gain, bias, weights = ctx.saved_tensors
         dout = dout.contiguous()
-        dx, _ = _norm_backward(None, dout @ weights, normed, scales, ctx.dtype)
+        dx, _ = _norm_backward(None, dout @ weights[:, :W.shape[3]], normed, scales, ctx.dtype)
         dweights = dout.flatten(0, -2).T @ normed.flatten(0, -2)                              # (rows, m + 8)
         dW, dgain, dbias = _folded_backward(dweights, W, gain, bias, W.shape[2])
         return dx, dgain[0, 0], dbias[0, 0], dW[0, 0], dweights[:, W.shape[3]].to(W.dtype), None, None
@@ -663,7 +662,7 @@ def _layer_backward(dtotal, dy, first, w, turn, kept, grads, beside):
         torch.bmm(dranks.mT, ways, out=grads.x_proj)
         torch.mm(duz.flatten(0, 1).T, normed.flatten(0, 1), out=grads.in_proj)
     beside(weights, dy, h, u, s, normed, ddelta, ds, duz, scan_parts, conv_parts)
-    return _norm_backward(dtotal, duz @ w.in_proj, normed, scales, dtotal.dtype, None if first else dy.dtype)
+    return _norm_backward(dtotal, duz @ w.in_proj[:, :dtotal.shape[-1]], normed, scales, dtotal.dtype, None if first else dy.dtype)
 
 class _Layers(torch.autograd.Function):
     "Bidirectional Mamba layers of x (b, t, m); weights of all layers and directions are stacked (l, g, ...)."
