@@ -8,6 +8,7 @@ __all__ = ['semantic_vectors', 'paley', 'hadamard', 'start_centers', 'wanted_dis
            'hash_centers']
 
 # %% ../nbs/lib/20_centers.ipynb #aa55dfda
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import comb, isqrt, sqrt
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
+import torch
 from numba import njit
 from scipy.optimize import quadratic_assignment
 from sklearn.cluster import KMeans
@@ -165,7 +167,7 @@ def _constrain(u, P, y3, due, moved, delta, gamma, rho, rho_next, pull):
         _add(pull, rho_next*(slack - z3) - y3[i], P, i)
 
 # %% ../nbs/lib/20_centers.ipynb #3141e556
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _solve(x, Ho, s, delta, a, Q, lam, p): # lam (k,), Q (k, k): eigenvalues and eigenvectors of H_o' H_o; p: `ADMM`
     "The best corner (k,) among `x` and the rounded iterate of every round."
     P, q = Ho@Q, (2*a*(s@Ho) - Ho.sum(0)/len(Ho))@Q                                    # (c-1, k), (k,)
@@ -200,6 +202,14 @@ def improved(H:np.ndarray, # (c, k) all centers
     return _solve(H[i], Ho, np.delete(s, i), float(H.shape[1] - 2*distance), float(a), np.ascontiguousarray(Q), lam.clip(0), p)
 
 # %% ../nbs/lib/20_centers.ipynb #1ec1c87f
+def _sweep(H, S, distance, a, p, pool, ahead):
+    "One sweep, in place: `ahead` centers at a time; what was found for those behind a center that moves is thrown away."
+    i = 0
+    while i < len(H):
+        for new in list(pool.map(lambda j: improved(H, j, S[j], distance, a, p), range(i, min(i + ahead, len(H))))):
+            moved, H[i], i = (new != H[i]).any(), new, i + 1
+            if moved: break
+
 def sweep_centers(H:np.ndarray, # (c, k) start
                   S:np.ndarray, # (c, c) wanted inner products
                   W:np.ndarray, # (c, p) unit vectors, for the quality
@@ -211,10 +221,11 @@ def sweep_centers(H:np.ndarray, # (c, k) start
     "The best set (c, k) after one or more sweeps, and the quality after each sweep (S5VH, hash centers)."
     H, best, history = H.copy(), None, []
     bar = tqdm(range(sweeps), desc="hash centers", unit="sweep", leave=False, disable=not progress)
-    with threadpool_limits(1):   # small matrices: threads would only wait for each other
+    ahead = min(4, torch.get_num_threads())
+    with threadpool_limits(1), ThreadPoolExecutor(ahead) as pool:   # a product's own threads would only wait for each other
         for _ in bar:
             before = H.copy()
-            for i in range(len(H)): H[i] = improved(H, i, S[i], distance, a, p)
+            _sweep(H, S, distance, a, p, pool, ahead)
             history.append(quality(H, W))
             bar.set_postfix(quality=f"{history[-1]:.3f}")
             since = len(history) - 1 - history.index(max(history))                     # sweeps since the best one

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'OBJECTIVES', 'EpochPlan', 'epoch_seed', 'plan_epoch', 'learning_rate', 'TrainedRun', 'start',
-           'save_checkpoint', 'load_checkpoint', 'step', 'make_step', 'place', 'time_means', 'batches', 'map_ahead',
-           'six_digits', 'train_epoch', 'training_share', 'centers_file', 'stamp', 'settled', 'given_centers',
-           'matmul_precision', 'prepare', 'watched', 'seen', 'train']
+           'save_checkpoint', 'load_checkpoint', 'step', 'resident', 'make_step', 'place', 'time_means', 'batches',
+           'map_ahead', 'six_digits', 'train_epoch', 'training_share', 'centers_file', 'stamp', 'settled',
+           'given_centers', 'matmul_precision', 'prepare', 'watched', 'seen', 'train']
 
 # %% ../nbs/lib/23_training.ipynb #d84d640f
 import contextlib, dataclasses, functools, hashlib, io, math, time
@@ -129,7 +129,7 @@ def load_checkpoint(path:str|Path, config:TrainConfig, data:datasets.VideoDatase
     return run
 
 # %% ../nbs/lib/23_training.ipynb #4248d438
-def step(run:TrainedRun, warm:bool, *batch:Tensor) -> dict: # from `batches`
+def step(run:TrainedRun, warm:bool, *batch:Tensor) -> dict: # inputs (b, ...), then what was drawn
     "One update of the weights; the loss and its terms, scalars on the device."
     for p, _ in run.learning: p.grad = None
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bfloat16", cache_enabled=False):
@@ -140,9 +140,15 @@ def step(run:TrainedRun, warm:bool, *batch:Tensor) -> dict: # from `batches`
     run.optimizer.step()
     return {name: value.detach() for name, value in terms.items()}
 
-def make_step(run:TrainedRun, warm:bool): # warm: the soft labels move
-    "What takes a batch of one shape and goes one step further, on this run's device."
-    return Captured(functools.partial(step, run, warm))
+def resident(inputs:tuple) -> bool: # (n, ...) each, from `place`
+    "Whether they all lie on the device."
+    return all(isinstance(x, Tensor) for x in inputs)
+
+def make_step(run:TrainedRun, warm:bool, # The soft labels move
+              inputs:tuple): # (n, ...) each, from `place`
+    "What takes a batch from `batches` of one shape and goes one step further, on this run's device."
+    if not resident(inputs): return Captured(functools.partial(step, run, warm))
+    return Captured(lambda rows, *order: step(run, warm, *(x[rows] for x in inputs), rows, *order))
 
 # %% ../nbs/lib/23_training.ipynb #c6a39f8b
 def place(features, # (n, t, d) array or `datasets.RowStore`
@@ -160,9 +166,9 @@ def time_means(features, block:int=1024) -> Tensor: # (n, t, d), from `place`
 
 def batches(inputs:tuple, # (n, ...) each, from `place`
             plan:EpochPlan, device:torch.device):
-    "Yield every step's rows of every input and what was drawn, (*inputs, rows, order) or (*inputs, rows), all on the device."
-    if all(isinstance(x, Tensor) for x in inputs):
-        yield from ((*(x[draw[0]] for x in inputs), *draw) for draw in plan.draws)
+    "Yield what was drawn for every step, (rows, order) or (rows,); before it the rows of inputs that are not `resident`; on the device."
+    if resident(inputs):
+        yield from plan.draws
         return
     def fetch(rows):
         parts = [torch.as_tensor(x[rows]) for x in inputs]                        # (b, ...) each
@@ -278,7 +284,7 @@ def train(config:TrainConfig, # What to train; see `settled`
         run = start(config, data, device)
         prepare(run, data, inputs, progress)
         run.seconds.append(time.perf_counter() - clock)
-    steps = {warm: make_step(run, warm) for warm in (False, True)}
+    steps = {warm: make_step(run, warm, inputs) for warm in (False, True)}
     title = f"{config.dataset} {config.model.bits} bits seed {config.seed}"
     bar = tqdm(total=config.epochs, initial=run.epoch, desc=title, unit="epoch", leave=False, disable=not progress)
     with bar, matmul_precision(config.precision), torch.random.fork_rng([device] if device.type == "cuda" else []):

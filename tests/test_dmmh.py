@@ -58,7 +58,8 @@ def test_captured_steps_are_deterministic_and_resume_exactly(data, tmp_path, mon
 @cuda
 def test_captured_steps_are_the_ordinary_steps(data, monkeypatch):
     captured = train(data, replace(CONFIG, precision="float32"), device="cuda")
-    monkeypatch.setattr(training, "make_step", lambda run, warm: lambda *batch: training.step(run, warm, *batch))
+    def ordinary_step(run, warm, inputs): return lambda rows: training.step(run, warm, *(x[rows] for x in inputs), rows)
+    monkeypatch.setattr(training, "make_step", ordinary_step)
     ordinary = train(data, replace(CONFIG, precision="float32"), device="cuda")
     assert np.allclose([h["loss"] for h in captured.history], [h["loss"] for h in ordinary.history], atol=1e-5)
 
