@@ -63,8 +63,8 @@ def pick_device(device:str|None=None) -> torch.device: # "cpu", "cuda", "cuda:1"
 @functools.cache
 def side_stream(device:int, # Number of a GPU
                 lane:int=0): # Work of one lane runs in order
-    "A stream beside the ordinary one; always the same, for each keeps memory of its own."
-    return torch.cuda.Stream(device)
+    "A stream beside the ordinary one, its small kernels first; always the same, for each keeps memory of its own."
+    return torch.cuda.Stream(device, priority=-1)
 
 class Beside:
     "Work on a GPU stream of its own, next to what follows; `join` waits for it. On a CPU it is done at once."
@@ -72,14 +72,16 @@ class Beside:
         self.stream = side_stream(torch.cuda.current_device(), lane) if device.type == "cuda" else None
 
     def __call__(self, work, # Called without arguments
-                 *reads): # The tensors of this stream that it reads: their memory is kept until it has
+                 *uses): # The tensors of this stream that it reads or writes: their memory is kept until it has
         if self.stream is None: return work()
         self.stream.wait_stream(torch.cuda.current_stream())
-        for x in reads: x.record_stream(self.stream)
-        with torch.cuda.stream(self.stream): work()
+        for x in uses: x.record_stream(self.stream)
+        with torch.cuda.stream(self.stream): return work()
 
-    def join(self):
-        if self.stream is not None: torch.cuda.current_stream().wait_stream(self.stream)
+    def join(self, *made): # What it made that is read from here on: their memory is kept until it has been
+        if self.stream is None: return
+        torch.cuda.current_stream().wait_stream(self.stream)
+        for x in made: x.record_stream(torch.cuda.current_stream())
 
 class Captured:
     "`call` as a CUDA graph on a GPU, after three ordinary calls that set up the libraries; inputs of another shape get an ordinary call."

@@ -114,7 +114,8 @@ class Layers(nn.Sequential):
         if not (runs_on_triton(x) and alike and all(isinstance(mix, Mamba) for layer in self for _, mix in layer.ways())):
             return super().forward(x)
         backward, eps = int(self[0].directions != "forward"), self[0].ways()[0][0].eps
-        return importlib.import_module("s5vh_nb.scan_triton").mamba_layers_triton(x, stacked(list(self)), backward, eps, product_dtype(x))
+        return importlib.import_module("s5vh_nb.scan_triton").mamba_layers_triton(
+            x, lambda: stacked(list(self)), backward, eps, product_dtype(x))
 
 def norm_linear(x:Tensor, # (..., m)
                 norm:nn.LayerNorm, linear:nn.Linear) -> Tensor: # (..., rows)

@@ -661,54 +661,69 @@ def _layer_backward(dtotal, dy, first, w, turn, kept, grads, beside):
         torch.bmm(steps.mT, ranks[..., :r], out=grads.dt_proj)
         torch.bmm(dranks.mT, ways, out=grads.x_proj)
         torch.mm(duz.flatten(0, 1).T, normed.flatten(0, 1), out=grads.in_proj)
-    beside(weights, dy, h, u, s, normed, ddelta, ds, duz, scan_parts, conv_parts)
+    beside(weights, dy, h, u, s, normed, ddelta, ds, duz, scan_parts, conv_parts, *vars(grads).values())
     return _norm_backward(dtotal, duz @ w.in_proj[:, :dtotal.shape[-1]], normed, scales, dtotal.dtype, None if first else dy.dtype)
 
-class _Layers(torch.autograd.Function):
-    "Bidirectional Mamba layers of x (b, t, m); weights of all layers and directions are stacked (l, g, ...)."
+class _Weights(torch.autograd.Function):
+    "What the layers read, for all of them, from their weights (l, g, ...): directions side by side, matrices in the dtype of the products."
     @staticmethod
-    def forward(ctx, x, eps, turn, dtype, keep, in_proj, gain, bias, taps, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj):
-        (l, g, d, n), rank = A_log.shape, dt_proj.shape[3]
-        A = -torch.exp(A_log)
+    def forward(ctx, dtype, in_proj, gain, bias, taps, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj):
+        A, ctx.rank = -torch.exp(A_log), dt_proj.shape[3]
+        ctx.save_for_backward(in_proj, gain, bias, A)
         x_proj, dt_proj = _padded(x_proj, dt_proj)
-        by_way = dict(taps=taps, conv_bias=conv_bias, dt_bias=dt_bias, A=A, D=D)
-        along = {name: v.flatten(1, 2) for name, v in by_way.items()}                         # (l, g*d, ...)
-        weights = dict(in_proj=_folded(in_proj, gain, bias, d, dtype), x_proj=x_proj.to(dtype), dt_proj=dt_proj.to(dtype),
-                       out_proj=out_proj.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(2), **along)
-        layers, kept, y = [SimpleNamespace(**{name: v[i] for name, v in weights.items()}) for i in range(l)], [], None
-        for w in layers:
+        out_proj = out_proj.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(2)       # (l, m, g*d)
+        return (_folded(in_proj, gain, bias, D.shape[2], dtype), x_proj.to(dtype), dt_proj.to(dtype), out_proj,
+                *(v.flatten(1, 2) for v in (taps, conv_bias, dt_bias, A, D)))                 # (l, g*d, ...)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, din_proj, dx_proj, ddt_proj, dout_proj, *along):
+        (in_proj, gain, bias, A), r = ctx.saved_tensors, ctx.rank
+        (l, g, d, n), dtype = A.shape, in_proj.dtype
+        dtaps, dconv_bias, ddt_bias, dA, dD = (v.unflatten(1, (g, d)) for v in along)
+        if dx_proj.shape[2] > r + 2*n: dx_proj = torch.cat([dx_proj[:, :, :r], dx_proj[:, :, -2*n:]], 2)      # without what was padded
+        return (None, *_folded_backward(din_proj, in_proj, gain, bias, d), dtaps.contiguous(), dconv_bias, dx_proj.to(dtype),
+                ddt_proj[..., :r].to(dtype, memory_format=torch.contiguous_format), ddt_bias, dA*A, dD,
+                dout_proj.unflatten(2, (g, d)).transpose(1, 2).to(dtype, memory_format=torch.contiguous_format))
+
+def _each(weights) -> list: # As `_Weights` returns them
+    "They by name, layer by layer."
+    names = "in_proj", "x_proj", "dt_proj", "out_proj", "taps", "conv_bias", "dt_bias", "A", "D"
+    return [SimpleNamespace(**dict(zip(names, of_layer))) for of_layer in zip(*(v.unbind() for v in weights))]
+
+class _Layers(torch.autograd.Function):
+    "Bidirectional Mamba layers of x (b, t, m). Gradients of weights are ready on lane 1 only: `_Weights`, which takes them, runs there."
+    @staticmethod
+    def forward(ctx, x, eps, turn, keep, *weights):
+        kept, y = [], None
+        for w in _each(weights):
             x, y, needed = _layer_forward(x, y, eps, w, turn, keep)
             kept.append(needed if keep else None)
-        ctx.layers, ctx.kept, ctx.turn, ctx.A, ctx.rank = layers, kept, turn, A, rank
-        ctx.save_for_backward(in_proj, gain, bias)
+        ctx.kept, ctx.turn = kept, turn
+        ctx.save_for_backward(*weights)
         return x + y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        (in_proj, gain, bias), (l, g, d, n), r = ctx.saved_tensors, ctx.A.shape, ctx.rank
-        w, m, beside = ctx.layers[0], in_proj.shape[3], Beside(dout.device, lane=1)
-        shapes = dict(in_proj=w.in_proj.shape, x_proj=w.x_proj.shape, dt_proj=w.dt_proj.shape, out_proj=(g, m, d))
-        grads = {name: dout.new_empty(l, *shape, dtype=w.in_proj.dtype) for name, shape in shapes.items()}
-        grads |= dict(scan=dout.new_empty(l, g*d*(n + 2)), conv=dout.new_empty(l, w.taps.shape[1] + 1, g*d))
+        (in_proj, x_proj, dt_proj, out_proj, taps, *_, A, _), layers = ctx.saved_tensors, _each(ctx.saved_tensors)
+        beside = Beside(dout.device, lane=1)
+        l, g, d, _ = dt_proj.shape
+        grads = dict(in_proj=torch.empty_like(in_proj), x_proj=torch.empty_like(x_proj), dt_proj=torch.empty_like(dt_proj),
+                     out_proj=torch.empty_like(out_proj).unflatten(2, (g, d)).transpose(1, 2),        # (l, g, m, d)
+                     scan=dout.new_empty(l, A[0].numel() + 2*g*d), conv=dout.new_empty(l, taps.shape[2] + 1, g*d))
         dtotal = dout.contiguous()
-        dy = dtotal.to(w.in_proj.dtype)
+        dy = dtotal.to(in_proj.dtype)
         for i in range(l - 1, -1, -1):
             of_layer = SimpleNamespace(**{name: v[i] for name, v in grads.items()})
-            dtotal, dy = _layer_backward(dtotal, dy, i == 0, ctx.layers[i], ctx.turn, ctx.kept[i], of_layer, beside)
-        beside.join()
-        dA, dD, ddt_bias = (v.unflatten(1, (g, -1)) for v in grads["scan"].split((g*d*n, g*d, g*d), 1))
-        x_proj, dt_proj = grads["x_proj"], grads["dt_proj"][..., :r]
-        if x_proj.shape[2] > r + 2*n: x_proj = torch.cat([x_proj[:, :, :r], x_proj[:, :, -2*n:]], 2)              # without what was padded
-        taps = grads["conv"][:, :-1].unflatten(2, (g, d)).permute(0, 2, 3, 1).contiguous()                   # (l, g, d, W)
-        return (dtotal, None, None, None, None, *_folded_backward(grads["in_proj"], in_proj, gain, bias, d),
-                taps, grads["conv"][:, -1].unflatten(1, (g, d)), x_proj.to(in_proj.dtype),
-                dt_proj.to(in_proj.dtype, memory_format=torch.contiguous_format), ddt_bias,
-                dA.unflatten(2, (d, n))*ctx.A, dD, grads["out_proj"].to(in_proj.dtype))
+            dtotal, dy = _layer_backward(dtotal, dy, i == 0, layers[i], ctx.turn, ctx.kept[i], of_layer, beside)
+        dA, dD, ddt_bias = grads["scan"].split((A[0].numel(), g*d, g*d), 1)
+        return (dtotal, None, None, None, grads["in_proj"], grads["x_proj"], grads["dt_proj"], grads["out_proj"].transpose(1, 2).flatten(2),
+                grads["conv"][:, :-1].mT, grads["conv"][:, -1], ddt_bias, dA.view_as(A), dD)
 
 def mamba_layers_triton(
     x:torch.Tensor, # (b, t, m) float32
-    weights:dict, # Stacked (l, g, ...): in_proj, the norm's gain and bias, taps, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj
+    weights, # Called without arguments, returns them stacked (l, g, ...): in_proj, the norm's gain and bias, taps, conv_bias, x_proj, ...
     backward:int, # So many of the `g` directions, the last ones, run from the last frame to the first
     eps:float, # Of the norms
     dtype:torch.dtype, # Of matrix products and of what lies between them
@@ -716,7 +731,14 @@ def mamba_layers_triton(
     "Residual Mamba layers of all directions (S5VH, temporal encoder) on a GPU; `ValueError`: bad argument, `ImportError`: no triton."
     _ready(x)
     expect(x.dtype == torch.float32, "dtype", "float32", x.dtype)
-    g, d = weights["D"].shape[1:3]
-    keep = torch.is_grad_enabled() and any(v.requires_grad for v in (x, *weights.values()))
     names = "in_proj", "gain", "bias", "taps", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A_log", "D", "out_proj"
-    return _Layers.apply(x.contiguous(), eps, (g - backward)*d, dtype, keep, *(weights[name] for name in names))
+    def prepared():
+        given = weights()
+        return _Weights.apply(dtype, *(given[name] for name in names))
+    if torch.is_grad_enabled():                                                               # what comes back goes where it was made
+        beside = Beside(x.device, lane=1)
+        beside.join(*(ready := beside(prepared)))
+    else: ready = prepared()
+    g, d = ready[2].shape[1:3]
+    keep = torch.is_grad_enabled() and any(v.requires_grad for v in (x, *ready))
+    return _Layers.apply(x.contiguous(), eps, (g - backward)*d, keep, *ready)
