@@ -7,33 +7,26 @@ __all__ = ['reconstruction_loss', 'contrastive_loss', 'center_logits', 'center_a
            'metric_loss']
 
 # %% ../nbs/lib/21_losses.ipynb #ac26599b
-import math
+import importlib, math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .basics import expect
+from .s5vh import take
+from .scan import runs_on_triton
 
 # %% ../nbs/lib/21_losses.ipynb #94bb7c58
-class _MeanSquare(torch.autograd.Function):
-    "Mean square of a tensor in float32, kept for the backward pass in its own dtype."
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).square()/x.numel()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, = ctx.saved_tensors
-        return x*(grad*2/x.numel()).to(x.dtype)
-
 def reconstruction_loss(predicted:Tensor, # (views*b, t_masked, d) the decoder's frames
-                        target:Tensor, # (views*b, t_masked, d) the true ones
-                        views:int=2) -> Tensor:
+                        x:Tensor, # (b, t, d) the true ones, all of them
+                        hidden:Tensor) -> Tensor: # (views*b, t_masked) the numbers of the masked ones
     "Mean squared error on the masked frames, summed over the views (S5VH, L_TR)."
-    expect(predicted.shape == target.shape, "reconstruction", f"the shape of the target {tuple(target.shape)}", tuple(predicted.shape))
-    return views * _MeanSquare.apply(predicted - target)
+    fits = predicted.shape == (*hidden.shape, x.shape[2]) and len(hidden) % len(x) == 0
+    expect(fits, "reconstruction", f"{tuple(hidden.shape)} frames, of views of {len(x)} videos, {x.shape[2]} wide", tuple(predicted.shape))
+    if runs_on_triton(predicted): error = importlib.import_module("s5vh_nb.layers_triton").frame_error_triton(predicted, x, hidden)
+    else: error = F.mse_loss(predicted, take(x, hidden))
+    return len(hidden)//len(x) * error
 
 # %% ../nbs/lib/21_losses.ipynb #c197f015
 def contrastive_loss(view1:Tensor, # (b, k) codes of the first view

@@ -111,17 +111,18 @@ class Layers(nn.Sequential):
     "`Bidirectional` layers, one after another; on a GPU Mamba's in one step."
     def forward(self, x:Tensor) -> Tensor: # (b, t, m) -> (b, t, m)
         alike = len({layer.directions for layer in self}) == 1                                # a silenced direction makes another layer
-        if not (runs_on_triton(x) and alike and all(isinstance(mix, Mamba) for layer in self for _, mix in layer.ways())):
+        mamba = alike and all(isinstance(mix, Mamba) for layer in self for _, mix in layer.ways())
+        if not (mamba and x.dtype == torch.float32 and runs_on_triton(x)):
             return super().forward(x)
         backward, eps = int(self[0].directions != "forward"), self[0].ways()[0][0].eps
-        return importlib.import_module("s5vh_nb.scan_triton").mamba_layers_triton(
+        return importlib.import_module("s5vh_nb.layers_triton").mamba_layers_triton(
             x, lambda: stacked(list(self)), backward, eps, product_dtype(x))
 
 def norm_linear(x:Tensor, # (..., m)
                 norm:nn.LayerNorm, linear:nn.Linear) -> Tensor: # (..., rows)
     "`linear(norm(x))`, on a GPU in one step."
     if not runs_on_triton(x): return linear(norm(x))
-    return importlib.import_module("s5vh_nb.scan_triton").norm_linear_triton(x, norm, linear, product_dtype(x))
+    return importlib.import_module("s5vh_nb.layers_triton").norm_linear_triton(x, norm, linear, product_dtype(x))
 
 # %% ../nbs/lib/12_mixers.ipynb #8b102b31
 class TwoPart(nn.Module):

@@ -13,7 +13,6 @@ from .basics import Beside, expect
 from .centers import hash_centers
 from .config import TrainConfig
 from .losses import center_alignment_loss, center_logits, contrastive_loss, metric_loss, reconstruction_loss, refreshed
-from .s5vh import take
 
 # %% ../nbs/lib/22_objectives.ipynb #10cac171
 def two_views(order:Tensor, # (b, t) a permutation of the frame numbers per video
@@ -85,7 +84,7 @@ class SLGObjective(nn.Module):
                 if self.c.beta > 0: found["alignment"] = center_alignment_loss(self.logits(h), self.soft_labels[rows])
         beside(of_codes, h, rows)                                               # next to the decoder
         if self.c.reconstruction > 0:
-            found["reconstruction"] = reconstruction_loss(model.decoder(out.codes, visible, out.hidden), take(x, out.hidden))
+            found["reconstruction"] = reconstruction_loss(model.decoder(out.codes, visible, out.hidden), x, out.hidden)
         beside.join()
         weights = {"reconstruction": self.c.reconstruction, "contrast": self.c.alpha, "alignment": self.c.beta}
         terms = {name: found[name] for name in weights if name in found}

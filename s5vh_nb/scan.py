@@ -380,9 +380,9 @@ def _pick(backend:str, x:torch.Tensor, backends:dict) -> str:
     expect(backend != "numba" or x.device.type == "cpu", "backend='numba'", "tensors on the CPU", str(x.device))
     return backend
 
-def runs_on_triton(x:torch.Tensor) -> bool: # float32, or under autocast
+def runs_on_triton(x:torch.Tensor) -> bool:
     "Whether functions of whole layers may take this package's GPU kernels for `x`."
-    return x.is_cuda and x.dtype == torch.float32 and _pick("auto", x, _BACKENDS) == "triton"
+    return x.is_cuda and _pick("auto", x, _BACKENDS) == "triton"
 
 def product_dtype(x:torch.Tensor) -> torch.dtype:
     "The dtype of matrix products of `x` here: autocast's where it is on."

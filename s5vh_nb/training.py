@@ -136,6 +136,7 @@ def step(run:TrainedRun, warm:bool, *batch:Tensor) -> dict: # inputs (b, ...), t
         terms = run.objective(run.model, *batch, warm=warm)
     terms["loss"].backward()
     reached = [(g, p.grad) for p, g in run.learning if p.grad is not None]        # DMMH with one modality leaves the other's weights out
+    reached.sort(key=lambda pair: pair[0].numel())                                # many small ones make a launch, a short one
     torch._foreach_copy_(*zip(*reached))
     run.optimizer.step()
     return {name: value.detach() for name, value in terms.items()}

@@ -6,8 +6,9 @@ from torch import nn
 
 from s5vh_nb.basics import Captured
 from s5vh_nb.config import S5VHConfig
+from s5vh_nb.losses import reconstruction_loss
 from s5vh_nb.mixers import Bidirectional, Layers, Mamba, norm_linear
-from s5vh_nb.s5vh import S5VH
+from s5vh_nb.s5vh import S5VH, take
 from s5vh_nb.scan import use_backend
 
 if not torch.cuda.is_available(): pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -62,6 +63,19 @@ def test_norm_and_linear(m, rows, half):
     for mine, theirs in zip(graded(y), graded(linear(norm(x[:, 5:]))), strict=True):
         assert mine.dtype == (torch.bfloat16 if half and mine is y else torch.float32)
         assert (mine - theirs).norm() <= (2e-2 if half else 1e-4)*theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [13, 4096, 5000])
+def test_error_of_rebuilt_frames(d, dtype):
+    torch.manual_seed(0)
+    x, hidden = torch.randn(8, 25, d, device="cuda", dtype=dtype), torch.rand(16, 25, device="cuda").argsort(1)[:, :12]
+    predicted = torch.randn(16, 12, d, device="cuda", dtype=dtype).requires_grad_()
+    exact = predicted.detach().double().requires_grad_()
+    mine, wanted = reconstruction_loss(predicted, x, hidden), 2*(exact - take(x, hidden).double()).square().mean()
+    assert (mine - wanted).abs() <= 1e-5*wanted
+    mine, wanted = torch.autograd.grad(mine, predicted)[0], torch.autograd.grad(wanted, exact)[0]
+    assert mine.dtype == dtype and (mine - wanted).norm() <= (1e-6 if dtype == torch.float32 else 4e-3)*wanted.norm()
 
 
 @pytest.mark.parametrize("half", [False, True])
