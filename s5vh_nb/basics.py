@@ -63,8 +63,8 @@ def pick_device(device:str|None=None) -> torch.device: # "cpu", "cuda", "cuda:1"
 @functools.cache
 def side_stream(device:int, # Number of a GPU
                 lane:int=0): # Work of one lane runs in order
-    "A stream beside the ordinary one, its small kernels first; always the same, for each keeps memory of its own."
-    return torch.cuda.Stream(device, priority=-1)
+    "A stream beside the ordinary one; always the same, for each keeps memory of its own."
+    return torch.cuda.Stream(device)
 
 class Beside:
     "Work on a GPU stream of its own, next to what follows; `join` waits for it. On a CPU it is done at once."
