@@ -126,7 +126,7 @@ def norm_linear(x:Tensor, # (..., m)
 
 # %% ../nbs/lib/12_mixers.ipynb #8b102b31
 def fused(forward):
-    "`forward`, a chain of many small steps, in fewer kernels: with gradients on a GPU that has Triton, torch compiles it at its first call."
+    "`forward`, a chain of many small steps, in fewer kernels: with gradients on a GPU that has Triton, torch compiles it, once."
     compiled = functools.cache(lambda: torch.compile(forward, dynamic=False))
     @functools.wraps(forward)
     def call(*given):
