@@ -224,7 +224,7 @@ class _Weights(torch.autograd.Function):
                 dout_proj.unflatten(2, (g, d)).transpose(1, 2).to(dtype, memory_format=torch.contiguous_format))
 
 def _each(weights) -> list: # As `_Weights` returns them
-    "They by name, layer by layer."
+    "The weights by name, layer by layer."
     names = "in_proj", "x_proj", "dt_proj", "out_proj", "taps", "conv_bias", "dt_bias", "A", "D"
     return [SimpleNamespace(**dict(zip(names, of_layer))) for of_layer in zip(*(v.unbind() for v in weights))]
 
