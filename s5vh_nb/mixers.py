@@ -125,13 +125,11 @@ def norm_linear(x:Tensor, # (..., m)
     return importlib.import_module("s5vh_nb.layers_triton").norm_linear_triton(x, norm, linear, product_dtype(x))
 
 # %% ../nbs/lib/12_mixers.ipynb #8b102b31
-def fused(forward):
+def fused(forward): # (self, x), of a module
     "`forward`, a chain of many small steps, in fewer kernels: with gradients on a GPU that has Triton, torch compiles it, once."
     compiled = functools.cache(lambda: torch.compile(forward, dynamic=False))
     @functools.wraps(forward)
-    def call(*given):
-        x = next(v for v in given if isinstance(v, Tensor))
-        return (compiled() if torch.is_grad_enabled() and runs_on_triton(x) else forward)(*given)
+    def call(self, x): return (compiled() if torch.is_grad_enabled() and runs_on_triton(x) else forward)(self, x)
     return call
 
 class TwoPart(nn.Module):
@@ -161,7 +159,6 @@ def from_heads(x:Tensor) -> Tensor: # (b, h, t, w) -> (b, t, h*w)
     return x.transpose(1, 2).flatten(2)
 
 # %% ../nbs/lib/12_mixers.ipynb #8f2c6a41
-@fused
 def ssd(x:Tensor, # (b, t, h, p) the channels of every head, times the step sizes
         log_decay:Tensor, # (b, t, h) logarithms of the decays
         B:Tensor, C:Tensor, # (b, t, n) each
@@ -253,7 +250,6 @@ class Retention(nn.Module):
         self.norm, self.out = HeadNorm(heads, 2*m), nn.Linear(2*m, m, bias=False)
         self.register_buffer("log_decay", torch.log1p(-2.**(-5 - torch.arange(float(heads)))), persistent=False)
 
-    @fused
     def forward(self, x:Tensor) -> Tensor:
         q, k, v = (to_heads(f(x), self.heads) for f in (self.query, self.key, self.value))    # (b, h, t, w), (b, h, t, w), (b, h, t, 2*w)
         q, k = rotate(q), rotate(k)*k.shape[-1]**-.5

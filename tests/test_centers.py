@@ -35,6 +35,20 @@ def test_any_size_gives_distinct_signs(c, k, init, semantic, seed):
     assert found.objective >= max(found.history[1:]) - 1e-9
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_that_work_ahead_find_the_set_of_one(threads):
+    "More threads, even than cores, throw away what a moved center spoils: the same centers and qualities."
+    W, _ = semantic_vectors(features(200), 20)
+    start, S = start_centers(20, 16, "hadamard", np.random.default_rng(0)), semantic_targets(W, 16)
+    def swept(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try: return sweep_centers(start, S, W, wanted_distance(20, 16), p=QUICK, progress=False)
+        finally: torch.set_num_threads(before)
+    (alone, history), (found, other) = swept(1), swept(threads)
+    assert np.array_equal(alone, found) and history == other and not np.array_equal(alone, start)
+
+
 @pytest.mark.parametrize("c,k", [(20, 16), (33, 16), (40, 24)])
 def test_a_center_never_gets_worse_and_keeps_its_distance(c, k):
     W, _ = semantic_vectors(features(200), c)
