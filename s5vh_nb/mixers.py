@@ -262,6 +262,8 @@ class RetNet(TwoPart):
                  heads:int=4): # Heads
         super().__init__(m, Retention(m, heads), mlp(m, 2))
 
+    forward = fused(TwoPart.forward)
+
 # %% ../nbs/lib/12_mixers.ipynb #c2fd63f2
 def _wkv_chunk(r, k, v, log_w, S):
     "One chunk without the bonus: outputs (b, h, l, w) and the state after it (b, h, w, w)."
@@ -315,7 +317,6 @@ class TimeMix(nn.Module):
         self.receptance, self.key, self.value, self.gate, self.out = (nn.Linear(m, m, bias=False) for _ in range(5))
         self.norm = HeadNorm(heads, m)
 
-    @fused
     def forward(self, x:Tensor) -> Tensor:
         dx = shift(x) - x
         blends = self.blend(x + self.mu*dx).chunk(5, -1)                                      # 5 times (b, t, m)
@@ -333,7 +334,6 @@ class ChannelMix(nn.Module):
         self.mu_key, self.mu_gate = nn.Parameter(1 - ramp.sqrt()), nn.Parameter(1 - ramp.sqrt())
         self.key, self.value, self.gate = nn.Linear(m, 7*m//2, bias=False), nn.Linear(7*m//2, m, bias=False), nn.Linear(m, m, bias=False)
 
-    @fused
     def forward(self, x:Tensor) -> Tensor:
         dx = shift(x) - x
         return torch.sigmoid(self.gate(x + self.mu_gate*dx))*self.value(F.relu(self.key(x + self.mu_key*dx))**2)
@@ -343,6 +343,8 @@ class RWKV(TwoPart):
     def __init__(self, m:int, # Model width
                  heads:int=4): # Heads
         super().__init__(m, TimeMix(m, heads), ChannelMix(m))
+
+    forward = fused(TwoPart.forward)
 
 # %% ../nbs/lib/12_mixers.ipynb #401d1783
 class Attention(nn.Module):

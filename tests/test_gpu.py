@@ -7,7 +7,7 @@ from torch import nn
 from s5vh_nb.basics import Captured
 from s5vh_nb.config import S5VHConfig
 from s5vh_nb.losses import reconstruction_loss
-from s5vh_nb.mixers import RWKV, Bidirectional, Layers, Mamba, norm_linear
+from s5vh_nb.mixers import RWKV, Bidirectional, Layers, Mamba, RetNet, norm_linear
 from s5vh_nb.s5vh import S5VH, take
 from s5vh_nb.scan import use_backend
 
@@ -28,11 +28,12 @@ def test_layers_in_one_step_are_the_plain_layers(options):
         assert (mine.cpu() - theirs).norm() <= 1e-4*theirs.norm()
 
 
-def test_a_mixer_that_torch_compiles():
+@pytest.mark.parametrize("kind", [RetNet, RWKV])
+def test_a_mixer_that_torch_compiles(kind):
     "The same numbers as step by step, in a second layer too."
     torch.manual_seed(0)
     x = torch.randn(3, 13, 64, device="cuda")
-    for mix in (RWKV(64).cuda(), RWKV(64).cuda()):
+    for mix in (kind(64).cuda(), kind(64).cuda()):
         def graded(y): return [y, *torch.autograd.grad(y.square().sum(), list(mix.parameters()))]
         with use_backend("torch"): wanted = graded(mix(x))
         for mine, theirs in zip(graded(mix(x)), wanted, strict=True): assert (mine - theirs).norm() <= 1e-4*theirs.norm()
