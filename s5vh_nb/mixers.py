@@ -126,7 +126,7 @@ def norm_linear(x:Tensor, # (..., m)
 
 # %% ../nbs/lib/12_mixers.ipynb #8b102b31
 def fused(forward): # (self, x), of a module
-    "`forward`, a chain of many small steps, in fewer kernels: with gradients on a GPU that has Triton, torch compiles it, once."
+    "`forward`, a chain of many small steps, in fewer kernels: with gradients on a GPU that has Triton, torch compiles it, once per shape."
     compiled = functools.cache(lambda: torch.compile(forward, dynamic=False))
     @functools.wraps(forward)
     def call(self, x): return (compiled() if torch.is_grad_enabled() and runs_on_triton(x) else forward)(self, x)

@@ -76,7 +76,7 @@ class SLGObjective(nn.Module):
         "The weighted sum `loss` and its terms, scalars."
         beside, visible, found = Beside(x.device), two_views(order, self.c.mask_ratio), {}
         if warm and self.c.beta > 0 and self.c.refresh > 0: beside(lambda: self.refresh(model, x, rows), x, rows)
-        out = model(x, visible, rebuild=False)
+        out = model(x, visible)
         h = out.h.float()                                                       # (2b, k)
         def of_codes():
             with torch.autocast(x.device.type, enabled=False):                  # small products that want all their digits

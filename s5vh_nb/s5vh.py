@@ -141,7 +141,6 @@ class S5VHOutput:
     codes: Tensor          # (views*b, v, k) codes of the frames
     h: Tensor              # (views*b, k) their mean
     hidden: Tensor         # (views*b, t-v) numbers of the frames that were not visible
-    rebuilt: Tensor | None # (views*b, t-v, d) the decoder's features of those; None without it
 
 class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"]):
     "Self-supervised video hashing with selective state spaces (S5VH, AAAI 2025)."
@@ -158,17 +157,16 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
         expect(fits, "frames", f"shape (b, t, {self.config.d}), t at least 1", tuple(x.shape))
 
     def forward(self, x:Tensor, # (b, t, d) frame features
-                visible:Tensor|None=None, # (views*b, v) frame numbers; None: all frames, no decoder
-                normed:bool=True, # see `HashLayer`
-                rebuild:bool=True) -> S5VHOutput: # False leaves the decoder out
-        "Codes of the visible frames, their mean, and the hidden frames rebuilt."
+                visible:Tensor|None=None, # (views*b, v) frame numbers; None: all frames
+                normed:bool=True) -> S5VHOutput: # see `HashLayer`
+        "Codes of the visible frames, their mean, and which frames `decoder` has to rebuild from them."
         self.check(x)
         codes = self.hash(self.encoder(x, visible), normed)                   # (views*b, v, k)
         h = codes.mean(1)                                                     # (views*b, k)
-        if visible is None: return S5VHOutput(codes, h, torch.empty(len(x), 0, dtype=torch.long, device=x.device), None)
+        if visible is None: return S5VHOutput(codes, h, torch.empty(len(x), 0, dtype=torch.long, device=x.device))
         hidden = hidden_frames(visible, x.shape[1])                           # (views*b, t-v)
         expect(hidden.shape[1] > 0, "visible", "at least one hidden frame (pass None to see all)", f"all {x.shape[1]} frames")
-        return S5VHOutput(codes, h, hidden, self.decoder(codes, visible, hidden) if rebuild else None)
+        return S5VHOutput(codes, h, hidden)
 
     def h(self, x:Tensor) -> Tensor: # (b, t, d) -> (b, k)
         "The mean of the frame codes, all frames visible."

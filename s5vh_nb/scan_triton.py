@@ -13,6 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .basics import expect
+from .scan import _grouped
 
 try:
     import triton, triton.language as tl
@@ -339,11 +340,6 @@ def _ready(x:torch.Tensor):
     usable = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     expect(usable, "device", "CUDA tensors (or TRITON_INTERPRET=1, set before the import)", str(x.device))
     expect(x.dtype in (torch.float32, torch.bfloat16, torch.float16), "dtype", "float32, bfloat16 or float16", x.dtype)
-
-def _grouped(B:torch.Tensor, b:int, t:int) -> torch.Tensor:
-    "`B` or `C` in any of its three shapes as (b, t, g, n); constant ones are groups of a single channel."
-    if B.dim() == 2: return B.expand(b, t, -1, -1)                                           # (d, n) -> (b, t, d, n)
-    return B.transpose(1, 2)[:, :, None] if B.dim() == 3 else B.permute(0, 3, 1, 2)          # -> (b, t, g, n)
 
 def selective_scan_triton(
     u:torch.Tensor, # Input (b, d, t): float32, bfloat16 or float16; any strides, a transposed (b, t, d) tensor is the fast layout

@@ -53,7 +53,7 @@ def test_centers_differ_as_the_rows_say(few):
     def centers(**changes):
         config = training.replace(train_config("spoken-digits", "smoke", bits=64, n_centers=32, **changes), **few.widths)
         run = training.start(config, few, torch.device("cpu"))
-        training.prepare(run, few, (torch.as_tensor(few.train.features),), progress=False)
+        training.prepare(run, few, progress=False)
         return run.objective.centers
     found = [centers(centers=kind) for kind in ("semantic", "plain", "hadamard", "random")]
     assert not any(torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])

@@ -4,8 +4,9 @@ import copy
 import pytest, torch
 from torch import nn
 
+from s5vh_nb import datasets, training
 from s5vh_nb.basics import Captured
-from s5vh_nb.config import S5VHConfig
+from s5vh_nb.config import S5VHConfig, train_config
 from s5vh_nb.losses import reconstruction_loss
 from s5vh_nb.mixers import RWKV, Bidirectional, Layers, Mamba, RetNet, norm_linear
 from s5vh_nb.s5vh import S5VH, take
@@ -108,3 +109,48 @@ def test_gradients_of_a_captured_step():
     step = Captured(lambda x: torch.autograd.grad((net(x)*weights).sum(), list(net.parameters())))
     for _ in range(8):
         for mine, theirs in zip(step(x), wanted, strict=True): assert (mine - theirs).norm() <= 1e-3*theirs.norm()
+
+
+def test_inputs_of_another_kind_get_an_ordinary_call():
+    ones = torch.ones(3, device="cuda")
+    total = Captured(lambda a, b: a + (0 if b is None else b))
+    for k in range(6): assert torch.equal(total(ones, k*ones), (1 + k)*ones)
+    assert torch.equal(total(ones, None), ones) and torch.equal(total(ones[:2], ones[:2]), 2*ones[:2])
+    assert total(ones.double(), ones.double()).dtype == torch.float64
+
+
+CONFIG = train_config("spoken-digits", "smoke", epochs=4, warmup=1, precision="float32")
+def trained(**options): return training.train(CONFIG, datasets.load("spoken-digits"), progress=False, **{"device": "cuda", **options})
+def losses(run): return torch.tensor([[h[name] for name in ("loss", "reconstruction", "contrast", "alignment")] for h in run.history])
+
+
+def test_captured_steps_are_the_ordinary_steps(monkeypatch):
+    "Both phases, with labels that move and a learning rate that falls."
+    captured = trained()
+    def ordinary_step(run, warm, inputs):
+        return lambda rows, *order: training.step(run, warm, *(x[rows] for x in inputs), rows, *order)
+    monkeypatch.setattr(training, "make_step", ordinary_step)
+    ordinary = trained()
+    assert torch.allclose(losses(captured), losses(ordinary), rtol=1e-3)
+    assert torch.allclose(captured.objective.soft_labels, ordinary.objective.soft_labels, atol=1e-4)
+
+
+def test_features_that_do_not_fit_are_fetched_meanwhile(monkeypatch):
+    "Another thread pins the next batch, also while a step is captured; the numbers are those of features that lie on the GPU."
+    held = trained()
+    monkeypatch.setattr(training, "place", lambda features, device, precision: features)
+    fetched = trained()
+    assert fetched.history == held.history and torch.equal(fetched.objective.soft_labels, held.objective.soft_labels)
+
+
+@pytest.mark.parametrize("first,then", [("cpu", "cuda"), ("cuda", "cpu")])
+def test_a_checkpoint_goes_on_elsewhere(first, then, tmp_path, monkeypatch):
+    epoch = training.train_epoch
+    def dies(run, *rest):
+        if run.epoch == 2: raise KeyboardInterrupt
+        return epoch(run, *rest)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "train_epoch", dies)
+        trained(device=first, checkpoint=tmp_path/"run.pt", every=1)
+    run = trained(device=then, checkpoint=tmp_path/"run.pt", resume=True)
+    assert len(run.history) == CONFIG.epochs and run.history[-1]["loss"] < run.history[0]["loss"]

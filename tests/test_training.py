@@ -129,7 +129,7 @@ training.train(config, data, device="cpu", checkpoint={str(checkpoint)!r}, progr
 def test_every_weight_learns_in_bfloat16(data):
     "The refresh sees all frames without gradients, in the same step: its bfloat16 copies of the weights must not be those that learn."
     run = training.start(replace(CONFIG, precision="bfloat16", **data.widths), data, torch.device("cpu"))
-    training.prepare(run, data, (data.train.features,), progress=False)
+    training.prepare(run, data, progress=False)
     x, rows = torch.as_tensor(data.train.features[:8]), torch.arange(8)
     training.step(run, True, x, rows, torch.rand(8, data.t).argsort(1))
     assert [name for name, p in run.model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
