@@ -104,5 +104,6 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def _load_as_safetensor(cls, model, model_file, map_location, strict):
-        try: return super()._load_as_safetensor(model, model_file, map_location, strict)
-        except SafetensorError as e: raise ValueError(f"{model_file}: expected a complete safetensors file, found: {e}") from e
+        wanted = f"a complete safetensors file with the weights of {cls.__name__} as config.json has it"
+        try: return super()._load_as_safetensor(model, model_file, map_location, strict=True)
+        except (SafetensorError, RuntimeError) as e: raise ValueError(f"{model_file}: expected {wanted}, found: {e}") from e

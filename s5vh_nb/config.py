@@ -9,7 +9,7 @@ __all__ = ['DEPTHS', 'VARIANTS', 'PAIR_VARIANTS', 'DATASETS', 'PAIR_DATASETS', '
            'known', 'replace', 'variant', 'train_config', 'BaselineConfig', 'TransferConfig', 'to_dict', 'from_dict']
 
 # %% ../nbs/lib/01_config.ipynb #65d5b4a9
-import dataclasses, difflib
+import dataclasses, difflib, math
 from dataclasses import dataclass, field
 
 from .basics import expect
@@ -70,8 +70,9 @@ class SLGConfig:
     def __post_init__(self):
         typed(self)
         weights = {name: getattr(self, name) for name in ("reconstruction", "alpha", "beta")}
-        expect(min(weights.values()) >= 0 and max(weights.values()) > 0, "reconstruction, alpha, beta",
-               "weights of at least 0, one of them above 0", weights)
+        expect(all(0 <= w < math.inf for w in weights.values()) and any(weights.values()), "reconstruction, alpha, beta",
+               "finite weights of at least 0, one of them above 0", weights)
+        expect(self.pca > 0, "pca", "at least 1", self.pca)
         expect(0 < self.mask_ratio < 1, "mask_ratio", "a share between 0 and 1, both excluded", self.mask_ratio)
         expect(0 <= self.tau_plus < 1, "tau_plus", "a prior in [0, 1)", self.tau_plus)
         expect(0 <= self.refresh <= 1, "refresh", "a share in [0, 1]", self.refresh)
@@ -125,6 +126,8 @@ class MetricConfig:
     def __post_init__(self):
         typed(self)
         expect(self.n_classes > 0, "n_classes", "at least 1", self.n_classes)
+        weights = {name: getattr(self, name) for name in ("similarity", "classification", "quantization")}
+        expect(all(0 <= w < math.inf for w in weights.values()), "similarity, classification, quantization", "finite weights of at least 0", weights)
         expect(self.similarity + self.classification > 0, "similarity, classification", "at least one weight above 0", "none")
 
 # %% ../nbs/lib/01_config.ipynb #cce016a5

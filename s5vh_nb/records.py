@@ -163,7 +163,8 @@ def load_codes(path:str|Path) -> dict: # Path of the record
 # %% ../nbs/lib/40_records.ipynb #472d8309
 def read_all(profile:str) -> list: # "smoke", "quick", "full" or "paper"
     "All records of a profile, by name; a broken one is an error, never skipped."
-    return [load(path) for path in sorted(path_of("*", profile).parent.glob("*.json"))]
+    paths = sorted(path_of("*", profile).parent.glob("*.json"))
+    return [load(path) for path in paths if ".json.tmp-" not in path.name]                 # not what `atomic_write` has under way
 
 def flat(values:dict, # Nested dictionaries
          prefix:str="") -> dict: # Put before each name

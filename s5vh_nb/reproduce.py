@@ -98,7 +98,8 @@ def parameters_for(artefact:Artefact,
 # %% ../nbs/lib/43_reproduce.ipynb #6a7dccbf
 def places(data_root:str|None=None) -> dict:
     "This machine's folders and the names that stand for them, longest first."
-    named = {str(data_root): "<data_root>"} if data_root else {}
+    named = {str(Path(data_root).resolve()): "<data_root>"} if data_root else {}           # a relative one says nothing of this machine
+    if data_root and Path(data_root).is_absolute(): named[str(data_root)] = "<data_root>"
     named |= {str(project_root().resolve()): ".", sys.prefix: "<python>", tempfile.gettempdir(): "<tmp>", str(Path.home()): "~"}
     return {folder: named[folder] for folder in sorted(named, key=len, reverse=True) if folder != "/"}
 

@@ -245,8 +245,9 @@ def several(value, # None, one value, a list, or text with commas
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     expect(all(type(v) in (int, str) for v in values), where, wanted, repr(value), TypeError)
     expect(values and "" not in values, where, wanted, repr(value))
+    values = [int(v) if isinstance(v, str) and v.isdecimal() else v for v in values]
     expect(len(set(values)) == len(values), where, "each one once: twice the same run is no second one", repr(value))
-    return [int(v) if isinstance(v, str) and v.isdigit() else v for v in values]
+    return values
 
 def video_sets(value, # As for `several`
                default) -> list: # What None stands for

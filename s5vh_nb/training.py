@@ -9,7 +9,7 @@ __all__ = ['NETWORKS', 'OBJECTIVES', 'EpochPlan', 'epoch_seed', 'plan_epoch', 'l
            'given_centers', 'matmul_precision', 'prepare', 'watched', 'seen', 'train']
 
 # %% ../nbs/lib/23_training.ipynb #d84d640f
-import contextlib, dataclasses, functools, hashlib, io, math, time
+import contextlib, dataclasses, functools, hashlib, io, math, time, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,12 +107,17 @@ def save_checkpoint(run:TrainedRun, path:str|Path):
 
 def _read_checkpoint(path:str|Path) -> dict:
     expect(Path(path).is_file(), str(path), "a checkpoint", "no such file", FileNotFoundError)
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with zipfile.ZipFile(path) as file: damaged = file.testzip()              # torch does not look at the checksums
+        expect(damaged is None, "checksums", "those of the contents", f"another one for {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         said = f"a damaged or foreign file ({type(e).__name__}: {e})"
         raise ValueError(f"{path}: expected a checkpoint of this package, found {said}") from e
     found = state.get("schema") if isinstance(state, dict) else None
     expect(found == _SCHEMA, str(path), f"a checkpoint of schema {_SCHEMA}", f"schema {found}")
+    parts = {"schema", "config", "fingerprint", "epoch", "history", "seconds", "model", "objective", "optimizer"}
+    expect(set(state) == parts, str(path), f"a checkpoint with {', '.join(sorted(parts))}", ", ".join(sorted(state)))
     return state
 
 def load_checkpoint(path:str|Path, config:TrainConfig, data:datasets.VideoDataset|MultiModalDataset, device:torch.device) -> TrainedRun:

@@ -108,3 +108,9 @@ def test_commit(home):
     assert records.git_commit() == clean + "+dirty"
     os.environ["S5VH_NB_HOME"] = str(home/"results")
     assert records.git_commit() is None
+
+
+def test_what_a_killed_writer_left_is_no_record(home):
+    path = records.save(RECORD, "smoke")
+    path.with_name(f"{path.name}.tmp-x1y2.json").write_text("")
+    assert records.read_all("smoke") == [RECORD]

@@ -130,3 +130,13 @@ def test_incomplete_artefact_notebook(tmp_path, cells, said):
     path = tmp_path/"odd.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     with pytest.raises(ValueError, match=f"odd.ipynb: {said}"): reproduce.read_artefact(path)
+
+
+def test_a_relative_data_folder_leaves_the_notebook_whole(project, tmp_path, monkeypatch):
+    "Its name may be a word of the notebook's own format."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"data").mkdir()
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"data_root = 'data', {str(tmp_path/'data')!r}")])
+    text = reproduce.shareable(nb, "data")
+    nbformat.validate(nbformat.reads(text, 4))
+    assert "'data', '<data_root>'" in text

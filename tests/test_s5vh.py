@@ -113,6 +113,12 @@ def test_a_truncated_model_file_is_named(saved):
     weights.write_bytes(weights.read_bytes()[:500])
     with pytest.raises(ValueError, match="model.safetensors: expected"): S5VH.from_pretrained(saved)
 
+def test_weights_of_another_network_are_refused(saved):
+    "They would leave some of the weights as they were drawn."
+    config = saved/"config.json"
+    config.write_text(config.read_text().replace('"depth": 1', '"depth": 2'))
+    with pytest.raises(ValueError, match="model.safetensors: expected .*the weights of S5VH"): S5VH.from_pretrained(saved)
+
 @pytest.mark.parametrize("found", [torch.zeros(2, 25), torch.zeros(2, 25, 12), torch.zeros(2, 25, 13, 1)])
 def test_frames_of_another_shape_are_refused(found):
     model = S5VH(S5VHConfig(d=13, bits=16, m=16, depth=1, decoder_m=16))

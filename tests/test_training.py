@@ -91,7 +91,8 @@ def test_a_checkpoint_of_another_schema_is_refused(checkpoint, data, tmp_path):
     with pytest.raises(ValueError, match="schema 2, found schema 99"): resume(tmp_path/"new.pt", data)
 
 @pytest.mark.parametrize("changes, said", [
-    (dict(alpha=-1.), "reconstruction, alpha, beta: expected weights of at least 0"),
+    (dict(alpha=-1.), "reconstruction, alpha, beta: expected finite weights of at least 0"),
+    (dict(alpha=float("nan")), "reconstruction, alpha, beta: expected finite weights of at least 0"),
     (dict(alpha=0., beta=0., reconstruction=0.), "one of them above 0"),
     (dict(lr=-1.), "lr: expected a positive"), (dict(lr_end=float("nan")), "lr_end: expected a positive"),
     (dict(batch=1), "batch"), (dict(epochs=0), "epochs"), (dict(tau_plus=1.), "tau_plus"), (dict(mask_ratio=1.), "mask_ratio"),
@@ -133,3 +134,19 @@ def test_every_weight_learns_in_bfloat16(data):
     x, rows = torch.as_tensor(data.train.features[:8]), torch.arange(8)
     training.step(run, True, x, rows, torch.rand(8, data.t).argsort(1))
     assert [name for name, p in run.model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+
+
+def test_a_checkpoint_with_flipped_bytes_is_refused(checkpoint, data, tmp_path):
+    "Of the same length, and a zip file still: only its checksums tell."
+    raw, broken = bytearray(checkpoint.read_bytes()), tmp_path/"flipped.pt"
+    middle = len(raw)//2
+    raw[middle:middle + 64] = bytes(b ^ 255 for b in raw[middle:middle + 64])
+    broken.write_bytes(raw)
+    with pytest.raises(ValueError, match="flipped.pt: expected a checkpoint of this package, found a damaged"): resume(broken, data)
+
+
+def test_a_checkpoint_without_a_part_is_refused(checkpoint, data, tmp_path):
+    state = torch.load(checkpoint, weights_only=True)
+    state.pop("optimizer")
+    torch.save(state, tmp_path/"part.pt")
+    with pytest.raises(ValueError, match="part.pt: expected a checkpoint with"): resume(tmp_path/"part.pt", data)
