@@ -52,7 +52,7 @@ def project_root() -> Path:
     return next((p for p in (here, *here.parents) if (p/"settings.ini").exists()), here)
 
 def pick_device(device:str|None=None) -> torch.device: # "cpu", "cuda", "cuda:1"; None or "auto" takes a GPU when there is one
-    "The device to run on, a GPU chosen by number being torch's current one from then on; `TypeError` for what is no text, `ValueError` for what is not there."
+    "The device to run on; a GPU chosen by number becomes torch's current one. `TypeError` for no text, `ValueError` for none that is here."
     if device is None or device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     expect(isinstance(device, str), "device", "text such as 'cpu' or 'cuda', or None", repr(device), TypeError)
     expect(not device.startswith("cuda") or torch.cuda.is_available(), "device", "'cpu' (this torch sees no GPU)", repr(device))
@@ -61,7 +61,8 @@ def pick_device(device:str|None=None) -> torch.device: # "cpu", "cuda", "cuda:1"
     except RuntimeError as error: raise ValueError(f"device: expected {wanted}, found {device!r}") from error
     expect(picked.type in ("cpu", "cuda"), "device", wanted, repr(device))
     if picked.type == "cuda" and picked.index is not None:
-        expect(picked.index < torch.cuda.device_count(), "device", f"one of the {torch.cuda.device_count()} GPUs here, from cuda:0", repr(device))
+        there = torch.cuda.device_count()
+        expect(picked.index < there, "device", f"one of the {there} GPUs here, from cuda:0", repr(device))
         torch.cuda.set_device(picked)                         # streams, graphs and Triton's kernels go to the current GPU
     return picked
 
@@ -90,7 +91,7 @@ class Beside:
         for x in made: x.record_stream(torch.cuda.current_stream())
 
 class Captured:
-    "`call` as a CUDA graph on a GPU, after three ordinary calls that set up the libraries; inputs of another kind (shape, dtype, None) get an ordinary call."
+    "`call` as a CUDA graph on a GPU, after three ordinary ones that set up the libraries; inputs of another shape, dtype or None go there too."
     def __init__(self, call): # Takes tensors (or None) on one device, returns tensors; it must not wait for the GPU
         self.call, self.ordinary, self.graph = call, 3, None
 

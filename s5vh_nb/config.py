@@ -127,7 +127,7 @@ class MetricConfig:
         typed(self)
         expect(self.n_classes > 0, "n_classes", "at least 1", self.n_classes)
         weights = {name: getattr(self, name) for name in ("similarity", "classification", "quantization")}
-        expect(all(0 <= w < math.inf for w in weights.values()), "similarity, classification, quantization", "finite weights of at least 0", weights)
+        expect(all(0 <= w < math.inf for w in weights.values()), ", ".join(weights), "finite weights of at least 0", weights)
         expect(self.similarity + self.classification > 0, "similarity, classification", "at least one weight above 0", "none")
 
 # %% ../nbs/lib/01_config.ipynb #cce016a5
