@@ -91,7 +91,7 @@ class Beside:
         for x in made: x.record_stream(torch.cuda.current_stream())
 
 class Captured:
-    "`call` as a CUDA graph on a GPU, after three ordinary ones that set up the libraries; inputs of another shape, dtype or None go there too."
+    "`call` as a CUDA graph on a GPU, after three ordinary ones that set up the libraries; inputs of another kind get an ordinary one."
     def __init__(self, call): # Takes tensors (or None) on one device, returns tensors; it must not wait for the GPU
         self.call, self.ordinary, self.graph = call, 3, None
 
