@@ -58,8 +58,8 @@ prepare: $(READY)  ## after editing notebooks: export the package, clean the not
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/readme.py
 
-clean:  ## remove the environment and what smoke and quick runs wrote
-	rm -rf $(VENV) results/smoke results/quick figures/smoke figures/quick
+clean:  ## remove the environment, what smoke and quick runs wrote, and all checkpoints
+	rm -rf $(VENV) results/smoke results/quick results/checkpoints figures/smoke figures/quick
 
 # torch first and by name: where the index offers a CPU build, that one is taken; elsewhere the ordinary build
 $(READY): pyproject.toml constraints.txt

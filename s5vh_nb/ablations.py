@@ -41,11 +41,15 @@ def per_query(record:records.RunRecord, # With its codes
               part:str="query") -> dict: # Of pairs also "query_image" and "query_text"
     "Every query's part of mAP@N and GmAP, of pairs of mAP, `{score: (nq,)}`, the one to compare last; the mean over queries is the score."
     data, codes = runs.load_data(record.config["dataset"], data_root), runs.codes_of(record, profile)
-    n = len(codes["database"])
+    n, pairs = len(codes["database"]), isinstance(data, MultiModalDataset)
     counts = retrieval.distance_histograms(codes[part], codes["database"], data.query.labels, data.database.labels)         # 2 x (nq, k+1)
-    if isinstance(data, MultiModalDataset): return {"mAP": retrieval.histogram_ap(*counts, n, denominator="hits").numpy()}
-    parts = {f"mAP@{k}": retrieval.histogram_ap(*counts, k).numpy() for k in runs.CUTS if k <= n}                           # (nq,) each
-    return parts | {"GmAP": gmap_parts(np.stack(list(parts.values()), 1))}
+    if pairs: parts = {"mAP": retrieval.histogram_ap(*counts, n, denominator="hits").numpy()}
+    else:
+        parts = {f"mAP@{k}": retrieval.histogram_ap(*counts, k).numpy() for k in runs.CUTS if k <= n}                       # (nq,) each
+        parts["GmAP"] = gmap_parts(np.stack(list(parts.values()), 1))
+    recorded, found = record.metrics[part.replace("query", "map") if pairs else "gmap"], list(parts.values())[-1].mean()
+    expect(abs(found - recorded) < 1e-6, f"codes of {record.name}", f"those of the record, with the score {recorded}", found)
+    return parts
 
 # %% ../nbs/lib/44_ablations.ipynb #fcf27885
 def gain(ours:list, # Records, one per seed

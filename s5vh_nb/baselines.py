@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'FIT_NUMBERS', 'PAIR_METHODS', 'view_of', 'fit_matrix', 'fit_lsh', 'itq_rotation', 'fit_itq', 'fit_lift',
-           'Hasher', 'check_bits', 'fit_baseline', 'pair_rows', 'balance', 'fit_cca_itq', 'code_targets',
-           'fit_supervised', 'PairHasher', 'fit_pair_baseline']
+           'Hasher', 'fit_baseline', 'pair_rows', 'balance', 'fit_cca_itq', 'code_targets', 'fit_supervised',
+           'PairHasher', 'fit_pair_baseline']
 
 # %% ../nbs/lib/16_baselines.ipynb #57093a37
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 
 from .basics import expect
 from .codes import array_like
-from .config import known
+from .config import check_bits, known
 from .datasets import row_blocks
 from .multimodal import PairSplit
 
@@ -109,10 +109,6 @@ class Hasher:
     def _encode_block(self, x):
         if self.lift is not None: x = self.lift.transform(x)                     # (block, lifted width)
         return np.packbits((x - self.mean) @ self.directions > 0, axis=1)        # (block, k/8)
-
-def check_bits(bits):
-    "`ValueError` unless a positive multiple of 8."
-    expect(isinstance(bits, (int, np.integer)) and bits > 0 and bits % 8 == 0, "bits", "a positive multiple of 8", repr(bits))
 
 def fit_baseline(method:str, # "itq" | "lsh"
                  train, # (n, t, d) training features: array, tensor or `RowStore`; with view "flat" also (n, d)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .basics import Captured, atomic_write, expect
+from .basics import Captured, atomic_write, expect, tensor_of
 
 # %% ../nbs/lib/13_codes.ipynb #33ef2b62
 class _StraightThroughSign(torch.autograd.Function):
@@ -86,7 +86,7 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         n = next(len(x) for x in inputs if x is not None)
         expect(n > 0, "features", "at least one item", "none")
         expect(batch > 0, "batch", "at least 1 item", batch)
-        def part(x, start): return None if x is None else torch.as_tensor(x[start:start + batch]).to(device, torch.float32)
+        def part(x, start): return None if x is None else tensor_of(x[start:start + batch]).to(device, torch.float32)
         def call(*parts): return pack(self.h(*parts))
         call, codes, sums = Captured(call) if n > 8*batch else call, [], []                   # a graph costs some blocks to make
         self.eval()

@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['DEPTHS', 'VARIANTS', 'PAIR_VARIANTS', 'DATASETS', 'PAIR_DATASETS', 'DMMH_TRAINING', 'PROFILES', 'PAIR_PROFILES',
            'SEEDS', 'BITS', 'ABLATION_BITS', 'PAIR_BITS', 'PAIR_ABLATION_BITS', 'PAIR_ABLATION_SEEDS',
-           'PAIR_SPEED_BITS', 'KINDS', 'typed', 'S5VHConfig', 'SLGConfig', 'DMMHConfig', 'MetricConfig', 'TrainConfig',
-           'known', 'replace', 'variant', 'train_config', 'BaselineConfig', 'TransferConfig', 'to_dict', 'from_dict']
+           'PAIR_SPEED_BITS', 'KINDS', 'typed', 'check_bits', 'check_seed', 'S5VHConfig', 'SLGConfig', 'DMMHConfig',
+           'MetricConfig', 'TrainConfig', 'known', 'replace', 'variant', 'train_config', 'BaselineConfig',
+           'TransferConfig', 'to_dict', 'from_dict']
 
 # %% ../nbs/lib/01_config.ipynb #65d5b4a9
 import dataclasses, difflib, math
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from .basics import expect
 
@@ -21,6 +24,14 @@ def typed(config):
         value = getattr(config, f.name)
         if f.type is float and type(value) is int: object.__setattr__(config, f.name, value := float(value))
         if f.type in (int, float, str, bool): expect(type(value) is f.type, f.name, f.type.__name__, repr(value), TypeError)
+
+def check_bits(bits:int):
+    "`ValueError` unless a positive multiple of 8."
+    expect(isinstance(bits, (int, np.integer)) and bits > 0 and bits % 8 == 0, "bits", "a positive multiple of 8", repr(bits))
+
+def check_seed(seed:int):
+    "`ValueError` unless a seed that every library takes."
+    expect(0 <= seed < 2**31, "seed", "0 or more, below 2**31", seed)
 
 DEPTHS = {"mini": 1, "small": 6, "base": 12}  # the paper's three encoder sizes, in layers
 
@@ -41,7 +52,7 @@ class S5VHConfig:
 
     def __post_init__(self):
         typed(self)
-        expect(self.bits > 0 and self.bits % 8 == 0, "bits", "a positive multiple of 8", self.bits)
+        check_bits(self.bits)
         for name in ("d", "m", "depth", "decoder_m", "decoder_depth"):
             expect(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         expect(self.directions in ("both", "forward", "backward"), "directions", "'both', 'forward' or 'backward'", repr(self.directions))
@@ -103,7 +114,7 @@ class DMMHConfig:
 
     def __post_init__(self):
         typed(self)
-        expect(self.bits > 0 and self.bits % 8 == 0, "bits", "a positive multiple of 8", self.bits)
+        check_bits(self.bits)
         for name in ("di", "dt", "width", "image_hidden", "text_hidden", "layers"):
             expect(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         choices = {"modality": ("both", "image", "text"), "dilation": ("bit", "bottleneck", "reshape", "none"),
@@ -152,7 +163,7 @@ class TrainConfig:
         expect(self.epochs >= 1, "epochs", "at least 1", self.epochs)
         for name in ("lr", "lr_end"): expect(0 < getattr(self, name) < 1e30, name, "a positive, finite number", getattr(self, name))
         expect(0 < self.share <= 1, "share", "a share in (0, 1]", self.share)
-        expect(self.seed >= 0, "seed", "at least 0", self.seed)
+        check_seed(self.seed)
         expect(self.watch >= 0, "watch", "a number of epochs, or 0 for never", self.watch)
         expect(self.batch >= 2, "batch", "at least 2 (the contrast needs another video)", self.batch)
         pair = (type(self.model), type(self.objective))
@@ -258,6 +269,10 @@ class BaselineConfig:
     view: str = "mean"    # of a video: "mean" over time, or "flat", the frames side by side; of an image-text pair: "pair"
     bits: int = 64
     seed: int = 1
+
+    def __post_init__(self):
+        typed(self)
+        check_bits(self.bits); check_seed(self.seed)
 
 # %% ../nbs/lib/01_config.ipynb #d14a4642
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import h5py, numpy as np, scipy.io, torch
 from sklearn.datasets import load_digits
 from tqdm.auto import tqdm
 
-from .basics import atomic_write, expect
+from .basics import atomic_write, expect, tensor_of
 from .config import known
 
 # %% ../nbs/lib/02_datasets.ipynb #cecc631f
@@ -263,7 +263,7 @@ def to_tensor(features, # (n, t, d) array or `RowStore`
     out = torch.empty(tuple(features.shape), dtype=dtype, device=device)
     for rows in tqdm(row_blocks(features), desc="features", leave=False, disable=features.nbytes < 2**30):
         lazy = isinstance(features, RowStore)
-        out[rows] = features.read(rows.start, rows.stop, device) if lazy else torch.from_numpy(features[rows])    # (block, t, d)
+        out[rows] = features.read(rows.start, rows.stop, device) if lazy else tensor_of(features[rows])           # (block, t, d)
     return out
 
 # %% ../nbs/lib/02_datasets.ipynb #9ca1dd7b

@@ -7,7 +7,7 @@ __all__ = ['PACKAGES', 'SCHEMA', 'plain', 'find', 'run_name', 'versions', 'devic
            'path_of', 'save', 'load', 'load_codes', 'read_all', 'flat', 'frame']
 
 # %% ../nbs/lib/40_records.ipynb #3f2203d4
-import dataclasses, datetime, hashlib, importlib.metadata, json, math, os, platform, re, subprocess
+import dataclasses, datetime, hashlib, importlib.metadata, json, math, os, platform, re, subprocess, zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -157,8 +157,11 @@ def load(path:str|Path) -> RunRecord:
 def load_codes(path:str|Path) -> dict: # Path of the record
     "The packed codes saved with a record, by split: uint8 (n, k/8)."
     path = Path(path).with_suffix(".npz")
-    expect(path.exists(), str(path), "the packed codes of a run", "no such file", FileNotFoundError)
-    with np.load(path, allow_pickle=False) as file: return {split: file[split] for split in file.files}
+    wanted = f"the packed codes of a run (to make it again, delete {path.stem}.json)"
+    expect(path.exists(), str(path), wanted, "no such file", FileNotFoundError)
+    try:
+        with np.load(path, allow_pickle=False) as file: return {split: file[split] for split in file.files}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error: raise ValueError(f"{path}: expected {wanted}, found: {error}") from error
 
 # %% ../nbs/lib/40_records.ipynb #472d8309
 def read_all(profile:str) -> list: # "smoke", "quick", "full" or "paper"

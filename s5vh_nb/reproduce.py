@@ -105,8 +105,11 @@ def places(data_root:str|None=None) -> dict:
 
 def shareable(nb, # An executed notebook
               data_root:str|None=None) -> str: # The data folder given as a parameter
-    "The notebook as text: no clock times, no folders of this machine."
-    for cell in nb.cells: cell.metadata = nbformat.from_dict({"tags": cell.metadata.get("tags", [])})
+    "The notebook as text, the same one whenever the same was shown: no clock times, no folders of this machine."
+    for cell in nb.cells:
+        tags = cell.metadata.get("tags", [])
+        cell.metadata = nbformat.from_dict({"tags": tags})
+        if "injected-parameters" in tags: cell.id = "injected-parameters"                  # papermill draws one
     notes = nb.metadata.get("papermill", {})
     nb.metadata["papermill"] = {key: notes[key] for key in ("parameters", "version") if key in notes}
     text = nbformat.writes(nb)
@@ -183,7 +186,8 @@ def run_all(chosen:list, # Artefacts
     for number, (artefact, parameters) in enumerate(jobs, 1):
         print(f"[{number}/{len(jobs)}] {artefact.name}: {artefact.title}", flush=True)
         began = time.perf_counter()
-        failure = execute(artefact, parameters)
+        try: failure = execute(artefact, parameters)
+        except OSError as error: failure = str(error)                                       # the executed copy could not be written
         print(f"[{number}/{len(jobs)}] {artefact.name}: {'FAILED' if failure else 'done'} in {time.perf_counter() - began:.0f} s",
               flush=True)
         if failure: failures[artefact.name] = failure

@@ -21,7 +21,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
 from . import datasets
-from .basics import Captured, atomic_write, expect, pick_device
+from .basics import Captured, atomic_write, expect, pick_device, tensor_of
 from .centers import read_centers
 from .config import DATASETS, DMMHConfig, MetricConfig, S5VHConfig, SLGConfig, TrainConfig, from_dict, replace, to_dict
 from .dmmh import DMMH
@@ -169,7 +169,7 @@ def time_means(features, # (n, t, d) array or `datasets.RowStore`
                device:torch.device|str="cpu", # Where to compute
                block:int=1024) -> Tensor: # Videos at a time
     "Means over time of the features as they were given, float32 (n, d) on the CPU."
-    parts = (torch.as_tensor(features[i:i + block]).to(device).float().mean(1).cpu() for i in range(0, len(features), block))
+    parts = (tensor_of(features[i:i + block]).to(device).float().mean(1).cpu() for i in range(0, len(features), block))
     return torch.cat(list(parts))
 
 def batches(inputs:tuple, # (n, ...) each, from `place`
@@ -179,7 +179,7 @@ def batches(inputs:tuple, # (n, ...) each, from `place`
         yield from plan.draws
         return
     def fetch(rows):
-        parts = [torch.as_tensor(x[rows]) for x in inputs]                        # (b, ...) each
+        parts = [tensor_of(x[rows]) for x in inputs]                              # (b, ...) each
         return [x.pin_memory() if device.type == "cuda" and not x.is_cuda else x for x in parts]
     with ThreadPoolExecutor(1) as pool:
         ahead = map_ahead(pool, fetch, plan.rows.cpu().numpy())
@@ -284,6 +284,8 @@ def train(config:TrainConfig, # What to train; see `settled`
           look=None, # Called with the run after the epochs that `watched` names; its dict joins the history of that epoch
           progress:bool=True) -> TrainedRun:
     "Train S5VH or DMMH as configured; the same seed on the same machine, with as many threads, gives the same weights, resumed or not."
+    expect(every >= 1, "every", "a number of epochs, at least 1", every)
+    expect(not checkpoint or not Path(checkpoint).is_dir(), str(checkpoint), "a file to keep the checkpoint in", "a folder")
     data, device, clock = data or datasets.load(config.dataset, data_root), pick_device(device), time.perf_counter()
     config, data = settled(config, data), training_share(data, config.share, config.seed)
     inputs = tuple(place(x, device, config.precision) for x in data.train.inputs) # (n, t, d), or (n, di) and (n, dt)

@@ -89,3 +89,11 @@ def test_a_transfer_is_not_trained_where_that_is_forbidden(home, monkeypatch):
     monkeypatch.setenv("S5VH_NB_NO_TRAINING", "1")
     with pytest.raises(FileNotFoundError, match="itq-from-spoken-digits-spoken-pairs-16bit"):
         runs.ask_transfer(BaselineConfig(bits=16), "spoken-pairs", "smoke", device="cpu")
+
+
+def test_codes_of_another_run_are_refused(home):
+    ours, other = (runs.ask(BaselineConfig(bits=16, seed=seed), "smoke", progress=False) for seed in (1, 2))
+    ours, other = (records.path_of(record.name, "smoke") for record in (ours, other))
+    other.with_suffix(".npz").replace(ours.with_suffix(".npz"))
+    with pytest.raises(ValueError, match=f"codes of {ours.stem}: expected those of the record"):
+        ablations.per_query(records.load(ours), "smoke")

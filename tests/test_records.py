@@ -114,3 +114,14 @@ def test_what_a_killed_writer_left_is_no_record(home):
     path = records.save(RECORD, "smoke")
     path.with_name(f"{path.name}.tmp-x1y2.json").write_text("")
     assert records.read_all("smoke") == [RECORD]
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda path: path.unlink(), "no such file"),
+    (lambda path: path.write_bytes(path.read_bytes()[:100]), "File is not a zip file"),
+    (lambda path: path.write_bytes(b""), "No data left"),
+])
+def test_codes_that_are_gone_or_damaged(damage, said):
+    path = records.save(RECORD, "smoke", {"query": np.zeros((5, 2), np.uint8)}).with_suffix(".npz")
+    damage(path)
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"{path}: .*delete {path.stem}.json.*{said}"): records.load_codes(path)

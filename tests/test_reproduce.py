@@ -57,6 +57,22 @@ def test_traceback_and_progress_bar_in_the_kept_copy(project, tmp_path):
     assert kept.count("2000/2000") == 1 and "1000/2000" not in kept and "widget" not in kept
 
 
+def test_a_copy_that_cannot_be_kept_costs_only_its_own_artefact(project):
+    two = [project(stem, f"print('{stem}')") for stem in ("first", "second")]
+    reproduce.executed_path(two[0], "smoke").mkdir(parents=True)                      # a folder where the copy belongs
+    failures = reproduce.run_all(two, {"profile": "smoke"})
+    assert list(failures) == ["s5vh/first"] and "s5vh_first.ipynb: expected to write the whole file" in failures["s5vh/first"]
+    assert outputs(reproduce.executed_path(two[1], "smoke")) == "second\n"
+
+
+def test_the_same_notebook_gives_the_same_copy(project):
+    artefact, kept = project("same", "print(profile)"), []
+    for _ in range(2):
+        reproduce.execute(artefact, {"profile": "smoke"})
+        kept.append(reproduce.executed_path(artefact, "smoke").read_text())
+    assert kept[0] == kept[1]
+
+
 def start(*words): # a background shell may have told its children to ignore interrupts
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     program = "import sys; from s5vh_nb.reproduce import main; sys.exit(main(sys.argv[1:]))"
@@ -118,7 +134,7 @@ def test_unknown_profile_and_no_notebooks(project, tmp_path, capsys):
 def test_results_that_cannot_be_written(project, tmp_path, capsys):
     project("fine", "print('fine')")
     (tmp_path/"home"/"results").write_text("a file where a folder should be")
-    assert reproduce.main(["reproduce", "fine", "--profile", "smoke"]) == 2
+    assert reproduce.main(["reproduce", "fine", "--profile", "smoke"]) == 1
     assert "expected a folder that can be written to" in capsys.readouterr().err
 
 

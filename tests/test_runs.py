@@ -65,3 +65,15 @@ def test_processes_side_by_side_finish_and_name_the_run_that_failed(home):
         runs.ask_all([bad, *good], "smoke", device="cpu", workers=2)
     assert len(records.read_all("smoke")) == 2
     assert [r.config["method"] for r in runs.ask_all(good, "smoke", device="cpu", workers=2)] == ["itq", "lsh"]
+
+
+def test_a_checkpoint_belongs_to_the_code_that_made_it(tmp_path, monkeypatch):
+    "Not to its comments."
+    monkeypatch.setattr(records, "__file__", str(tmp_path/"records.py"))
+    stamps = []
+    for text in ("x = 1", "x = 1  # one", "x = 2"):
+        (tmp_path/"mixers.py").write_text(text)
+        stamps.append(runs.code_stamp.__wrapped__())
+    assert stamps[0] == stamps[1] != stamps[2]
+    monkeypatch.setattr(runs, "code_stamp", lambda: stamps[2])
+    assert stamps[2] in runs.checkpoint_of(CONFIG).name
