@@ -148,9 +148,10 @@ def may_run() -> bool:
     "Whether runs without a record may be made."
     return "S5VH_NB_NO_TRAINING" not in os.environ
 
-def check_may_run(name:str, profile:str):
-    "`FileNotFoundError` where new runs are forbidden."
-    expect(may_run(), f"results/{profile}/runs/{name}.json", "a record (S5VH_NB_NO_TRAINING forbids new runs)", "none", FileNotFoundError)
+def check_may_run(names:list, profile:str): # Runs that have no record
+    "`FileNotFoundError` naming them where new runs are forbidden."
+    wanted = f"the records {', '.join(names)} (S5VH_NB_NO_TRAINING forbids new runs)"
+    expect(may_run() or not names, f"results/{profile}/runs", wanted, "none of them", FileNotFoundError)
 
 def ask(config:TrainConfig|BaselineConfig, # What to run
         profile:str, # "smoke", "quick", "full" or "paper": where its record lies
@@ -161,7 +162,7 @@ def ask(config:TrainConfig|BaselineConfig, # What to run
     data = load_data(config.dataset, data_root)
     if record := read(config, profile, data): return record
     config = settle(config, data)
-    check_may_run(records.run_name(describe(config)), profile)
+    check_may_run([records.run_name(describe(config))], profile)
     encode, row, history, learnt = learn(config, data, device, progress)
     codes, metrics, seconds = encoded(encode, data, device, alone=getattr(getattr(config, "model", None), "modality", None) == "both")
     return store(config, profile, data, device, codes, metrics={"row": row, **metrics}, history=history,
@@ -180,7 +181,7 @@ def ask_about(config:TrainConfig, # Whose network
     data = load_data(config.dataset, data_root)
     if record := read(config, profile, data, what): return record
     config = settle(config, data)
-    check_may_run(records.run_name(describe(config, what)), profile)
+    check_may_run([records.run_name(describe(config, what))], profile)
     run = trained(config, data, device, progress)
     begun = time.perf_counter()
     metrics = {**measure(run.model, data)}
@@ -199,7 +200,7 @@ def ask_transfer(config:TrainConfig|BaselineConfig, # What learns, and from what
     if record := read(transfer, profile, away):
         expect(record.data["source"] == data_of(home), f"{record.name}, source", f"{data_of(home)}, the data here", record.data["source"])
         return record
-    check_may_run(records.run_name(describe(transfer)), profile)
+    check_may_run([records.run_name(describe(transfer))], profile)
     encode, row, _, learnt = learn(transfer.source, home, device, progress)
     codes, metrics, seconds = encoded(encode, away, device)
     return store(transfer, profile, away, device, codes, metrics={"row": row, **metrics}, seconds={"train": learnt, **seconds}, home=home)
@@ -209,7 +210,9 @@ def ask_all(configs:list, # Runs, as for `ask`
             profile:str, *, data_root:str|None=None, device:str|None=None,
             workers:int|None=None) -> list: # Processes side by side; None: one per thread, at most 4, on a CPU, up to 6 per GPU
     "The records of several runs, in order; a failed run is reported by name after the others have finished."
+    configs = [settle(c, load_data(c.dataset, data_root)) for c in configs]
     missing = [c for c in configs if not read(c, profile, load_data(c.dataset, data_root))]
+    check_may_run([records.run_name(describe(c)) for c in missing], profile)
     workers = workers or _at_once(pick_device(device), [load_data(c.dataset, data_root) for c in missing])
     options = dict(data_root=data_root, device=device)
     with tqdm(total=len(configs), initial=len(configs) - len(missing), desc="runs", unit="run") as bar:

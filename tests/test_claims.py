@@ -52,7 +52,7 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def pretend(quality, name="spoken-digits", looks=(.1, .2), metrics=None, **changes):
+def pretend(quality, name="spoken-digits", looks=(.1, .2), **changes):
     "The record of a run that never was: a share of the items gets the code of its class, the others have random bits."
     config, data, rng = train_config(name, "smoke", bits=16, **changes), runs.load_data(name), np.random.default_rng(0)
     words = np.random.default_rng(1).integers(0, 256, (64, 2), np.uint8)
@@ -61,7 +61,8 @@ def pretend(quality, name="spoken-digits", looks=(.1, .2), metrics=None, **chang
         return np.where(rng.random(len(first))[:, None] < quality, words[first], rng.integers(0, 256, (len(first), 2), np.uint8))
     found = {"query": codes(data.query), "database": codes(data.database)}
     history = [{"epoch": e, "map@5": value} for e, value in enumerate(looks)] or [{"epoch": e} for e in (0, 1)]
-    return runs.store(runs.settle(config, data), "smoke", data, "cpu", found, metrics=metrics or {}, seconds={"train": 0}, history=history)
+    metrics = runs.scores(found, data)
+    return runs.store(runs.settle(config, data), "smoke", data, "cpu", found, metrics=metrics, seconds={"train": 0}, history=history)
 
 
 def test_effect_of_made_up_runs(home):
@@ -127,7 +128,7 @@ def test_times_of_a_gpu_are_shown_where_there_is_none(home):
         runs.store(runs.settle(config, data), "smoke", data, "cpu", None, f"speed on {where}", metrics=times, seconds={"train": 0})
     changes = [PAIR_VARIANTS[row] for row in ("DMMH", "without Mamba", "with Transformer", "plain MLPs")]
     networks = [train_config("emoji", "smoke", bits=16, **change) for change in changes]
-    for change in changes: pretend(.8, "emoji", metrics={"map": .5}, **change)
+    for change in changes: pretend(.8, "emoji", **change)
     for config in networks: measured(config, "cpu")
     for config in (BaselineConfig("emoji", method, bits=16) for method in ("supervised", "itq")):
         runs.store(runs.settle(config, data), "smoke", data, "cpu", None, metrics={"map": .4}, seconds={"train": 0})

@@ -60,7 +60,7 @@ def test_a_measurement_of_other_data_is_refused(home):
 def test_processes_side_by_side_finish_and_name_the_run_that_failed(home):
     good = [BaselineConfig(bits=16, method=method) for method in ("itq", "lsh")]
     bad = train_config("spoken-digits", "smoke", bits=16, n_centers=5000)
-    name = records.run_name(runs.describe(bad))
+    name = records.run_name(runs.describe(runs.settle(bad, runs.load_data(bad.dataset))))
     with pytest.raises(RuntimeError, match=f"1 of 3 runs failed: {name}: .*n_centers"):
         runs.ask_all([bad, *good], "smoke", device="cpu", workers=2)
     assert len(records.read_all("smoke")) == 2
