@@ -42,11 +42,11 @@ def save_table(frame:pd.DataFrame, # One column per column of the table; an inde
                paper:str, # "s5vh", "dmmh" or "beyond"
                artefact:str, # Begins with the notebook's stem
                profile:str, # "smoke", "quick", "full" or "paper"
-               digits:int=4) -> Path: # Decimals in the Markdown; the CSV keeps all
+               digits:int=4) -> Path: # Decimals in the Markdown; the CSV has ten digits in all
     "Save as `results/<profile>/tables/<paper>_<artefact>.csv` and `.md`; returns the path of the CSV."
     path = project_root()/"results"/known(profile, PROFILES, "profile")/"tables"/f"{paper}_{artefact}.csv"
     if any(frame.index.names): frame = frame.reset_index()
-    with atomic_write(path) as tmp: frame.to_csv(tmp, index=False)
+    with atomic_write(path) as tmp: frame.to_csv(tmp, index=False, float_format="%.10g")
     text = frame.to_markdown(index=False, floatfmt=f".{digits}f", missingval="")
     with atomic_write(path.with_suffix(".md")) as tmp: tmp.write_text(text + "\n")
     return path
