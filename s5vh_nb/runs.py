@@ -66,7 +66,7 @@ def describe(config:TrainConfig|BaselineConfig|TransferConfig, what:str="") -> d
 @functools.cache
 def code_stamp() -> str:
     "8 hex digits over this package's code; comments do not count."
-    modules = sorted(Path(records.__file__).parent.glob("*.py"))
+    modules = sorted(Path(records.__file__).parent.glob("*.py"))                            # a notebook has no __file__ of its own
     code = "".join(ast.dump(ast.parse(path.read_text())) for path in modules if path.stem != "_modidx")
     return hashlib.sha256(code.encode()).hexdigest()[:8]
 
