@@ -33,8 +33,8 @@ def ask_rows(rows:dict, # name -> fields of the configuration that it changes
 # %% ../nbs/lib/44_ablations.ipynb #70547563
 def gmap_parts(ap:np.ndarray) -> np.ndarray: # (queries, cuts) average precisions -> (queries,)
     "Every query's part of the GmAP, to first order; their mean is the GmAP."
-    means = ap.mean(0).clip(1e-12)
-    return retrieval.gmap(means)*(ap/means).mean(1)
+    means = ap.mean(0)
+    return retrieval.gmap(means)*(ap/means).mean(1) if means.all() else np.zeros(len(ap))
 
 def per_query(record:records.RunRecord, # With its codes
               profile:str, data_root:str|None=None,

@@ -45,7 +45,7 @@ def atomic_write(path:str|Path): # The file to create or replace; its folder is 
         os.chmod(tmp, 0o644)
         os.replace(tmp, path)
     except Exception as e:
-        if not isinstance(e, OSError) and _errno(e) is None: raise
+        if _errno(e) is None: raise
         said = f"{path}: expected to write the whole file, found: {getattr(e, 'strerror', None) or e} (what was there before is kept)"
         raise OSError(_errno(e), said) from e
     finally: tmp.unlink(missing_ok=True)

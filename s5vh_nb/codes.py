@@ -6,6 +6,7 @@
 __all__ = ['sign_ste', 'relax', 'pack', 'unpack', 'array_like', 'finite', 'HashNetwork']
 
 # %% ../nbs/lib/13_codes.ipynb #99c9305a
+import json
 from pathlib import Path
 
 import torch
@@ -98,6 +99,17 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         finally: self.train(learning)
         finite(torch.stack(sums))   # asked at the end: the GPU is never waited for before
         return torch.cat(codes).cpu()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path:str|Path, **options) -> "HashNetwork": # A folder, or a name on the Hub
+        "What `save_pretrained` saved or `push_to_hub` published; `ValueError` naming a file that is missing, damaged or another's."
+        config, found = Path(pretrained_model_name_or_path)/"config.json", None
+        if config.parent.is_dir():
+            wanted = f"a JSON file with the fields of {cls.__name__}'s configuration"
+            try: found = json.loads(config.read_text())
+            except (OSError, ValueError) as e: raise ValueError(f"{config}: expected {wanted}, found: {e}") from e
+            expect(isinstance(found, dict), str(config), wanted, type(found).__name__)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     def _save_pretrained(self, save_directory:Path):
         with atomic_write(Path(save_directory)/"model.safetensors") as tmp: save_file(self.state_dict(), tmp)

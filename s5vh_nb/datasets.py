@@ -32,6 +32,8 @@ class Split:
 
     def __post_init__(self):
         x, y, at = self.features, self.labels, self.source
+        expect(isinstance(getattr(x, "dtype", None), np.dtype), f"{at}: features", "an array or a row store", type(x).__name__)
+        expect(y is None or isinstance(y, np.ndarray), f"{at}: labels", "an array or None", type(y).__name__)
         expect(len(x.shape) == 3, f"{at}: features", "rank 3 (n, t, d)", f"shape {tuple(x.shape)}")
         expect(min(x.shape) > 0, f"{at}: features", "at least one video, frame and feature", f"shape {tuple(x.shape)}")
         expect(x.dtype == np.float32, f"{at}: features", "float32", x.dtype)
@@ -39,6 +41,7 @@ class Split:
         if y is None: return
         expect((y.ndim, y.dtype) in ((1, np.int64), (2, np.uint8)), f"{at}: labels",
                "(n,) int64 or (n, classes) uint8", f"{y.shape} {y.dtype}")
+        expect(y.ndim == 1 or y.max() <= 1, f"{at}: labels", "only 0 and 1", f"the value {y.max()}")
         expect(len(y) == len(x), f"{at}: labels", f"{len(x)} rows, one for each video", len(y))
 
     @property
@@ -77,6 +80,8 @@ class VideoDataset:
             expect(fits, f"{split.source}: labels", f"{c} classes", f"{y.shape[1]} columns" if y.ndim == 2 else f"{y.min()}..{y.max()}")
         expect(self.database.labels.ndim == self.query.labels.ndim, f"{self.query.source}: labels",
                f"the form of {self.database.source}, {self.database.labels.dtype}", self.query.labels.dtype)
+        asked, there = (np.unique(y) if y.ndim == 1 else np.flatnonzero(y.any(0)) for y in (self.query.labels, self.database.labels))
+        expect(np.intersect1d(asked, there).size, f"{self.query.source}: labels", "a class that the database has too, to judge by", "none")
 
     @property
     def t(self) -> int: return self.train.features.shape[1] # Frames of a video
@@ -330,9 +335,9 @@ def class_labels(onehot:dict) -> dict: # {files: (n, classes) 0/1} of one datase
 def official_folder(name:str, # One of OFFICIAL
                     root:str|Path|None): # Folder with the files, or with one folder for each set
     "The folder that holds the set's files; `ValueError` without a root, `FileNotFoundError` when they aren't there."
-    layout = OFFICIAL[name]
+    layout = OFFICIAL[known(name, OFFICIAL, "name")]
     first = layout.train.feats
-    expect(root is not None, "root", f"the folder that holds {first} and its companions ({name} isn't bundled)", None)
+    expect(root is not None, "data_root", f"the folder that holds {first} and its companions ({name} isn't bundled)", None)
     folders = [Path(root), Path(root)/name, Path(root)/layout.folder]
     found = next((f for f in folders if (f/first).is_file()), None)
     expect(found is not None, f"{root}", f"{first}, here or in {name}/ or {layout.folder}/", "no such file", FileNotFoundError)
@@ -367,7 +372,7 @@ def write_official(root:str|Path, # Folder to write to
                    name:str, # One of OFFICIAL: whose layout
                    videos:VideoDataset): # What to write; must follow the same protocol
     "Write `videos` so that `load(name, root)` reads them back."
-    layout, by_file = OFFICIAL[name], {}
+    layout, by_file = OFFICIAL[known(name, OFFICIAL, "name")], {}
     for role in ("train", "database", "query"):
         files, split = getattr(layout, role), getattr(videos, role)
         expect(by_file.setdefault(files, split) is split, f"{name}: {role}", "the protocol's splits to be the same object", "another one")
@@ -415,7 +420,7 @@ def synthetic_like(name:str, # One of OFFICIAL
                    d:int|None=None, # Feature width; None = the paper's
                    seed:int=0): # Same seed, same numbers
     "Random clustered features of an official set's shape and protocol, for speed and memory only, never for quality."
-    layout = OFFICIAL[name]
+    layout = OFFICIAL[known(name, OFFICIAL, "name")]
     parts = {"train": layout.train, "database": layout.database, "query": layout.query}
     sizes = dict(zip(parts.values(), n or [f.size for f in parts.values()]))
     splits = {}

@@ -400,7 +400,7 @@ def official_file(name:str, # One of PAIR_LAYOUTS
                   root:str|Path|None) -> Path: # Folder with the file, or with one folder for each set
     "The set's file; `ValueError` without a root, `FileNotFoundError` when it isn't there."
     file = layout_of(name).file
-    expect(root is not None, "root", f"the folder that holds {file} ({name} isn't bundled)", None)
+    expect(root is not None, "data_root", f"the folder that holds {file} ({name} isn't bundled)", None)
     found = next((p for p in (Path(root)/file, Path(root)/name/file) if p.is_file()), None)
     expect(found is not None, f"{root}", f"{file}, here or in {name}/", "no such file", FileNotFoundError)
     return found

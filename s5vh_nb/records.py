@@ -7,7 +7,7 @@ __all__ = ['PACKAGES', 'SCHEMA', 'plain', 'find', 'run_name', 'versions', 'devic
            'path_of', 'save', 'load', 'load_codes', 'read_all', 'flat', 'frame']
 
 # %% ../nbs/lib/40_records.ipynb #3f2203d4
-import dataclasses, datetime, hashlib, importlib.metadata, json, math, os, platform, re, subprocess, zipfile
+import dataclasses, datetime, hashlib, importlib.metadata, json, math, os, platform, re, subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,11 +109,13 @@ class RunRecord:
 
 # %% ../nbs/lib/40_records.ipynb #97c60205
 def _render(value) -> str:
-    if not isinstance(value, list) or not value: return json.dumps(value, sort_keys=True, indent=2).replace("\n", "\n  ")
+    if not isinstance(value, list) or not value:
+        text = json.dumps(value, sort_keys=True, indent=2).replace("\n", "\n  ")
+        return re.sub(r"\[[\s\d.,eE+-]+\]", lambda numbers: " ".join(numbers[0].split()), text)
     return "[\n    " + ",\n    ".join(json.dumps(row, sort_keys=True) for row in value) + "\n  ]"
 
 def to_json(record:RunRecord) -> str:
-    "The record as JSON text: sorted keys, lists with one entry per line."
+    "The record as JSON text: sorted keys, lists with one entry per line, but several numbers on one."
     values = {**dataclasses.asdict(record), "name": record.name}
     return "{\n  " + ",\n  ".join(f'"{key}": {_render(values[key])}' for key in sorted(values)) + "\n}\n"
 
@@ -149,7 +151,10 @@ def load(path:str|Path) -> RunRecord:
     wanted = {f.name for f in dataclasses.fields(RunRecord)}
     expect(set(values) == wanted, str(path), f"the fields {sorted(wanted)}",
            f"missing {sorted(wanted - set(values))}, unknown {sorted(set(values) - wanted)}")
-    record = RunRecord(**values)
+    for part in ("config", "data", "metrics", "seconds"):
+        expect(isinstance(values[part], dict), f"{path}, {part}", "names with values", values[part])
+    try: record = RunRecord(**values)
+    except (TypeError, ValueError) as error: raise ValueError(f"{path}: {error}") from error
     expect(record.name == name == path.stem, f"{path}, name", f"{record.name}, the name that its configuration gives",
            f"{name!r} in a file called {path.name}")
     return record
@@ -161,7 +166,8 @@ def load_codes(path:str|Path) -> dict: # Path of the record
     expect(path.exists(), str(path), wanted, "no such file", FileNotFoundError)
     try:
         with np.load(path, allow_pickle=False) as file: return {split: file[split] for split in file.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error: raise ValueError(f"{path}: expected {wanted}, found: {error}") from error
+    # zipfile and zlib raise errors of many kinds
+    except Exception as error: raise ValueError(f"{path}: expected {wanted}, found: {error}") from error
 
 # %% ../nbs/lib/40_records.ipynb #472d8309
 def read_all(profile:str) -> list: # "smoke", "quick", "full" or "paper"

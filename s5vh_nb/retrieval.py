@@ -95,7 +95,7 @@ def hamming_search(q, # (nq, k/8) uint8, packed
 ) -> tuple[np.ndarray, np.ndarray]: # Distances (nq, top) int32 and database indices (nq, top) int64
     "The `top` nearest items of each query, nearest first, equal distances by database index; `ValueError` when `top` does not fit."
     q, db = packed_pair(q, db)
-    expect(1 <= top <= len(db), "top", f"1..{len(db)}, the size of the database", top)
+    expect(isinstance(top, (int, np.integer)) and 1 <= top <= len(db), "top", f"1..{len(db)}, the size of the database", top)
     distances, ids = np.empty((len(q), top), np.int32), np.empty((len(q), top), np.int64)
     _search(as_words(q), as_words(db), 8*q.shape[1], distances, ids)
     return distances, ids
@@ -247,7 +247,9 @@ def histogram_ap(counts, # (nq, k+1): items at each distance, torch, any device
                  denominator:str="k", # "k" divides by N, "hits" by the relevant items among the first N
 ) -> torch.Tensor: # (nq,) float64 on the same device
     "Average precision at cut `N` of every query from its histograms, in closed form (sections 4 and 5 of the retrieval notebook)."
-    H = harmonic_numbers(int(counts[0].sum()), counts.device)
+    n = int(counts[0].sum())
+    _check_options([N], n, ties=(ties, TIES[:3]), denominator=(denominator, ("k", "hits")))
+    H = harmonic_numbers(n, counts.device)
     ends = counts.cumsum(1)                                                       # (nq, k+1), int64
     reach = int((ends - counts < N).sum(1).max())                                 # buckets that begin before the cut, for any query
     m, rho = counts[:, :reach].long(), relevant_counts[:, :reach].long()          # (nq, reach)

@@ -178,7 +178,7 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
         "Packed codes of videos, all frames visible: bit = sign of the mean of the frame codes."
         array_like(x, "frames")
         expect(len(x.shape) == 3, "frames", f"shape (n, t, {self.config.d})", tuple(x.shape))
-        return self.packed((x,), batch or max(1, 32768//max(1, x.shape[1])), progress)
+        return self.packed((x,), max(1, 32768//max(1, x.shape[1])) if batch is None else batch, progress)
 
     @classmethod
     def load_released(cls, path:str|Path) -> "S5VH": # A checkpoint file of the public S5VH release

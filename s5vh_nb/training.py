@@ -225,9 +225,12 @@ def training_share(data:datasets.VideoDataset|MultiModalDataset,
 
 # %% ../nbs/lib/23_training.ipynb #87c280c7
 def centers_file(data:datasets.VideoDataset, bits:int) -> Path|None:
-    "The release's hash centers of `bits` bits beside the features, None where there are none."
+    "The release's hash centers of `bits` bits beside the features, None where there are none; `ValueError` where several sets lie there."
     path = data.folder and data.folder/f"hash_center_{bits}.h5"
-    return path if path and path.is_file() else None
+    if not path or not path.is_file(): return None
+    sets = [name for name, layout in datasets.OFFICIAL.items() if (data.folder/layout.train.feats).is_file()]
+    expect(len(sets) < 2, str(path), "one data set in its folder (the file does not say whose centers it holds)", ", ".join(sets))
+    return path
 
 def stamp(path:Path) -> str: return f"file:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 

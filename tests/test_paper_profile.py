@@ -82,6 +82,11 @@ def test_a_run_stops_at_a_bad_file_of_centers(ucf, matrix, said):
     write_centers(ucf, matrix)
     with pytest.raises(ValueError, match=said): train(ucf)
 
+def test_centers_in_a_folder_of_several_sets_are_refused(ucf):
+    datasets.write_official(ucf, "hmdb51", datasets.synthetic_like("hmdb51", n=(100, 100, 20), d=4))
+    write_centers(ucf, signs(101, 16))
+    with pytest.raises(ValueError, match=r"hash_center_16.h5: expected one data set in its folder .*, found ucf101, hmdb51"): train(ucf)
+
 def test_runs_that_ask_for_other_centers_do_not_look_at_the_file(ucf):
     write_centers(ucf, np.zeros((101, 16)))
     data = datasets.load("ucf101", ucf)

@@ -73,7 +73,7 @@ def test_a_checkpoint_belongs_to_the_code_that_made_it(tmp_path, monkeypatch):
     stamps = []
     for text in ("x = 1", "x = 1  # one", "x = 2"):
         (tmp_path/"mixers.py").write_text(text)
-        stamps.append(runs.code_stamp.__wrapped__())
+        stamps.append(runs.code_stamp())
     assert stamps[0] == stamps[1] != stamps[2]
-    monkeypatch.setattr(runs, "code_stamp", lambda: stamps[2])
+    monkeypatch.setattr(runs, "CODE", stamps[2])
     assert stamps[2] in runs.checkpoint_of(CONFIG).name
