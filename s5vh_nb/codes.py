@@ -102,8 +102,8 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path:str|Path, **options) -> "HashNetwork": # A folder, or a name on the Hub
-        "What `save_pretrained` saved or `push_to_hub` published; `ValueError` naming a file that is missing, damaged or another's."
-        config, found = Path(pretrained_model_name_or_path)/"config.json", None
+        "What `save_pretrained` saved or `push_to_hub` published; `ValueError` naming a file that is missing or damaged."
+        config = Path(pretrained_model_name_or_path)/"config.json"
         if config.parent.is_dir():
             wanted = f"a JSON file with the fields of {cls.__name__}'s configuration"
             try: found = json.loads(config.read_text())

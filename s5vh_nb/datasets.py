@@ -6,8 +6,8 @@
 __all__ = ['CONTENT_LIMIT', 'FSDD', 'PAIRS', 'DIRECTIONS', 'CANVAS', 'SPRITE', 'FRAMES', 'FCVID', 'OFFICIAL', 'IMAGE_TEXT',
            'LOADERS', 'Split', 'check_finite', 'VideoDataset', 'fingerprint', 'feature_bytes', 'resample',
            'spoken_digits', 'spoken_pairs', 'join_pairs', 'moving_digits', 'digit_clips', 'move', 'RowStore',
-           'LazyFeatures', 'open_hdf5', 'hdf5_array', 'row_blocks', 'to_tensor', 'SplitFiles', 'Layout', 'two_files',
-           'read_labels', 'read_matlab', 'class_labels', 'official_folder', 'load_official', 'differences',
+           'LazyFeatures', 'open_hdf5', 'hdf5_array', 'row_blocks', 'rows_of', 'to_tensor', 'SplitFiles', 'Layout',
+           'two_files', 'read_labels', 'read_matlab', 'class_labels', 'official_folder', 'load_official', 'differences',
            'write_official', 'write_features', 'SyntheticFeatures', 'synthetic_like', 'load_pairs', 'load']
 
 # %% ../nbs/lib/02_datasets.ipynb #7836f6c3
@@ -261,14 +261,20 @@ def row_blocks(features, # (n, t, d) features of any kind
     step = max(1, block_bytes*len(features)//features.nbytes)
     return [slice(i, min(i + step, len(features))) for i in range(0, len(features), step)]
 
+def rows_of(features, # (n, ...) array or `RowStore`
+            rows:slice, # With both ends
+            device:str|torch.device="cpu") -> torch.Tensor: # Where a store reads them, or an array's are brought
+    "Some rows as a tensor on the device."
+    if isinstance(features, RowStore): return features.read(rows.start, rows.stop, device)
+    return tensor_of(features[rows]).to(device)
+
 def to_tensor(features, # (n, t, d) array or `RowStore`
               device:str|torch.device="cpu", # Where to put it
               dtype:torch.dtype=torch.float32): # e.g. torch.bfloat16 to halve it
     "All features as one tensor (n, t, d), filled block by block."
     out = torch.empty(tuple(features.shape), dtype=dtype, device=device)
     for rows in tqdm(row_blocks(features), desc="features", leave=False, disable=features.nbytes < 2**30):
-        lazy = isinstance(features, RowStore)
-        out[rows] = features.read(rows.start, rows.stop, device) if lazy else tensor_of(features[rows])           # (block, t, d)
+        out[rows] = rows_of(features, rows, device)                                          # (block, t, d)
     return out
 
 # %% ../nbs/lib/02_datasets.ipynb #9ca1dd7b

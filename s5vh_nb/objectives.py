@@ -37,8 +37,8 @@ class SLGObjective(nn.Module):
     def fit(self, means:Tensor, # (n, d) time means of the training videos
             progress:bool=True,
             given=None): # Ready-made centers (c, k), see `hash_centers`
-        "Find the hash centers and the first, one-hot labels; needed only when alignment counts."
-        if self.c.beta == 0: return
+        "Find the hash centers and the first, one-hot labels; needed only when alignment counts. Returns what `hash_centers` found."
+        if self.c.beta == 0: return None
         kind = dict(init="random" if self.c.centers == "random" else "hadamard", semantic=self.c.centers == "semantic",
                     optimise=self.c.centers in ("semantic", "plain"), pca=self.c.pca, given=given, progress=progress)
         found = hash_centers(means, self.c.n_centers, self.centers.shape[1], seed=self.seed, **kind)
@@ -48,6 +48,7 @@ class SLGObjective(nn.Module):
             labels = others.labels
         self.centers.copy_(torch.as_tensor(found.centers))
         self.soft_labels.copy_(nn.functional.one_hot(torch.as_tensor(labels), self.c.n_centers))
+        return found
 
     def unused(self, model:nn.Module) -> list:
         "The weights that no term reaches: the decoder's without reconstruction, the classifier's without alignment."

@@ -248,7 +248,7 @@ def histogram_ap(counts, # (nq, k+1): items at each distance, torch, any device
 ) -> torch.Tensor: # (nq,) float64 on the same device
     "Average precision at cut `N` of every query from its histograms, in closed form (sections 4 and 5 of the retrieval notebook)."
     n = int(counts[0].sum())
-    _check_options([N], n, ties=(ties, TIES[:3]), denominator=(denominator, ("k", "hits")))
+    _check_options([N], n, ties=(ties, ("expected", "lowest", "highest")), denominator=(denominator, ("k", "hits")))
     H = harmonic_numbers(n, counts.device)
     ends = counts.cumsum(1)                                                       # (nq, k+1), int64
     reach = int((ends - counts < N).sum(1).max())                                 # buckets that begin before the cut, for any query

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CUTS', 'CODE', 'scores', 'pair_scores', 'method_name', 'describe', 'code_stamp', 'checkpoint_of', 'look', 'trained',
            'learn', 'encode_splits', 'encoded', 'load_data', 'settle', 'read', 'data_of', 'store', 'may_run',
-           'check_may_run', 'ask', 'codes_of', 'ask_about', 'ask_transfer', 'ask_all', 'several', 'video_sets',
-           'pair_sets', 'default_pairs', 'default_datasets']
+           'check_may_run', 'recorded', 'ask', 'codes_of', 'ask_about', 'ask_transfer', 'ask_all', 'several',
+           'video_sets', 'pair_sets', 'default_pairs', 'default_datasets']
 
 # %% ../nbs/lib/42_runs.ipynb #16aa685e
 import ast, functools, hashlib, multiprocessing, os, time
@@ -154,20 +154,28 @@ def check_may_run(names:list, profile:str): # Runs that have no record
     wanted = f"the records {', '.join(names)} (S5VH_NB_NO_TRAINING forbids new runs)"
     expect(may_run() or not names, f"results/{profile}/runs", wanted, "none of them", FileNotFoundError)
 
+def recorded(config:TrainConfig|BaselineConfig,
+             what:str, # Name of the measurement; "" for the run itself
+             make, # The settled configuration and its data -> what `store` keeps: metrics, seconds, perhaps codes and history
+             profile:str, *, data_root:str|None=None, device:str|None=None) -> records.RunRecord: # As for `ask`
+    "The record of a run or of a measurement: read when it exists, else made."
+    data = load_data(config.dataset, data_root)
+    if record := read(config, profile, data, what): return record
+    config = settle(config, data)
+    check_may_run([records.run_name(describe(config, what))], profile)
+    return store(config, profile, data, device, what=what, **{"codes": None, **make(config, data)})
+
 def ask(config:TrainConfig|BaselineConfig, # What to run
         profile:str, # "smoke", "quick", "full" or "paper": where its record lies
         *, data_root:str|None=None, # Folder of the papers' files, for official sets
         device:str|None=None, # None takes a GPU when there is one
         progress:bool=True) -> records.RunRecord:
     "The record of a run: read when it exists; else the run is made, scored and recorded."
-    data = load_data(config.dataset, data_root)
-    if record := read(config, profile, data): return record
-    config = settle(config, data)
-    check_may_run([records.run_name(describe(config))], profile)
-    encode, row, history, learnt = learn(config, data, device, progress)
-    codes, metrics, seconds = encoded(encode, data, device, alone=getattr(getattr(config, "model", None), "modality", None) == "both")
-    return store(config, profile, data, device, codes, metrics={"row": row, **metrics}, history=history,
-                 seconds={"train": learnt, **seconds})
+    def make(config, data):
+        encode, row, history, learnt = learn(config, data, device, progress)
+        codes, metrics, seconds = encoded(encode, data, device, alone=getattr(getattr(config, "model", None), "modality", None) == "both")
+        return dict(codes=codes, metrics={"row": row, **metrics}, history=history, seconds={"train": learnt, **seconds})
+    return recorded(config, "", make, profile, data_root=data_root, device=device)
 
 def codes_of(record:records.RunRecord, profile:str) -> dict:
     "The packed codes of a run, by split."
@@ -179,16 +187,13 @@ def ask_about(config:TrainConfig, # Whose network
               measure, # The network (on its device, in evaluation mode) and its data -> metrics; an entry `codes` is stored beside them
               profile:str, *, data_root:str|None=None, device:str|None=None, progress:bool=True) -> records.RunRecord: # As for `ask`
     "The record of a measurement of a trained network: read when it exists; else the network is loaded or trained, and measured."
-    data = load_data(config.dataset, data_root)
-    if record := read(config, profile, data, what): return record
-    config = settle(config, data)
-    check_may_run([records.run_name(describe(config, what))], profile)
-    run = trained(config, data, device, progress)
-    begun = time.perf_counter()
-    metrics = {**measure(run.model, data)}
-    codes = metrics.pop("codes", None)
-    return store(config, profile, data, device, codes, what, metrics=metrics,
-                 seconds={"train": sum(run.seconds), "measure": time.perf_counter() - begun})
+    def make(config, data):
+        run = trained(config, data, device, progress)
+        begun = time.perf_counter()
+        metrics = {**measure(run.model, data)}
+        seconds = {"train": sum(run.seconds), "measure": time.perf_counter() - begun}
+        return dict(codes=metrics.pop("codes", None), metrics=metrics, seconds=seconds)
+    return recorded(config, what, make, profile, data_root=data_root, device=device)
 
 # %% ../nbs/lib/42_runs.ipynb #45e50b4d
 def ask_transfer(config:TrainConfig|BaselineConfig, # What learns, and from what

@@ -169,7 +169,8 @@ def time_means(features, # (n, t, d) array or `datasets.RowStore`
                device:torch.device|str="cpu", # Where to compute
                block:int=1024) -> Tensor: # Videos at a time
     "Means over time of the features as they were given, float32 (n, d) on the CPU."
-    parts = (tensor_of(features[i:i + block]).to(device).float().mean(1).cpu() for i in range(0, len(features), block))
+    blocks = (slice(i, min(i + block, len(features))) for i in range(0, len(features), block))
+    parts = (datasets.rows_of(features, rows, device).float().mean(1).cpu() for rows in blocks)
     return torch.cat(list(parts))
 
 def batches(inputs:tuple, # (n, ...) each, from `place`

@@ -103,6 +103,14 @@ def test_notebook_of_paper_1(home):
     assert saved.verdict.tolist() == table.verdict.tolist() and (home/"figures"/"smoke"/"s5vh"/"claims.png").exists()
 
 
+def test_separated_centers_are_judged_by_their_record(home):
+    data, metrics = runs.load_data("spoken-digits"), {"shortest": {"semantic": 3}, "wanted": 4}
+    config = runs.settle(train_config("spoken-digits", "smoke", bits=16), data)
+    runs.store(config, "smoke", data, "cpu", None, "centers", metrics=metrics, seconds={})
+    table = run_notebook("s5vh/claims")
+    assert table.effect["centers are well separated"] == -1 and table.verdict["centers are well separated"] == "does not hold (one seed)"
+
+
 def test_runs_that_nobody_looked_at_have_no_curve(home):
     "Looks are not part of a run's name, so a record may lack them."
     blind, seen = pretend(.9, looks=()), pretend(.5, beta=0.)
