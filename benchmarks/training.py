@@ -5,18 +5,23 @@
 Writes one run record per precision below results/<profile>/runs.
 A step's time is that of the median epoch of its phase divided by its steps.
 The whole run goes from features in memory to the packed codes of database and queries, hash centers included.
+
+Beside every time stands its floor, the greater of two: counted operations over the rate of a large matrix product of that precision, and bytes that
+must move over the bandwidth of a large copy, both rates measured in the same run. Bytes that must move: of a step, the batch's features once, the
+weights and Adam's two moments in and out; of encoding, the features once; of scoring, codes and labels once. All else could stay on the chip.
 """
 import argparse, dataclasses, time
 
 import numpy as np
+import pandas as pd
 import torch
 
 from s5vh_nb import datasets, records, runs, training
 from s5vh_nb.basics import pick_device
 from s5vh_nb.config import DATASETS, to_dict, train_config
-from s5vh_nb.efficiency import peak_bytes, seconds_per_call
+from s5vh_nb.efficiency import copy_rate, operations, peak_bytes, product_rate, seconds_per_call
 
-ENCODED = (25, 128), (25, 16384), (1000, 128)     # frames, videos
+ENCODED = (25, 128), (1000, 128), (25, 16384)     # frames, videos; the last on a GPU only
 
 def in_memory(data:datasets.VideoDataset, device) -> datasets.VideoDataset:
     "The same data set with its features as arrays, made on the device."
@@ -32,42 +37,86 @@ def clocked(call, device):
     if device.type == "cuda": torch.cuda.synchronize(device)
     return result, time.perf_counter() - begun
 
-def encoding(model, config, device) -> dict:
-    "Milliseconds, videos per second and peak memory (beyond the features) of encoding videos that lie on the device."
+def ceilings(precision, device) -> dict:
+    "What the machine does at best: bytes per second of a copy; operations per second of products in the run's precision, and in that of scoring."
+    gpu = device.type == "cuda"
+    def rate(dtype): return product_rate(device, dtype, 8192 if gpu else 768)
+    with training.matmul_precision(precision): products = rate(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    return {"bytes": copy_rate(device, 2**28 if gpu else 2**24), "products": products, "signs": rate(torch.float16) if gpu else None}
+
+def beside_floor(ms:float, operations:float, moved:float, limits:dict, product:str="products") -> dict:
+    "A measured time and the least it could be."
+    floor = 1000*max(operations/limits[product] if limits[product] else 0, moved/limits["bytes"])
+    return {"ms": ms, "floor_ms": floor, "operations": operations, "bytes": moved}
+
+def work_of_step(run, data, warm) -> tuple:
+    "Operations and bytes of one training step."
+    rows = torch.arange(run.config.batch, device=run.device)
+    x = training.place(data.train.features[:len(rows)], run.device, run.config.precision)
+    order = torch.rand(x.shape[:2], device=run.device).argsort(-1)
+    counted = operations(lambda: training.step(run, warm, x, rows, order), run.model)
+    return counted, x.nbytes + 6*run.weights.nbytes
+
+def work_of_encoding(model, device, n, frames) -> tuple:
+    "Operations and bytes of encoding `n` videos, from those of one and of two."
+    def of(b):
+        x = torch.randn(b, frames, model.config.d, device=device)
+        with torch.no_grad(): return operations(lambda: model(x), model), x.nbytes
+    return tuple(one + (n - 1)*(two - one) for one, two in zip(of(1), of(2)))
+
+def encoding(model, precision, device, limits) -> dict:
+    "Times of encoding videos that lie on the device, videos per second and peak memory (beyond the features)."
     found = {}
-    for frames, b in ENCODED:
-        x = torch.randn(b, frames, config.model.d, device=device)
+    for frames, b in ENCODED if device.type == "cuda" else ENCODED[:-1]:
+        x = torch.randn(b, frames, model.config.d, device=device)
         def call():
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"): model.encode(x)
-        with training.matmul_precision(config.precision):
-            peak, seconds = peak_bytes(call, device), float(np.median(seconds_per_call(call, device)))
-        found[f"t={frames}, n={b}"] = {"ms": 1000*seconds, "videos_per_second": b/seconds, "peak_mb": peak and peak/1e6}
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"): model.encode(x)
+        with training.matmul_precision(precision):
+            peak, seconds = peak_bytes(call, device), float(np.median(seconds_per_call(call, device, limit=20)))
+        found[f"t={frames}, n={b}"] = {**beside_floor(1000*seconds, *work_of_encoding(model, device, b, frames), limits),
+                                       "videos_per_second": b/seconds, "peak_mb": peak/1e6}
     return found
 
-def scoring(device, n:int=45600, bits:int=64) -> float:
-    "Seconds to score FCVID's size, six cuts, ties as expected, lowest and highest."
+def scoring(device, limits, n:int=45600, bits:int=64) -> dict:
+    "Time of scoring FCVID's size, six cuts, ties as expected, lowest and highest. Operations: distances as products of signs, as on a GPU."
     rng = np.random.default_rng(0)
     codes, labels = rng.integers(0, 256, (n, bits//8), dtype=np.uint8), rng.integers(0, 239, n)
     split = datasets.Split(np.zeros((n, 1, 1), np.float32), labels, "random labels")
     data = datasets.VideoDataset("random-codes", split, split, split, 239, "random codes and labels")
     call = lambda: runs.scores({"query": codes, "database": codes}, data, device)
     call()
-    return clocked(call, device)[1]
+    return beside_floor(1000*clocked(call, device)[1], 2*bits*n**2, 2*(codes.nbytes + labels.nbytes), limits, "signs")
 
 def measure(config, data, device) -> records.RunRecord:
     "Train, encode and score once."
     run, trained = clocked(lambda: training.train(config, data, device=str(device)), device)
-    _, encoded = clocked(lambda: [run.model.encode(split.features, batch=4096) for split in (data.database, data.query)], device)
-    steps, epochs = -(-len(data.train)//config.batch), np.array(run.seconds[1:])
-    phases = {"warm-up": epochs[1:config.objective.warmup], "main": epochs[config.objective.warmup + 1:]}
-    metrics = {"step_ms": {phase: float(1000*np.median(seconds)/steps) for phase, seconds in phases.items() if len(seconds)},
-               "encode": encoding(run.model, run.config, device), "last_loss": run.history[-1]["loss"]}
-    seconds = {"set-up": run.seconds[0], "epochs": float(epochs.sum()), "features to codes": trained + encoded,
-               "score 45600 x 45600": scoring(device)}
+    parts = data.database, data.query
+    _, encoded = clocked(lambda: [run.model.encode(split.features, batch=4096) for split in parts], device)
+    steps, epochs, warmup = -(-len(data.train)//config.batch), np.array(run.seconds[1:]), config.objective.warmup
+    limits = ceilings(config.precision, device)
+    work = {"warm-up": work_of_step(run, data, False), "main": work_of_step(run, data, True)}
+    phases = {"warm-up": epochs[1:warmup], "main": epochs[warmup + 1:]}
+    step = {phase: beside_floor(float(1000*np.median(seconds)/steps), *work[phase], limits)
+            for phase, seconds in phases.items() if len(seconds)}
+    parts_of_whole = [(steps*warmup, work["warm-up"]), (steps*(config.epochs - warmup), work["main"]),
+                      (1, work_of_encoding(run.model, device, sum(map(len, parts)), data.t))]
+    whole = [sum(times*pair[i] for times, pair in parts_of_whole) for i in (0, 1)]
+    metrics = {"ceilings": limits, "step": step, "features to codes": beside_floor(1000*(trained + encoded), *whole, limits),
+               "encode": encoding(run.model, config.precision, device, limits), "score 45600 x 45600": scoring(device, limits),
+               "last_loss": run.history[-1]["loss"]}
     described = {"name": data.name, "stand_in": True, "fingerprint": data.fingerprint, "train": len(data.train), "t": data.t, "d": data.d}
     name = records.device_name(device)
     about = {"kind": "training-benchmark", "device": name, "run": to_dict(run.config)}
-    return records.RunRecord(config=about, seed=config.seed, metrics=metrics, data=described, device=name, seconds=seconds)
+    return records.RunRecord(config=about, seed=config.seed, metrics=metrics, data=described, device=name,
+                             seconds={"set-up": run.seconds[0], "epochs": float(epochs.sum())})
+
+def table(metrics) -> pd.DataFrame:
+    "Every time with its floor."
+    rows = {f"step, {phase}": found for phase, found in metrics["step"].items()} | \
+        {f"encode, {size}": found for size, found in metrics["encode"].items()} | \
+        {what: metrics[what] for what in ("features to codes", "score 45600 x 45600")}
+    shown = pd.DataFrame(rows).T
+    return shown.assign(times=shown.ms/shown.floor_ms)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -80,9 +129,10 @@ def main():
     device = pick_device(given.device)
     data = in_memory(datasets.load(f"synthetic-like:{given.dataset}"), device)
     for precision in given.precision:
-        shorter = {"epochs": given.epochs, "warmup": given.epochs//7} if given.epochs else {}
+        shorter = {"epochs": given.epochs, "warmup": given.epochs//2} if given.epochs else {}
         config = train_config(data.name, "paper", precision=precision, **shorter)
         record = measure(config, data, device)
-        print(precision, record.metrics, record.seconds, records.save(record, given.profile), sep="\n", flush=True)
+        path = records.save(record, given.profile)
+        print(f"{precision}, {record.device}", table(record.metrics).to_string(float_format="{:.4g}".format, na_rep="-"), path, sep="\n", flush=True)
 
 if __name__ == "__main__": main()
