@@ -4,11 +4,12 @@
 
 Writes one run record per precision below results/<profile>/runs.
 A step's time is that of the median epoch of its phase divided by its steps.
-The whole run goes from features in memory to the packed codes of database and queries, hash centers included.
+Let it run alone: trainings beside it slow down what the CPU does, set-up above all. The whole run goes from features in memory to the packed codes of database and queries, hash centers included.
 
-Beside every time stands its floor, the greater of two: counted operations over the rate of a large matrix product of that precision, and bytes that
-must move over the bandwidth of a large copy, both rates measured in the same run. Bytes that must move: of a step, the batch's features once, the
-weights and Adam's two moments in and out; of encoding, the features once; of scoring, codes and labels once. All else could stay on the chip.
+Beside every time stands its floor, the greater of two: counted operations over the rate of a large matrix product of that precision,
+and bytes that must move over the bandwidth of a large copy, both rates measured in the same run. Bytes that must move: of a step, the
+batch's features once, the weights and Adam's two moments in and out; of encoding, the features once; of scoring, codes and labels once.
+All else could stay on the chip.
 """
 import argparse, dataclasses, time
 
@@ -38,7 +39,7 @@ def clocked(call, device):
     return result, time.perf_counter() - begun
 
 def ceilings(precision, device) -> dict:
-    "What the machine does at best: bytes per second of a copy; operations per second of products in the run's precision, and in that of scoring."
+    "What the machine does at best: bytes per second of a copy, operations per second of products in the run's precision and in scoring's."
     gpu = device.type == "cuda"
     def rate(dtype): return product_rate(device, dtype, 8192 if gpu else 768)
     with training.matmul_precision(precision): products = rate(torch.bfloat16 if precision == "bfloat16" else torch.float32)
@@ -133,6 +134,7 @@ def main():
         config = train_config(data.name, "paper", precision=precision, **shorter)
         record = measure(config, data, device)
         path = records.save(record, given.profile)
-        print(f"{precision}, {record.device}", table(record.metrics).to_string(float_format="{:.4g}".format, na_rep="-"), path, sep="\n", flush=True)
+        shown = table(record.metrics).to_string(float_format="{:.4g}".format, na_rep="-")
+        print(f"{precision}, {record.device}", shown, path, sep="\n", flush=True)
 
 if __name__ == "__main__": main()

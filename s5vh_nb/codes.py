@@ -6,7 +6,7 @@
 __all__ = ['sign_ste', 'relax', 'pack', 'unpack', 'array_like', 'finite', 'HashNetwork']
 
 # %% ../nbs/lib/13_codes.ipynb #99c9305a
-import json
+import dataclasses, json
 from pathlib import Path
 
 import torch
@@ -109,6 +109,8 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
             try: found = json.loads(config.read_text())
             except (OSError, ValueError) as e: raise ValueError(f"{config}: expected {wanted}, found: {e}") from e
             expect(isinstance(found, dict), str(config), wanted, type(found).__name__)
+            foreign = set(found) - {f.name for f in dataclasses.fields(cls.__init__.__annotations__["config"])}
+            expect(not foreign, str(config), wanted, f"also {', '.join(sorted(foreign))}")
         return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     def _save_pretrained(self, save_directory:Path):

@@ -6,9 +6,10 @@
 __all__ = ['CONTENT_LIMIT', 'FSDD', 'PAIRS', 'DIRECTIONS', 'CANVAS', 'SPRITE', 'FRAMES', 'FCVID', 'OFFICIAL', 'IMAGE_TEXT',
            'LOADERS', 'Split', 'check_finite', 'VideoDataset', 'fingerprint', 'feature_bytes', 'resample',
            'spoken_digits', 'spoken_pairs', 'join_pairs', 'moving_digits', 'digit_clips', 'move', 'RowStore',
-           'LazyFeatures', 'open_hdf5', 'hdf5_array', 'row_blocks', 'rows_of', 'to_tensor', 'SplitFiles', 'Layout',
-           'two_files', 'read_labels', 'read_matlab', 'class_labels', 'official_folder', 'load_official', 'differences',
-           'write_official', 'write_features', 'SyntheticFeatures', 'synthetic_like', 'load_pairs', 'load']
+           'LazyFeatures', 'open_hdf5', 'hdf5_array', 'hdf5_keys', 'row_blocks', 'rows_of', 'to_tensor', 'SplitFiles',
+           'Layout', 'two_files', 'read_labels', 'read_matlab', 'class_labels', 'official_folder', 'load_official',
+           'differences', 'write_official', 'write_features', 'SyntheticFeatures', 'synthetic_like', 'load_pairs',
+           'load']
 
 # %% ../nbs/lib/02_datasets.ipynb #7836f6c3
 import contextlib, functools, hashlib, importlib, importlib.resources, itertools, warnings
@@ -250,9 +251,12 @@ def open_hdf5(path:str|Path): # The file
 
 def hdf5_array(f:h5py.File, key:str) -> h5py.Dataset:
     "The array called `key`; `ValueError` naming file and key when there is none."
-    expect(isinstance(f.get(key), h5py.Dataset), f.filename, f"the key {key!r}",
-           f"the keys {sorted(k for k in f if isinstance(f[k], h5py.Dataset))}")
+    expect(key in hdf5_keys(f), f.filename, f"the key {key!r}", f"the keys {sorted(hdf5_keys(f))}")
     return f[key]
+
+def hdf5_keys(f:h5py.File) -> list: # str
+    "The names of arrays; not of groups, links that lead nowhere, and data sets without a shape."
+    return [k for k in f if isinstance(f.get(k), h5py.Dataset) and f[k].shape is not None]
 
 # %% ../nbs/lib/02_datasets.ipynb #c222bbf9
 def row_blocks(features, # (n, t, d) features of any kind
@@ -326,7 +330,7 @@ def read_labels(path:str|Path, # MATLAB file, v5 or v7.3
 def read_matlab(path:str|Path) -> dict: # MATLAB file, v5 or v7.3
     "Variables by name; `ValueError` when the file is neither format."
     if h5py.is_hdf5(path):
-        with open_hdf5(path) as f: return {k: v[()].T for k, v in f.items() if isinstance(v, h5py.Dataset)}
+        with open_hdf5(path) as f: return {k: f[k][()].T for k in hdf5_keys(f)}
     try: return scipy.io.loadmat(path)
     except Exception as e: raise ValueError(f"{path}: expected a MATLAB file (v5 or v7.3), found: {e}") from e # scipy raises many kinds
 

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .basics import atomic_write, expect, pick_device
 from .config import known
-from .datasets import RowStore, fingerprint, open_hdf5, read_matlab, row_blocks
+from .datasets import RowStore, fingerprint, hdf5_keys, open_hdf5, read_matlab, row_blocks
 
 # %% ../nbs/lib/03_multimodal.ipynb #c47cc44f
 PROBE = 64 # Leading columns of a feature matrix that a probe looks at
@@ -107,6 +107,7 @@ class MultiModalDataset:
 
     def __post_init__(self):
         for split in (self.train, self.database, self.query):
+            expect(isinstance(split, PairSplit), f"{self.name}: {getattr(split, 'source', 'a part')}", "a PairSplit", type(split).__name__)
             for what, found, expected in (("di", split.image.shape[1], self.di), ("dt", split.text.shape[1], self.dt),
                                           ("label columns", split.labels.shape[1], len(self.classes))):
                 expect(found == expected, f"{split.source}: {what}", f"{expected}, as everywhere in {self.name}", found)
@@ -332,7 +333,7 @@ class LazyMatrix(RowStore):
                  turned:bool=False): # True where items are the matrix's columns
         self.path, self.key, self.turned = Path(path), key, turned
         with open_hdf5(path) as f:
-            expect(isinstance(f[key], h5py.Dataset), f"{path}[{key}]", "a dense matrix", "a sparse one or a struct")
+            expect(key in hdf5_keys(f), f"{path}[{key}]", "a dense matrix", "a sparse one, a struct or nothing")
             shape, kind = f[key].shape, f[key].dtype
         expect(len(shape) == 2, f"{path}[{key}]", "a matrix of rank 2", f"shape {shape}")
         expect(kind.kind in "fiub", f"{path}[{key}]", "numbers", kind)

@@ -291,6 +291,7 @@ def average_precision(query_codes, # (nq, k/8) uint8, packed
                       empty:str="zero", # A query without relevant items in the database counts 0, or is left out ("skip": nan)
 ) -> dict: # {N: (nq,) float64}
     "Average precision of every query at every cut; `ValueError` names the parameter that does not fit."
+    expect(isinstance(ks, Iterable), "ks", "a list of cuts", repr(ks))
     ks = list(ks)
     n = len(packed_codes(db_codes, "db_codes"))
     _check_options(ks, n, ties=(ties, TIES), denominator=(denominator, ("k", "hits")), empty=(empty, ("zero", "skip")))

@@ -32,6 +32,7 @@ def scores(codes:dict, # packed codes "query" (nq, k/8) and "database" (n, k/8);
     "Scores by the convention of the paper; of videos mAP@N (expected, lowest, highest over the order of ties), GmAP (S5VH, Evaluation)."
     if isinstance(data, MultiModalDataset): return pair_scores(codes, data, device)
     cuts = [k for k in CUTS if k <= len(codes["database"])]
+    expect(cuts, f"{data.name}: database", f"at least {CUTS[0]} videos, for the smallest cut", len(codes["database"]))
     # 2 x (nq, k+1)
     counts = retrieval.distance_histograms(codes["query"], codes["database"], data.query.labels, data.database.labels, device)
     maps = {ties: {k: retrieval.histogram_ap(*counts, k, ties=ties).mean().item() for k in cuts}

@@ -292,6 +292,7 @@ def train(config:TrainConfig, # What to train; see `settled`
     expect(not checkpoint or not Path(checkpoint).is_dir(), str(checkpoint), "a file to keep the checkpoint in", "a folder")
     data, device, clock = data or datasets.load(config.dataset, data_root), pick_device(device), time.perf_counter()
     config, data = settled(config, data), training_share(data, config.share, config.seed)
+    expect(len(data.train) > 1, f"{data.name}: training items", "at least 2: they are held against each other", len(data.train))
     inputs = tuple(place(x, device, config.precision) for x in data.train.inputs) # (n, t, d), or (n, di) and (n, dt)
     if resume and checkpoint and Path(checkpoint).exists(): run = load_checkpoint(checkpoint, config, data, device)
     else:

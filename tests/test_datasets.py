@@ -19,6 +19,9 @@ def root(tmp_path):
 def rewrite(path, array, key="feats"):
     with h5py.File(path, "w") as f: f[key] = array
 
+def dangle(path, key="feats"):
+    with h5py.File(path, "w") as f: f[key] = h5py.SoftLink("/elsewhere")
+
 def features(n=120, t=25, d=8): return np.ones((n, t, d), np.float32)
 def onehot(n=120, classes=101): return np.eye(classes)[np.arange(n) % classes]
 
@@ -38,6 +41,8 @@ FAULTS = {
     "key missing": (lambda r: rewrite(r/FEATS, features(), "features"), ValueError, FEATS, "key 'feats', found the keys ['features']"),
     "label key missing": (lambda r: scipy.io.savemat(r/LABELS, {"label": onehot()}), ValueError, LABELS, "found the keys ['label']"),
     "key is a folder": (lambda r: rewrite(r/FEATS, features(), "feats/x"), ValueError, FEATS, "key 'feats', found the keys []"),
+    "key without a shape": (lambda r: rewrite(r/FEATS, h5py.Empty("f4")), ValueError, FEATS, "key 'feats', found the keys []"),
+    "link that leads nowhere": (lambda r: dangle(r/FEATS), ValueError, FEATS, "key 'feats', found the keys []"),
     "rank 2": (lambda r: rewrite(r/FEATS, features()[0]), ValueError, FEATS, "rank 3 (n, t, d), found shape (25, 8)"),
     "integers": (lambda r: rewrite(r/FEATS, features().astype(int)), ValueError, FEATS, "floating-point numbers, found int64"),
     "empty split": (lambda r: rewrite(r/FEATS, features(n=0)), ValueError, FEATS, "at least one video, frame and feature"),
@@ -57,6 +62,9 @@ FAULTS = {
     "labels truncated": (lambda r: os.truncate(r/LABELS, 500), ValueError, LABELS, "a MATLAB file (v5 or v7.3), found: "),
     "labels truncated, v7.3": (lambda r: (v73(r/LABELS, onehot()), os.truncate(r/LABELS, 5000)), ValueError, LABELS,
                                "a complete HDF5 file, found: "),
+    "labels that lead nowhere, v7.3": (lambda r: dangle(r/LABELS, "labels"), ValueError, LABELS, "the key 'labels', found the keys []"),
+    "labels without a shape, v7.3": (lambda r: rewrite(r/LABELS, h5py.Empty("u1"), "labels"), ValueError, LABELS,
+                                     "the key 'labels', found the keys []"),
     "labels of an unknown version": (lambda r: patch(r/LABELS, 124, b"\x00\x09"), ValueError, LABELS,
                                      "a MATLAB file (v5 or v7.3), found: "),
     "labels are class numbers": (with_labels(np.arange(120)[:, None]), ValueError, LABELS, "only 0 and 1, found values such as [2]"),

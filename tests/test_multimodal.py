@@ -191,6 +191,11 @@ def test_bad_parts(parts, message):
     with pytest.raises(ValueError) as found: multimodal.PairSplit(*parts, "mine")
     assert message in str(found.value)
 
+def test_videos_are_no_pairs():
+    emoji = datasets.load("emoji")
+    videos = datasets.Split(np.ones((2, 3, 4), np.float32), None, "my videos")
+    with pytest.raises(ValueError, match="emoji: my videos: expected a PairSplit, found Split"): dataclasses.replace(emoji, query=videos)
+
 @pytest.mark.parametrize("rows, message", [(np.arange(800) + 799, "train_ids: expected rows of the database, 0..1597, found 799..1598"),
                                            (np.arange(800) - 1, "train_ids: expected rows of the database, 0..1597, found -1..798"),
                                            (np.arange(800), "train_ids: expected the rows of the database that are the training pairs")])

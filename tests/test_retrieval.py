@@ -160,6 +160,7 @@ GOOD = dict(query_codes=CODES, db_codes=CODES, query_labels=LABELS, db_labels=LA
     (dict(ks=[5]), "ks: expected cuts of 1..4"),
     (dict(ks=[2.5]), "ks: expected cuts of 1..4"),
     (dict(ks=[]), "ks: expected at least one cut"),
+    (dict(ks=2), "ks: expected a list of cuts, found 2"),
     (dict(ties="best"), "ties: expected one of"),
     (dict(denominator="N"), "denominator: expected one of"),
     (dict(empty="nan"), "empty: expected one of"),

@@ -77,3 +77,9 @@ def test_a_checkpoint_belongs_to_the_code_that_made_it(tmp_path, monkeypatch):
     assert stamps[0] == stamps[1] != stamps[2]
     monkeypatch.setattr(runs, "CODE", stamps[2])
     assert stamps[2] in runs.checkpoint_of(CONFIG).name
+
+
+def test_a_database_smaller_than_the_smallest_cut_is_named(data):
+    codes = torch.zeros(4, 2, dtype=torch.uint8).numpy()
+    with pytest.raises(ValueError, match="spoken-digits: database: expected at least 5 videos, for the smallest cut, found 4"):
+        runs.scores({"query": codes, "database": codes}, data)

@@ -1,5 +1,5 @@
 "Training: deterministic, exact when killed and resumed, clear when a checkpoint or the data are wrong."
-import os, signal, subprocess, sys, time
+import dataclasses, os, signal, subprocess, sys, time
 
 import numpy as np
 import pytest
@@ -107,6 +107,11 @@ def test_a_loss_that_explodes_is_reported(data):
 
 def test_more_centers_than_videos_is_an_error(data):
     with pytest.raises(ValueError, match="n_centers"): training.train(replace(CONFIG, n_centers=5000), data, device="cpu", progress=False)
+
+def test_one_training_item_is_an_error(data):
+    one = datasets.Split(data.train.features[:1], data.train.labels[:1], "one video")
+    with pytest.raises(ValueError, match="spoken-digits: training items: expected at least 2.* found 1"):
+        training.train(CONFIG, dataclasses.replace(data, train=one), device="cpu", progress=False)
 
 def test_a_mask_that_hides_all_frames_is_an_error(data):
     with pytest.raises(ValueError, match="mask_ratio"): training.train(replace(CONFIG, mask_ratio=.01), data, device="cpu", progress=False)
