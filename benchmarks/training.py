@@ -4,7 +4,8 @@
 
 Writes one run record per precision below results/<profile>/runs.
 A step's time is that of the median epoch of its phase divided by its steps.
-Let it run alone: trainings beside it slow down what the CPU does, set-up above all. The whole run goes from features in memory to the packed codes of database and queries, hash centers included.
+Let it run alone: trainings beside it slow down what the CPU does, set-up above all.
+The whole run goes from features in memory to the packed codes of database and queries, hash centers included.
 
 Beside every time stands its floor, the greater of two: counted operations over the rate of a large matrix product of that precision,
 and bytes that must move over the bandwidth of a large copy, both rates measured in the same run. Bytes that must move: of a step, the
