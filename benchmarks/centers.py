@@ -13,6 +13,7 @@ from sklearn.datasets import make_blobs
 
 from s5vh_nb.centers import (ADMM, balanced_bits, improved, quality, semantic_targets, semantic_vectors, start_centers, sweep_centers,
                              wanted_distance)
+from s5vh_nb.config import PROFILES
 from s5vh_nb.datasets import load
 from s5vh_nb.records import RunRecord, device_name, save
 
@@ -109,7 +110,7 @@ def record(kind, dataset, c, k, metrics, seconds, fingerprint) -> RunRecord:
 def main():
     def size(text): return tuple(int(part) for part in text.split("x"))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default="quick", help="where the records go: results/<profile>/runs")
+    parser.add_argument("--profile", default="quick", choices=list(PROFILES), help="where the records go: results/<profile>/runs")
     parser.add_argument("--sizes", type=size, nargs="*", default=[(101, 16), (101, 64), (450, 64)], help="CENTERSxBITS to time")
     parser.add_argument("--compare", type=size, nargs="*", default=[(20, 16), (50, 16), (101, 16)], help="CENTERSxBITS to compare")
     asked = parser.parse_args()

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from s5vh_nb.basics import pick_device
+from s5vh_nb.config import PROFILES
 from s5vh_nb.records import RunRecord, device_name, save
 from s5vh_nb.scan import causal_conv1d, selective_scan
 
@@ -127,7 +128,7 @@ def measure(shapes, device, milliseconds) -> RunRecord:
 def main():
     def size(text): return tuple(int(part) for part in text.split("x"))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default="quick", help="where the record goes: results/<profile>/runs")
+    parser.add_argument("--profile", default="quick", choices=list(PROFILES), help="where the record goes: results/<profile>/runs")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--shapes", type=size, nargs="+",
                         help="SEQUENCESxSTEPS; default: those of the papers on a GPU, a small one on a CPU")

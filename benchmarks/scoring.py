@@ -9,6 +9,7 @@ import argparse, resource, time
 
 import numpy as np
 
+from s5vh_nb.config import PROFILES
 from s5vh_nb.records import RunRecord, device_name, save
 from s5vh_nb.retrieval import hamming_distances, map_at_k
 
@@ -55,7 +56,7 @@ def measure(name:str) -> RunRecord:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default="quick", help="where the records go: results/<profile>/runs")
+    parser.add_argument("--profile", default="quick", choices=list(PROFILES), help="where the records go: results/<profile>/runs")
     profile = parser.parse_args().profile
     few = stand_in(10, 200, 5)
     for ties in "expected", "order": map_at_k(*few, CUTS, ties=ties)   # compile

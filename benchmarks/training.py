@@ -20,7 +20,7 @@ import torch
 
 from s5vh_nb import datasets, records, runs, training
 from s5vh_nb.basics import pick_device
-from s5vh_nb.config import DATASETS, to_dict, train_config
+from s5vh_nb.config import DATASETS, PROFILES, to_dict, train_config
 from s5vh_nb.efficiency import copy_rate, operations, peak_bytes, product_rate, seconds_per_call
 
 ENCODED = (25, 128), (1000, 128), (25, 16384)     # frames, videos; the last on a GPU only
@@ -122,10 +122,10 @@ def table(metrics) -> pd.DataFrame:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default="quick", help="where the records go: results/<profile>/runs")
+    parser.add_argument("--profile", default="quick", choices=list(PROFILES), help="where the records go: results/<profile>/runs")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dataset", default="ucf101", choices=list(DATASETS), help="whose shape")
-    parser.add_argument("--precision", nargs="+", default=["tf32", "bfloat16"])
+    parser.add_argument("--precision", nargs="+", default=["tf32", "bfloat16"], choices=["float32", "tf32", "bfloat16"])
     parser.add_argument("--epochs", type=int, help="default: the paper's")
     given = parser.parse_args()
     device = pick_device(given.device)

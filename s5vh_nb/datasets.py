@@ -432,7 +432,10 @@ def synthetic_like(name:str, # One of OFFICIAL
     "Random clustered features of an official set's shape and protocol, for speed and memory only, never for quality."
     layout = OFFICIAL[known(name, OFFICIAL, "name")]
     parts = {"train": layout.train, "database": layout.database, "query": layout.query}
-    sizes = dict(zip(parts.values(), n or [f.size for f in parts.values()]))
+    n = n or [f.size for f in parts.values()]
+    expect(len(n) == 3 and min(n) > 0, "n", "three sizes, of training set, database and queries, at least 1", n)
+    sizes = dict(zip(parts.values(), n))
+    expect([sizes[f] for f in parts.values()] == list(n), "n", f"equal sizes where splits of {name} are the same videos", n)
     splits = {}
     for stream, (files, size) in enumerate(sizes.items()):
         y = np.random.RandomState([seed, stream]).permutation(np.arange(size) % layout.n_classes)    # (n,) classes of equal size

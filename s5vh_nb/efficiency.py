@@ -91,7 +91,7 @@ def _attention_backward(_, q, k, *__, **___) -> int: return 5*_attention_operati
 
 def operations(call:Callable, # Without arguments; where gradients are enabled it goes back as well
                model:torch.nn.Module) -> int: # What it runs
-    "Floating-point operations that a call carries out: matrix products, attention, LSTMs and scans."
+    "Operations of a call: matrix products, attention, LSTMs and scans; one that only goes forward belongs under `torch.no_grad`."
     extra, lstms = [], [m for m in model.modules() if isinstance(m, torch.nn.LSTM)]
     ours = (mixers.Mamba, mixers.Bidirectional, torch.nn.Sequential)
     formulas = [(m, _scan_operations) for m in _topmost(model, ours)] + [(m, _lstm_operations) for m in lstms]

@@ -476,6 +476,7 @@ def synthetic_pairs(name:str, # One of PAIR_LAYOUTS: whose labels and name
                     di:int=64, dt:int=40, # Widths
                     seed:int=0): # Same seed, same numbers
     "Random clustered pairs in the form of an official set, for tests, never for quality."
+    expect(len(n) == 3 and 0 < n[0] <= n[1] and n[2] > 0, "n", "sizes of training set, database (at least as many) and queries", n)
     draw, (train, database, query), classes = np.random.RandomState(seed), n, layout_of(name).n_classes
     labels = (draw.rand(database + query, classes) < 1.5/classes).astype(np.uint8)           # (n, classes)
     labels[np.arange(len(labels)), draw.randint(classes, size=len(labels))] = 1              # at least one each

@@ -188,6 +188,7 @@ def ask_about(config:TrainConfig, # Whose network
               measure, # The network (on its device, in evaluation mode) and its data -> metrics; an entry `codes` is stored beside them
               profile:str, *, data_root:str|None=None, device:str|None=None, progress:bool=True) -> records.RunRecord: # As for `ask`
     "The record of a measurement of a trained network: read when it exists; else the network is loaded or trained, and measured."
+    expect(what.strip(), "what", "the name of a measurement", repr(what))
     def make(config, data):
         run = trained(config, data, device, progress)
         begun = time.perf_counter()
@@ -218,8 +219,9 @@ def ask_all(configs:list, # Runs, as for `ask`
             workers:int|None=None) -> list: # Processes side by side; None: one per thread, at most 4, on a CPU, up to 6 per GPU
     "The records of several runs, in order; a failed run is reported by name after the others have finished."
     configs = [settle(c, load_data(c.dataset, data_root)) for c in configs]
-    missing = [c for c in configs if not read(c, profile, load_data(c.dataset, data_root))]
-    check_may_run([records.run_name(describe(c)) for c in missing], profile)
+    missing = {records.run_name(describe(c)): c for c in configs if not read(c, profile, load_data(c.dataset, data_root))}
+    check_may_run(list(missing), profile)
+    missing = list(missing.values())                                                   # each record once
     workers = workers or _at_once(pick_device(device), [load_data(c.dataset, data_root) for c in missing])
     options = dict(data_root=data_root, device=device)
     with tqdm(total=len(configs), initial=len(configs) - len(missing), desc="runs", unit="run") as bar:
@@ -246,9 +248,13 @@ def _side_by_side(configs, profile, options, workers, bar):
     failed, context, workers = {}, multiprocessing.get_context("spawn"), min(workers, len(configs))
     with ProcessPoolExecutor(workers, context, _share, (context.Value("i", 0), max(1, torch.get_num_threads()//workers))) as pool:
         jobs = {pool.submit(ask, c, profile, progress=False, **options): c for c in configs}
-        for job in as_completed(jobs):
-            bar.update()
-            if job.exception(): failed[records.run_name(describe(jobs[job]))] = job.exception()
+        try:
+            for job in as_completed(jobs):
+                bar.update()
+                if job.exception(): failed[records.run_name(describe(jobs[job]))] = job.exception()
+        except BaseException:                                                          # Ctrl-C: what waits is not begun any more
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     said = "; ".join(f"{name}: {error}" for name, error in failed.items())
     if failed: raise RuntimeError(f"{len(failed)} of {len(configs)} runs failed: {said}")
 

@@ -293,12 +293,15 @@ def train(config:TrainConfig, # What to train; see `settled`
     data, device, clock = data or datasets.load(config.dataset, data_root), pick_device(device), time.perf_counter()
     config, data = settled(config, data), training_share(data, config.share, config.seed)
     expect(len(data.train) > 1, f"{data.name}: training items", "at least 2: they are held against each other", len(data.train))
-    inputs = tuple(place(x, device, config.precision) for x in data.train.inputs) # (n, t, d), or (n, di) and (n, dt)
     if resume and checkpoint and Path(checkpoint).exists(): run = load_checkpoint(checkpoint, config, data, device)
     else:
         run = start(config, data, device)
         prepare(run, data, progress)
-        run.seconds.append(time.perf_counter() - clock)
+    if run.epoch == config.epochs:
+        run.model.eval()
+        return run
+    inputs = tuple(place(x, device, config.precision) for x in data.train.inputs) # (n, t, d), or (n, di) and (n, dt)
+    if not run.seconds: run.seconds.append(time.perf_counter() - clock)
     steps = {warm: make_step(run, warm, inputs) for warm in (False, True)}
     title = f"{config.dataset} {config.model.bits} bits seed {config.seed}"
     bar = tqdm(total=config.epochs, initial=run.epoch, desc=title, unit="epoch", leave=False, disable=not progress)

@@ -198,3 +198,8 @@ def test_synthetic_is_made_on_the_gpu():
     on_gpu = to_tensor(x, "cuda", torch.bfloat16)
     assert on_gpu.is_cuda and torch.equal(on_gpu, to_tensor(x, "cuda", torch.bfloat16))
     assert abs(on_gpu.float().std().item() - 2**.5) < .1    # unit centers plus unit noise
+
+@pytest.mark.parametrize("n, said", [((100, 200, 50), "equal sizes where splits of ucf101 are the same videos"), ((100, 50), "three sizes"),
+                                     ((0, 0, 50), "three sizes")])
+def test_sizes_that_the_protocol_cannot_have(n, said):
+    with pytest.raises(ValueError, match=f"n: expected {said}"): synthetic_like("ucf101", n=n)

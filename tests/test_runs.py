@@ -83,3 +83,12 @@ def test_a_database_smaller_than_the_smallest_cut_is_named(data):
     codes = torch.zeros(4, 2, dtype=torch.uint8).numpy()
     with pytest.raises(ValueError, match="spoken-digits: database: expected at least 5 videos, for the smallest cut, found 4"):
         runs.scores({"query": codes, "database": codes}, data)
+
+
+def test_a_run_asked_for_twice_is_made_once(home):
+    one, again = runs.ask_all([CONFIG, replace(CONFIG, watch=0)], "smoke", device="cpu", workers=2)
+    assert one.name == again.name and len(records.read_all("smoke")) == 1
+
+
+def test_a_measurement_has_a_name(home):
+    with pytest.raises(ValueError, match="what: expected the name of a measurement"): runs.ask_about(CONFIG, " ", None, "smoke")

@@ -108,6 +108,10 @@ def test_a_loss_that_explodes_is_reported(data):
 def test_more_centers_than_videos_is_an_error(data):
     with pytest.raises(ValueError, match="n_centers"): training.train(replace(CONFIG, n_centers=5000), data, device="cpu", progress=False)
 
+def test_a_finished_run_reads_no_features(checkpoint, data, monkeypatch):
+    monkeypatch.setattr(training, "place", None)
+    assert resume(checkpoint, data).epoch == 1
+
 def test_one_training_item_is_an_error(data):
     one = datasets.Split(data.train.features[:1], data.train.labels[:1], "one video")
     with pytest.raises(ValueError, match="spoken-digits: training items: expected at least 2.* found 1"):

@@ -12,6 +12,8 @@ from nbconvert.preprocessors import ExecutePreprocessor
 from nbdev.clean import nbdev_clean
 from traitlets.config import Config
 
+from s5vh_nb.basics import atomic_write
+
 ROOT = Path(__file__).resolve().parent.parent
 INDEX = ROOT/"nbs"/"index.ipynb"
 NOTE = "<!-- made from nbs/index.ipynb by `make readme`; edit the notebook -->\n\n"
@@ -42,6 +44,6 @@ def to_markdown(nb):
 
 if __name__ == "__main__":
     nb = executed_index()
-    (ROOT/"README.md").write_text(to_markdown(nb))
-    nbformat.write(nb, INDEX)
+    with atomic_write(ROOT/"README.md") as tmp: tmp.write_text(to_markdown(nb))
+    with atomic_write(INDEX) as tmp: nbformat.write(nb, tmp)
     nbdev_clean(str(INDEX))
