@@ -108,8 +108,10 @@ def epochs_saved(ours:list|None, theirs:list|None) -> Interval|None: # Records, 
     return report.interval([ablations.reach(b, ablations.mark_of(a, b)) - ablations.reach(a, ablations.mark_of(a, b)) for a, b in pairs])
 
 # %% ../nbs/lib/45_claims.ipynb #a9bcf483
+def _range(low, high): return f"< {high:g}" if low == -np.inf else f"> {low:g}" if high == np.inf else f"{low:g} to {high:g}"
+
 def table(claims:list) -> pd.DataFrame: # Of `Claim`
-    "One line per claim: its weakest comparison (where, effect, interval), how many hold, and the verdict."
+    "One line per claim: its weakest comparison (where, effect, interval), the range it should lie in, how many hold, and the verdict."
     lines = []
     for claim in claims:
         at = weakest(claim)
@@ -117,7 +119,7 @@ def table(claims:list) -> pd.DataFrame: # Of `Claim`
         shown = claim.findings[at] if at is not None else Interval(np.nan, np.nan, np.nan)
         lines.append({"claim": claim.says, "test": claim.test, "data": claim.data, "weakest": at or "",
                       **dict(zip(("effect", "low", "high"), shown)), "unit": claim.unit,
-                      "hold": f"{hold} of {len(claim.findings)}" if at is not None else "", "seeds": claim.seeds,
+                      "wanted": _range(*claim.wanted), "hold": f"{hold} of {len(claim.findings)}" if at is not None else "", "seeds": claim.seeds,
                       "verdict": conclusion(claim), "notebook": claim.notebook})
     return pd.DataFrame(lines).astype({"seeds": "Int64"})
 
@@ -147,7 +149,7 @@ def _panels(claims): # With a verdict -> one list per panel and its label
             parts.append((label, [c for c, small in zip(own, close) if small == wanted]))
     return [(label, part) for label, part in parts if part]
 
-def _draw(ax, claims, label): # One panel
+def _draw(ax, claims, label, often): # One panel; what is said of several data sets
     known = [e for c in claims for e in _known(c)]
     ends = [0. if all(c.wanted[0] == 0 for c in claims) else np.nan, *(v for e in known for v in e)]
     ends += [v for c in claims for v in c.wanted if np.isfinite(v)]
@@ -163,8 +165,7 @@ def _draw(ax, claims, label): # One panel
             ax.plot([e.low, e.high], [place]*2, color=colour, lw=2 if bold else .8, solid_capstyle="butt")
             ax.plot(e.mean, place, "o", color=colour, mfc="w" if claim.seeds in FEW else colour, ms=4.5 if bold else 2.5)
     ax.set(xlim=(low - edge, high + edge), ylim=(len(claims) - .4, -.6), xlabel=label)
-    often = pd.Series([c.says for c in claims]).duplicated(keep=False)
-    ax.set_yticks(range(len(claims)), [c.says + f" ({c.data})"*more for c, more in zip(claims, often)], fontsize=8)
+    ax.set_yticks(range(len(claims)), [c.says + f" ({c.data})"*(c.says in often) for c in claims], fontsize=8)
     ax.grid(axis="y", visible=False); ax.tick_params(axis="y", length=0)
 
 def _left_out(claims): # What the figure says of those that it can't show
@@ -180,7 +181,8 @@ def plot(claims:list) -> plt.Figure: # Of `Claim`; those without a verdict are l
     fig.supxlabel(_left_out(claims), fontsize=8, color="0.4")
     if not judged: return fig
     axes = fig.subplots(len(panels), height_ratios=heights, squeeze=False)[:, 0]
-    for ax, (label, part) in zip(axes, panels): _draw(ax, part, label)
+    says = [c.says for c in judged]
+    for ax, (label, part) in zip(axes, panels): _draw(ax, part, label, {said for said in says if says.count(said) > 1})
     marks = [plt.Line2D([], [], color=colour, marker="o", ms=4.5, label=name) for name, colour in COLOURS.items()]
     marks += [plt.Line2D([], [], color="0.2", marker="o", ms=4.5, mfc="w", ls="", label="one or two seeds"),
               plt.Rectangle((0, 0), 1, 1, color="0.9", label="where the claim puts it")]
