@@ -118,8 +118,8 @@ def table(claims:list) -> pd.DataFrame: # Of `Claim`
         hold = sum(verdict(e, claim.wanted) == "holds" for e in claim.findings.values() if e is not None)
         shown = claim.findings[at] if at is not None else Interval(np.nan, np.nan, np.nan)
         lines.append({"claim": claim.says, "test": claim.test, "data": claim.data, "weakest": at or "",
-                      **dict(zip(("effect", "low", "high"), shown)), "unit": claim.unit,
-                      "wanted": _range(*claim.wanted), "hold": f"{hold} of {len(claim.findings)}" if at is not None else "", "seeds": claim.seeds,
+                      **dict(zip(("effect", "low", "high"), shown)), "unit": claim.unit, "wanted": _range(*claim.wanted),
+                      "hold": f"{hold} of {len(claim.findings)}" if at is not None else "", "seeds": claim.seeds,
                       "verdict": conclusion(claim), "notebook": claim.notebook})
     return pd.DataFrame(lines).astype({"seeds": "Int64"})
 
