@@ -85,7 +85,8 @@ def test_a_database_smaller_than_the_smallest_cut_is_named(data):
         runs.scores({"query": codes, "database": codes}, data)
 
 
-def test_a_run_asked_for_twice_is_made_once(home):
+def test_a_run_asked_for_twice_is_made_once(home, monkeypatch):
+    monkeypatch.setattr(runs, "_side_by_side", None)                    # two processes would train it twice
     one, again = runs.ask_all([CONFIG, replace(CONFIG, watch=0)], "smoke", device="cpu", workers=2)
     assert one.name == again.name and len(records.read_all("smoke")) == 1
 
