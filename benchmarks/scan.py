@@ -1,19 +1,21 @@
 """The selective scan and the short convolution: parity of the backends against float64, and their times at the shapes that matter.
 
-    python benchmarks/scan.py [--profile quick] [--device auto] [--shapes 512x13 256x25 32x1000] [--milliseconds 50]
+    python benchmarks/scan.py [--profile quick] [--device auto] [--shapes 512x13 256x25 32x1000] [--milliseconds 200]
 
 Random inputs (a stand-in: the kernels cost the same on real ones), d 512, n 16, gated, softplus, bf16 on a GPU.
 Times on a GPU: "graph" replays a CUDA graph, as the training step does; "eager" calls the function, autograd included.
 Beside them the floor: bytes that must move, over the bandwidth of a copy measured in the same run.
 Writes one run record below results/<profile>/runs.
 """
-import argparse, functools, importlib.util, statistics, time
+import argparse, functools, importlib.util, time
 
+import numpy as np
 import pandas as pd
 import torch
 
 from s5vh_nb.basics import pick_device
 from s5vh_nb.config import PROFILES
+from s5vh_nb.efficiency import ceilings, replayed, seconds_per_call
 from s5vh_nb.records import RunRecord, device_name, save
 from s5vh_nb.scan import causal_conv1d, selective_scan
 
@@ -47,40 +49,10 @@ def parity(backend, dtype, device) -> float:
     return worst
 
 
-def clocked(call, device) -> float:
-    "Seconds of one call, the device's work included."
-    if device.type != "cuda":
-        begun = time.perf_counter()
-        call()
-        return time.perf_counter() - begun
-    begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begun.record(); call(); done.record(); done.synchronize()
-    return begun.elapsed_time(done)/1000
-
-
-def captured(call, calls:int=10):
-    "A function that replays a CUDA graph of some calls."
-    for _ in range(3): call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls): call()
-    return graph.replay, calls
-
-
-def seconds(call, device, graph:bool, milliseconds:float) -> float:
-    "Median seconds of a call, after 0.2 seconds at work: a GPU at rest runs at a fraction of its clock."
-    call, calls = captured(call) if graph else (call, 1)
-    begun, found, least = time.perf_counter(), [], (0.2 if device.type == "cuda" else 0) + milliseconds/1000
-    while time.perf_counter() - begun < least or len(found) < 3: found.append(clocked(call, device)/calls)
-    return statistics.median(found[len(found)//2:])
-
-
-def copy_bandwidth(device) -> float:
-    "Bytes per second of a large copy, read and written ones."
-    x = torch.randn(2**28 if device.type == "cuda" else 2**24, device=device)
-    y = torch.empty_like(x)
-    return 2*x.numel()*4/seconds(lambda: y.copy_(x), device, False, 50)
+def median_seconds(call, device, graph:bool, limit:float) -> float:
+    "Of a call, after as long at work: a GPU at rest runs at a fraction of its clock."
+    call, calls = replayed(call, device) if graph else (call, 1)
+    return float(np.median(seconds_per_call(call, device, 10**5, 10**5, limit)))/calls
 
 
 def work(shape, device, dtype):
@@ -93,34 +65,34 @@ def work(shape, device, dtype):
     return {f"{b} x t {t}, scan": (scan, given, 4*row, 11*row), f"{b} x t {t}, convolution": (causal_conv1d, conv, 2*row, 5*row)}
 
 
-def times(function, given, backend, device, graph, milliseconds) -> dict:
+def times(function, given, backend, device, graph, limit) -> dict:
     "Seconds of the forward pass alone, and with the backward pass."
     call, leaves = functools.partial(function, **given, backend=backend), list(given.values())
-    with torch.no_grad(): weights, forward = torch.randn_like(call()), seconds(call, device, graph, milliseconds)
-    return {"forward": forward, "with backward": seconds(lambda: torch.autograd.grad(call(), leaves, weights), device, graph, milliseconds)}
+    with torch.no_grad(): weights, forward = torch.randn_like(call()), median_seconds(call, device, graph, limit)
+    return {"forward": forward, "with backward": median_seconds(lambda: torch.autograd.grad(call(), leaves, weights), device, graph, limit)}
 
 
-def measure(shapes, device, milliseconds) -> RunRecord:
+def measure(shapes, device, limit) -> RunRecord:
     "Parity and times of every backend there is."
     gpu, begun = device.type == "cuda", time.perf_counter()
     present = [name for name in ("triton", "mamba_ssm", "torch") if importlib.util.find_spec(name)] if gpu else ["numba", "torch"]
     dtype, modes = (torch.bfloat16, ("graph", "eager")) if gpu else (torch.float32, ("eager",))
     kinds = (torch.float32, torch.bfloat16) if gpu else (torch.float32,)
     errors = {f"{name} {str(kind)[6:]}": parity(name, kind, device) for name in present for kind in kinds}
-    bandwidth, rows = copy_bandwidth(device), {}
+    limits, rows = ceilings(device), {}
     for shape in shapes:
-        for what, (function, given, *floors) in work(shape, device, dtype).items():
-            found = {"forward": {"floor": floors[0]/bandwidth*1000}, "with backward": {"floor": floors[1]/bandwidth*1000}}
+        for what, (function, given, *moved) in work(shape, device, dtype).items():
+            found = {part: {"floor": 1000*n/limits["bytes_per_second"]} for part, n in zip(("forward", "with backward"), moved)}
             for backend in present:
                 if backend == "mamba_ssm" and function is causal_conv1d: continue       # not there
                 if backend == "torch" and gpu and shape[1] > 100: continue              # minutes
                 for mode in modes:
-                    timed = times(function, given, backend, device, mode == "graph", milliseconds)
+                    timed = times(function, given, backend, device, mode == "graph", limit)
                     for part, value in timed.items(): found[part][f"{mode} {backend}"] = value*1000
             rows |= {f"{what}, {part}": values for part, values in found.items()}
     config = {"kind": "scan-benchmark", "device": device_name(device), "dtype": str(dtype)[6:],
               "shapes": [list(shape) for shape in shapes], "d": D, "n": N, "seed": 0}
-    metrics = {"relative_error": errors, "copy_tb_per_s": bandwidth/1e12, "times": rows}
+    metrics = {"relative_error": errors, "copy_tb_per_s": limits["bytes_per_second"]/1e12, "times": rows}
     return RunRecord(config=config, seed=0, metrics=metrics, data={"name": "random numbers", "stand_in": True},
                      device=device_name(device), seconds={"all": time.perf_counter() - begun})
 
@@ -132,11 +104,11 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--shapes", type=size, nargs="+",
                         help="SEQUENCESxSTEPS; default: those of the papers on a GPU, a small one on a CPU")
-    parser.add_argument("--milliseconds", type=float, default=50, help="time to spend on each number")
+    parser.add_argument("--milliseconds", type=float, default=200, help="time to spend on each number, and as much on its warm-up")
     given = parser.parse_args()
     device = pick_device(given.device)
     shapes = given.shapes or ([(512, 13), (256, 25), (32, 1000)] if device.type == "cuda" else [(16, 13)])
-    record = measure(shapes, device, given.milliseconds)
+    record = measure(shapes, device, given.milliseconds/1000)
     print(f"{record.device}; copy {record.metrics['copy_tb_per_s']:.2f} TB/s; milliseconds, floor = bytes over that bandwidth")
     print(pd.DataFrame(record.metrics["times"]).T.to_string(float_format="{:.3f}".format, na_rep="-"))
     errors = record.metrics["relative_error"]

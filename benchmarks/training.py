@@ -21,7 +21,7 @@ import torch
 from s5vh_nb import datasets, records, runs, training
 from s5vh_nb.basics import pick_device
 from s5vh_nb.config import DATASETS, PROFILES, to_dict, train_config
-from s5vh_nb.efficiency import copy_rate, operations, peak_bytes, product_rate, seconds_per_call
+from s5vh_nb.efficiency import ceilings, floor, linear_in_batch, operations, peak_bytes, seconds_per_call
 
 ENCODED = (25, 128), (1000, 128), (25, 16384)     # frames, videos; the last on a GPU only
 
@@ -39,17 +39,9 @@ def clocked(call, device):
     if device.type == "cuda": torch.cuda.synchronize(device)
     return result, time.perf_counter() - begun
 
-def ceilings(precision, device) -> dict:
-    "What the machine does at best: bytes per second of a copy, operations per second of products in the run's precision and in scoring's."
-    gpu = device.type == "cuda"
-    def rate(dtype): return product_rate(device, dtype, 8192 if gpu else 768)
-    with training.matmul_precision(precision): products = rate(torch.bfloat16 if precision == "bfloat16" else torch.float32)
-    return {"bytes": copy_rate(device, 2**28 if gpu else 2**24), "products": products, "signs": rate(torch.float16) if gpu else None}
-
-def beside_floor(ms:float, operations:float, moved:float, limits:dict, product:str="products") -> dict:
+def beside_floor(ms:float, operations:float, moved:float, limits:dict, precision:str) -> dict:
     "A measured time and the least it could be."
-    floor = 1000*max(operations/limits[product] if limits[product] else 0, moved/limits["bytes"])
-    return {"ms": ms, "floor_ms": floor, "operations": operations, "bytes": moved}
+    return {"ms": ms, "floor_ms": 1000*float(floor(operations, moved, limits, precision)), "operations": operations, "bytes": moved}
 
 def work_of_step(run, data, warm) -> tuple:
     "Operations and bytes of one training step."
@@ -60,11 +52,11 @@ def work_of_step(run, data, warm) -> tuple:
     return counted, x.nbytes + 6*run.weights.nbytes
 
 def work_of_encoding(model, device, n, frames) -> tuple:
-    "Operations and bytes of encoding `n` videos, from those of one and of two."
-    def of(b):
+    "Operations and bytes of encoding `n` videos."
+    def counted(b):
         x = torch.randn(b, frames, model.config.d, device=device)
-        with torch.no_grad(): return operations(lambda: model(x), model), x.nbytes
-    return tuple(one + (n - 1)*(two - one) for one, two in zip(of(1), of(2)))
+        return operations(lambda: model(x), model)
+    with torch.no_grad(): return linear_in_batch(counted, n), 4*n*frames*model.config.d
 
 def encoding(model, precision, device, limits) -> dict:
     "Times of encoding videos that lie on the device, videos per second and peak memory (beyond the features)."
@@ -75,7 +67,7 @@ def encoding(model, precision, device, limits) -> dict:
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"): model.encode(x)
         with training.matmul_precision(precision):
             peak, seconds = peak_bytes(call, device), float(np.median(seconds_per_call(call, device, limit=20)))
-        found[f"t={frames}, n={b}"] = {**beside_floor(1000*seconds, *work_of_encoding(model, device, b, frames), limits),
+        found[f"t={frames}, n={b}"] = {**beside_floor(1000*seconds, *work_of_encoding(model, device, b, frames), limits, precision),
                                        "videos_per_second": b/seconds, "peak_mb": peak/1e6}
     return found
 
@@ -87,7 +79,7 @@ def scoring(device, limits, n:int=45600, bits:int=64) -> dict:
     data = datasets.VideoDataset("random-codes", split, split, split, 239, "random codes and labels")
     call = lambda: runs.scores({"query": codes, "database": codes}, data, device)
     call()
-    return beside_floor(1000*clocked(call, device)[1], 2*bits*n**2, 2*(codes.nbytes + labels.nbytes), limits, "signs")
+    return beside_floor(1000*clocked(call, device)[1], 2*bits*n**2, 2*(codes.nbytes + labels.nbytes), limits, "float16")
 
 def measure(config, data, device) -> records.RunRecord:
     "Train, encode and score once."
@@ -95,15 +87,16 @@ def measure(config, data, device) -> records.RunRecord:
     parts = data.database, data.query
     _, encoded = clocked(lambda: [run.model.encode(split.features, batch=4096) for split in parts], device)
     steps, epochs, warmup = -(-len(data.train)//config.batch), np.array(run.seconds[1:]), config.objective.warmup
-    limits = ceilings(config.precision, device)
+    limits = ceilings(device, config.precision, *(["float16"] if device.type == "cuda" else []))
     work = {"warm-up": work_of_step(run, data, False), "main": work_of_step(run, data, True)}
     phases = {"warm-up": epochs[1:warmup], "main": epochs[warmup + 1:]}
-    step = {phase: beside_floor(float(1000*np.median(seconds)/steps), *work[phase], limits)
+    step = {phase: beside_floor(float(1000*np.median(seconds)/steps), *work[phase], limits, config.precision)
             for phase, seconds in phases.items() if len(seconds)}
     parts_of_whole = [(steps*warmup, work["warm-up"]), (steps*(config.epochs - warmup), work["main"]),
                       (1, work_of_encoding(run.model, device, sum(map(len, parts)), data.t))]
     whole = [sum(times*pair[i] for times, pair in parts_of_whole) for i in (0, 1)]
-    metrics = {"ceilings": limits, "step": step, "features to codes": beside_floor(1000*(trained + encoded), *whole, limits),
+    metrics = {"ceilings": limits, "step": step,
+               "features to codes": beside_floor(1000*(trained + encoded), *whole, limits, config.precision),
                "encode": encoding(run.model, config.precision, device, limits), "score 45600 x 45600": scoring(device, limits),
                "last_loss": run.history[-1]["loss"]}
     described = {"name": data.name, "stand_in": True, "fingerprint": data.fingerprint, "train": len(data.train), "t": data.t, "d": data.d}
