@@ -5,7 +5,8 @@
 Writes one run record per precision below results/<profile>/runs.
 A step's time is that of the median epoch of its phase divided by its steps.
 Let it run alone: trainings beside it slow down what the CPU does, set-up above all.
-The whole run goes from features in memory to the packed codes of database and queries, hash centers included.
+The whole run goes from features in memory to the packed codes of database and queries, hash centers included. A short training goes before
+it, whose time is recorded apart: it compiles the kernels, which later trainings on the same machine find on the disk.
 
 Beside every time stands its floor, the greater of two: counted operations over the rate of a large matrix product of that precision,
 and bytes that must move over the bandwidth of a large copy, both rates measured in the same run. Bytes that must move: of a step, the
@@ -20,7 +21,7 @@ import torch
 
 from s5vh_nb import datasets, records, runs, training
 from s5vh_nb.basics import pick_device
-from s5vh_nb.config import DATASETS, PROFILES, to_dict, train_config
+from s5vh_nb.config import DATASETS, PROFILES, replace, to_dict, train_config
 from s5vh_nb.efficiency import ceilings, floor, linear_in_batch, operations, peak_bytes, seconds_per_call
 
 ENCODED = (25, 128), (1000, 128), (25, 16384)     # frames, videos; the last on a GPU only
@@ -83,9 +84,11 @@ def scoring(device, limits, n:int=45600, bits:int=64) -> dict:
 
 def measure(config, data, device) -> records.RunRecord:
     "Train, encode and score once."
-    run, trained = clocked(lambda: training.train(config, data, device=str(device)), device)
-    parts = data.database, data.query
-    _, encoded = clocked(lambda: [run.model.encode(split.features, batch=4096) for split in parts], device)
+    def trained(config): return training.train(config, data, device=str(device))
+    def compiled(): trained(replace(config, epochs=2, warmup=1, share=.05, n_centers=8)).model.encode(data.query.features[:64])
+    _, first = clocked(compiled, device)
+    run, learnt = clocked(lambda: trained(config), device)
+    _, coded = clocked(lambda: [run.model.encode(split.features, batch=4096) for split in (data.database, data.query)], device)
     steps, epochs, warmup = -(-len(data.train)//config.batch), np.array(run.seconds[1:]), config.objective.warmup
     limits = ceilings(device, config.precision, *(["float16"] if device.type == "cuda" else []))
     work = {"warm-up": work_of_step(run, data, False), "main": work_of_step(run, data, True)}
@@ -93,17 +96,17 @@ def measure(config, data, device) -> records.RunRecord:
     step = {phase: beside_floor(float(1000*np.median(seconds)/steps), *work[phase], limits, config.precision)
             for phase, seconds in phases.items() if len(seconds)}
     parts_of_whole = [(steps*warmup, work["warm-up"]), (steps*(config.epochs - warmup), work["main"]),
-                      (1, work_of_encoding(run.model, device, sum(map(len, parts)), data.t))]
+                      (1, work_of_encoding(run.model, device, len(data.database) + len(data.query), data.t))]
     whole = [sum(times*pair[i] for times, pair in parts_of_whole) for i in (0, 1)]
     metrics = {"ceilings": limits, "step": step,
-               "features to codes": beside_floor(1000*(trained + encoded), *whole, limits, config.precision),
+               "features to codes": beside_floor(1000*(learnt + coded), *whole, limits, config.precision),
                "encode": encoding(run.model, config.precision, device, limits), "score 45600 x 45600": scoring(device, limits),
                "last_loss": run.history[-1]["loss"]}
     described = {"name": data.name, "stand_in": True, "fingerprint": data.fingerprint, "train": len(data.train), "t": data.t, "d": data.d}
     name = records.device_name(device)
     about = {"kind": "training-benchmark", "device": name, "run": to_dict(run.config)}
     return records.RunRecord(config=about, seed=config.seed, metrics=metrics, data=described, device=name,
-                             seconds={"set-up": run.seconds[0], "epochs": float(epochs.sum())})
+                             seconds={"first, to compile": first, "set-up": run.seconds[0], "epochs": float(epochs.sum()), "codes": coded})
 
 def table(metrics) -> pd.DataFrame:
     "Every time with its floor."
