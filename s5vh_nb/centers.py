@@ -202,14 +202,13 @@ def improved(H:np.ndarray, # (c, k) all centers
     return _solve(H[i], Ho, np.delete(s, i), float(H.shape[1] - 2*distance), float(a), np.ascontiguousarray(Q), lam.clip(0), p)
 
 # %% ../nbs/lib/20_centers.ipynb #1ec1c87f
-def _sweep(H, S, distance, a, p, pool, most):
-    "One sweep, in place: up to `most` centers at a time; what was found for those behind a center that moves is thrown away."
-    i, ahead = 0, 1
+def _sweep(H, S, distance, a, p, pool, ahead):
+    "One sweep, in place: `ahead` centers at a time; what was found for those behind a center that moves is thrown away."
+    i = 0
     while i < len(H):
         for new in list(pool.map(lambda j: improved(H, j, S[j], distance, a, p), range(i, min(i + ahead, len(H))))):
             moved, H[i], i = (new != H[i]).any(), new, i + 1
             if moved: break
-        ahead = 1 if moved else min(2*ahead, most)
 
 def sweep_centers(H:np.ndarray, # (c, k) start
                   S:np.ndarray, # (c, c) wanted inner products
@@ -222,11 +221,11 @@ def sweep_centers(H:np.ndarray, # (c, k) start
     "The best set (c, k) after one or more sweeps, and the quality after each sweep (S5VH, hash centers)."
     H, best, history = H.copy(), None, []
     bar = tqdm(range(sweeps), desc="hash centers", unit="sweep", leave=False, disable=not progress)
-    most = min(4, torch.get_num_threads())
-    with threadpool_limits(1), ThreadPoolExecutor(most) as pool:   # a product's own threads would only wait for each other
+    ahead = min(4, torch.get_num_threads())
+    with threadpool_limits(1), ThreadPoolExecutor(ahead) as pool:   # a product's own threads would only wait for each other
         for _ in bar:
             before = H.copy()
-            _sweep(H, S, distance, a, p, pool, most)
+            _sweep(H, S, distance, a, p, pool, ahead)
             history.append(quality(H, W))
             bar.set_postfix(quality=f"{history[-1]:.3f}")
             since = len(history) - 1 - history.index(max(history))                     # sweeps since the best one
