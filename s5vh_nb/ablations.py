@@ -73,9 +73,13 @@ def told(value:report.Interval, # From `gain`
 
 # %% ../nbs/lib/44_ablations.ipynb #faf3c688
 def curve_of(record:records.RunRecord,
-             score:str="map@5") -> pd.Series: # As `runs.look` names it
+             score:str="map@5") -> pd.Series: # As `runs.look` names it, or "GmAP"
     "A score by the number of epochs done, one value per look; empty for a run that was not looked at."
-    return pd.Series({h["epoch"] + 1: h[score] for h in record.history if score in h}, dtype=float)
+    def value(looked):
+        cuts = [v for name, v in looked.items() if name.startswith("map@")]
+        return retrieval.gmap(cuts) if score == "GmAP" and cuts else looked.get(score)
+    values = {h["epoch"] + 1: value(h) for h in record.history}
+    return pd.Series({epoch: v for epoch, v in values.items() if v is not None}, dtype=float)
 
 def check_looks(rows:list, # Records
                 score:str="map@5"): # As for `curve_of`
