@@ -5,15 +5,16 @@
 Writes one run record per precision below results/<profile>/runs.
 A step's time is that of the median epoch of its phase divided by its steps.
 Let it run alone: trainings beside it slow down what the CPU does, set-up above all.
-The whole run goes from features in memory to the packed codes of database and queries, hash centers included. A short training goes before
-it, whose time is recorded apart: it compiles the kernels, which later trainings on the same machine find on the disk.
+The whole run goes from features in memory to the packed codes of database and queries, hash centers included. A short training in another
+process goes before it, whose time is recorded apart: it compiles the kernels, which later trainings on the same machine find on the disk.
 
 Beside every time stands its floor, the greater of two: counted operations over the rate of a large matrix product of that precision,
 and bytes that must move over the bandwidth of a large copy, both rates measured in the same run. Bytes that must move: of a step, the
 batch's features once, the weights and Adam's two moments in and out; of encoding, the features once; of scoring, codes and labels once.
-All else could stay on the chip.
+All else could stay on the chip. The floor of the whole run is that of its steps and of encoding; set-up counts nothing.
 """
-import argparse, dataclasses, time
+import argparse, dataclasses, multiprocessing, time
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ from s5vh_nb.config import DATASETS, PROFILES, replace, to_dict, train_config
 from s5vh_nb.efficiency import ceilings, floor, linear_in_batch, operations, peak_bytes, seconds_per_call
 
 ENCODED = (25, 128), (1000, 128), (25, 16384)     # frames, videos; the last on a GPU only
+SIGNS = "float16"                                 # of the products that give distances, on a GPU
 
 def in_memory(data:datasets.VideoDataset, device) -> datasets.VideoDataset:
     "The same data set with its features as arrays, made on the device."
@@ -40,7 +42,7 @@ def clocked(call, device):
     if device.type == "cuda": torch.cuda.synchronize(device)
     return result, time.perf_counter() - begun
 
-def beside_floor(ms:float, operations:float, moved:float, limits:dict, precision:str) -> dict:
+def beside_floor(ms:float, operations:float, moved:float, limits:dict, precision:str|None) -> dict:
     "A measured time and the least it could be."
     return {"ms": ms, "floor_ms": 1000*float(floor(operations, moved, limits, precision)), "operations": operations, "bytes": moved}
 
@@ -80,17 +82,22 @@ def scoring(device, limits, n:int=45600, bits:int=64) -> dict:
     data = datasets.VideoDataset("random-codes", split, split, split, 239, "random codes and labels")
     call = lambda: runs.scores({"query": codes, "database": codes}, data, device)
     call()
-    return beside_floor(1000*clocked(call, device)[1], 2*bits*n**2, 2*(codes.nbytes + labels.nbytes), limits, "float16")
+    return beside_floor(1000*clocked(call, device)[1], 2*bits*n**2, 2*(codes.nbytes + labels.nbytes), limits, SIGNS if device.type == "cuda" else None)
+
+def warm_up(config, device) -> float:
+    "Seconds of a short training on a part of the data and of a few codes."
+    def short():
+        run = training.train(replace(config, epochs=2, warmup=1, share=.05, n_centers=8), device=str(device), progress=False)
+        run.model.encode(np.zeros((64, 25, config.model.d), np.float32))
+    return clocked(short, device)[1]
 
 def measure(config, data, device) -> records.RunRecord:
     "Train, encode and score once."
-    def trained(config): return training.train(config, data, device=str(device))
-    def compiled(): trained(replace(config, epochs=2, warmup=1, share=.05, n_centers=8)).model.encode(data.query.features[:64])
-    _, first = clocked(compiled, device)
-    run, learnt = clocked(lambda: trained(config), device)
-    _, coded = clocked(lambda: [run.model.encode(split.features, batch=4096) for split in (data.database, data.query)], device)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool: first = pool.submit(warm_up, config, device).result()
+    run, train_seconds = clocked(lambda: training.train(config, data, device=str(device)), device)
+    _, code_seconds = clocked(lambda: [run.model.encode(split.features, batch=4096) for split in (data.database, data.query)], device)
     steps, epochs, warmup = -(-len(data.train)//config.batch), np.array(run.seconds[1:]), config.objective.warmup
-    limits = ceilings(device, config.precision, *(["float16"] if device.type == "cuda" else []))
+    limits = ceilings(device, *dict.fromkeys([config.precision, *([SIGNS] if device.type == "cuda" else [])]))
     work = {"warm-up": work_of_step(run, data, False), "main": work_of_step(run, data, True)}
     phases = {"warm-up": epochs[1:warmup], "main": epochs[warmup + 1:]}
     step = {phase: beside_floor(float(1000*np.median(seconds)/steps), *work[phase], limits, config.precision)
@@ -98,15 +105,15 @@ def measure(config, data, device) -> records.RunRecord:
     parts_of_whole = [(steps*warmup, work["warm-up"]), (steps*(config.epochs - warmup), work["main"]),
                       (1, work_of_encoding(run.model, device, len(data.database) + len(data.query), data.t))]
     whole = [sum(times*pair[i] for times, pair in parts_of_whole) for i in (0, 1)]
-    metrics = {"ceilings": limits, "step": step,
-               "features to codes": beside_floor(1000*(learnt + coded), *whole, limits, config.precision),
+    metrics = {"host": records.device_name("cpu"), "ceilings": limits, "step": step,
+               "features to codes": beside_floor(1000*(train_seconds + code_seconds), *whole, limits, config.precision),
                "encode": encoding(run.model, config.precision, device, limits), "score 45600 x 45600": scoring(device, limits),
                "last_loss": run.history[-1]["loss"]}
     described = {"name": data.name, "stand_in": True, "fingerprint": data.fingerprint, "train": len(data.train), "t": data.t, "d": data.d}
     name = records.device_name(device)
     about = {"kind": "training-benchmark", "device": name, "run": to_dict(run.config)}
     return records.RunRecord(config=about, seed=config.seed, metrics=metrics, data=described, device=name,
-                             seconds={"first, to compile": first, "set-up": run.seconds[0], "epochs": float(epochs.sum()), "codes": coded})
+                             seconds={"a short training before, in its own process": first, "set-up": run.seconds[0], "epochs": float(epochs.sum()), "codes": code_seconds})
 
 def table(metrics) -> pd.DataFrame:
     "Every time with its floor."

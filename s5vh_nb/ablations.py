@@ -60,6 +60,9 @@ def gain(ours:list, # Records, one per seed
     for a, b in zip(ours, theirs, strict=True):
         expect(a.data["fingerprint"] == b.data["fingerprint"], f"{b.name}, data", f"those of {a.name}", b.data["name"])
     a, b = ([per_query(record, profile, data_root) for record in records] for records in (ours, theirs))
+    return _over(a, b, score)
+
+def _over(a, b, score=None): # What `per_query` says, one per seed
     score = score or list(a[0])[-1]
     return report.paired_bootstrap(*([parts[score] for parts in rows] for rows in (a, b)))              # (seeds, nq) each
 
@@ -104,10 +107,10 @@ def compare(found:dict, # As from `ask_rows`
             profile:str, data_root:str|None=None) -> pd.DataFrame:
     "One line per cell: mean scores over seeds, `gain` in the last of them over the base, its ends `low` and `high`, seconds of training."
     known(base, dict.fromkeys(name for _, _, name in found), "base")
-    lines = []
+    parts, lines = {cell: [per_query(r, profile, data_root) for r in rows] for cell, rows in found.items()}, []
     for (d, k, name), ours in found.items():
-        scores = pd.DataFrame([{score: part.mean() for score, part in per_query(r, profile, data_root).items()} for r in ours]).mean()
-        over = dict(zip(("gain", "low", "high"), gain(ours, found[d, k, base], profile, data_root)))
+        scores = pd.DataFrame([{score: part.mean() for score, part in of_seed.items()} for of_seed in parts[d, k, name]]).mean()
+        over = dict(zip(("gain", "low", "high"), _over(parts[d, k, name], parts[d, k, base])))
         seconds = np.mean([r.seconds["train"] for r in ours])
         lines.append({"dataset": d, "bits": k, "row": name, "seeds": len(ours), **scores, **over, "train s": seconds})
     return pd.DataFrame(lines)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEW', 'DEGREES', 'COLOURS', 'verdict', 'Claim', 'weakest', 'conclusion', 'found', 'score_of', 'effect', 'gain',
-           'percent', 'epochs_saved', 'table', 'details', 'blank', 'plot']
+           'percent', 'epochs_saved', 'table', 'details', 'blank', 'shown', 'summary', 'plot']
 
 # %% ../nbs/lib/45_claims.ipynb #3d5ca2a6
 import functools
@@ -116,9 +116,9 @@ def table(claims:list) -> pd.DataFrame: # Of `Claim`
     for claim in claims:
         at = weakest(claim)
         hold = sum(verdict(e, claim.wanted) == "holds" for e in claim.findings.values() if e is not None)
-        shown = claim.findings[at] if at is not None else Interval(np.nan, np.nan, np.nan)
+        effect = claim.findings[at] if at is not None else Interval(np.nan, np.nan, np.nan)
         lines.append({"claim": claim.says, "test": claim.test, "data": claim.data, "weakest": at or "",
-                      **dict(zip(("effect", "low", "high"), shown)), "unit": claim.unit, "wanted": _range(*claim.wanted),
+                      **dict(zip(("effect", "low", "high"), effect)), "unit": claim.unit, "wanted": _range(*claim.wanted),
                       "hold": f"{hold} of {len(claim.findings)}" if at is not None else "", "seeds": claim.seeds,
                       "verdict": conclusion(claim), "notebook": claim.notebook})
     return pd.DataFrame(lines).astype({"seeds": "Int64"})
@@ -134,6 +134,20 @@ def details(claims:list) -> pd.DataFrame:
 def blank(frame:pd.DataFrame) -> pd.DataFrame:
     "For a saved table: missing numbers as empty cells."
     return frame.astype(object).where(frame.notna(), None)
+
+def shown(lines:pd.DataFrame) -> str: # From `table`
+    "The table in Markdown, for the eye: an effect, its interval and its unit in one cell."
+    spans = ["" if pd.isna(r.effect) else f"{r.effect:.3f} [{r.low:.3f}, {r.high:.3f}] {r.unit}" for r in lines.itertuples()]
+    return blank(lines.assign(effect=spans).drop(columns=["low", "high", "unit"])).to_markdown(index=False, floatfmt=".3f", missingval="")
+
+def summary(lines:pd.DataFrame, # From `table`
+            profile:str) -> str:
+    "The claims by verdict, and the commands for the runs that are missing."
+    said = [f"{verdict} ({len(rows)}): " + "; ".join(f"{row.claim} ({row.data})" for row in rows.itertuples())
+            for verdict, rows in lines.groupby("verdict", sort=False)]
+    missing = lines[lines.verdict.str.contains("not run yet|so far")].notebook.unique()
+    if len(missing): said += ["to run: " + ", ".join(f"s5vh-nb reproduce {name} --profile {profile}" for name in missing)]
+    return "\n".join(said)
 
 # %% ../nbs/lib/45_claims.ipynb #a5a2b9c6
 COLOURS = {"holds": "C2", "undecided": "0.45", "does not hold": "C3"}

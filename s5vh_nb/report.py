@@ -58,13 +58,12 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-def interval(values, # One value per seed
-             level:float=.95) -> Interval: # Share of such intervals that hold the true mean
-    "Mean and Student's t-interval over seeds."
+def interval(values) -> Interval: # One value per seed
+    "Mean and Student's 95 % t-interval over seeds."
     x = np.asarray(values, float)
     expect(x.ndim == 1 and len(x) > 0, "values", "a list with one number per seed", f"shape {x.shape}")
     if len(x) == 1: return Interval(float(x[0]), np.nan, np.nan)
-    half = stats.t.ppf((1 + level)/2, len(x) - 1)*x.std(ddof=1)/np.sqrt(len(x))
+    half = stats.t.ppf(.975, len(x) - 1)*x.std(ddof=1)/np.sqrt(len(x))
     return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half))
 
 def format_pm(value:Interval, # From `interval` or `paired_bootstrap`
@@ -79,25 +78,23 @@ def _counts(rng, draws, n):
     picks = rng.integers(n, size=(draws, n)) + n*np.arange(draws)[:, None]   # (draws, n)
     return np.bincount(picks.ravel(), minlength=draws*n).reshape(draws, n)   # (draws, n)
 
-def _widening(seeds, level):
+def _widening(seeds):
     "By how much the bootstrap's luck of so few seeds is too small: in variance, and in the tails of Student's t."
-    tail = (1 + level)/2
-    return np.sqrt(seeds/(seeds - 1))*stats.t.ppf(tail, seeds - 1)/stats.norm.ppf(tail) if seeds > 1 else 1.
+    return np.sqrt(seeds/(seeds - 1))*stats.t.ppf(.975, seeds - 1)/stats.norm.ppf(.975) if seeds > 1 else 1.
 
 def paired_bootstrap(a, # (seeds, queries) average precision of method A
                      b, # (seeds, queries) of method B: the same queries in the same order
                      draws:int=2000, # Bootstrap samples
-                     level:float=.95, # Share of the samples inside the interval
                      seed:int=0) -> Interval: # Of the resampling
-    "Mean of a - b with its percentile interval over seeds and queries, both resampled; the seeds' part is widened for their small number."
+    "Mean of a - b, 95 % percentile interval over seeds and queries, both resampled; the seeds' part is widened for their small number."
     a, b = np.atleast_2d(np.asarray(a, float)), np.atleast_2d(np.asarray(b, float))
     expect(a.shape == b.shape, "b", f"the shape of a, {a.shape} (seeds, queries)", b.shape)
     delta, rng = a - b, np.random.default_rng(seed)
     seeds, queries = delta.shape
-    weights = 1 + _widening(seeds, level)*(_counts(rng, draws, seeds) - 1)             # (draws, seeds)
+    weights = 1 + _widening(seeds)*(_counts(rng, draws, seeds) - 1)             # (draws, seeds)
     per_query = weights @ delta/seeds                                                  # (draws, queries)
     samples = np.concatenate([(_counts(rng, len(part), queries)*part).mean(1) for part in np.array_split(per_query, 20)])  # (draws,)
-    low, high = np.quantile(samples, [(1 - level)/2, (1 + level)/2])
+    low, high = np.quantile(samples, [.025, .975])
     return Interval(float(delta.mean()), float(low), float(high))
 
 # %% ../nbs/lib/41_report.ipynb #723468f8

@@ -391,6 +391,7 @@ def product_dtype(x:torch.Tensor) -> torch.dtype:
 # %% ../nbs/lib/10_scan.ipynb #33080c7d
 def _check(u, delta, A, B, C, D, z, delta_bias, reversed_channels):
     "Complain about the first argument that does not fit the shape of `u` and `A`."
+    for name, v in dict(u=u, delta=delta, A=A, B=B, C=C).items(): expect(isinstance(v, torch.Tensor), name, "a tensor", type(v).__name__)
     expect(u.dim() == 3 and u.numel() > 0, "u", "shape (b, d, t), not empty", tuple(u.shape))
     (b, d, t), n = u.shape, A.shape[-1]
     expect(A.shape == (d, n) and A.is_floating_point(), "A", f"real, shape ({d}, n)", f"{tuple(A.shape)} {A.dtype}")

@@ -164,7 +164,9 @@ def test_center_files_that_cannot_be_read(tmp_path):
 
 
 @pytest.mark.parametrize("change,message", [
-    (dict(given=rows(5, 24)), "given: expected shape (5, 16), found (5, 24)"),
+    (dict(given=rows(5, 24)), "given: expected shape (5, 16), 5 centers of 16 bits, found (5, 24)"),
+    (dict(given=np.zeros((5, 16))), "given: expected only -1 and +1, found values such as [0.]"),
+    (dict(given=np.ones((5, 16))), "given: expected 5 distinct rows, found 1"),
     (dict(bits=12), "bits: expected a positive multiple of 8, found 12"),
     (dict(bits=0), "bits: expected a positive multiple of 8, found 0"),
     (dict(n_centers=1), "n_centers: expected 2 to 60, the number of samples, found 1"),

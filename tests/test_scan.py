@@ -114,6 +114,7 @@ def test_convolution(b, d, t, width, bias, activation):
 
 
 @pytest.mark.parametrize("change,message", [
+    (dict(delta=None), "delta: expected a tensor, found NoneType"),
     (dict(u=torch.zeros(3, 6)), "u: expected shape"), (dict(delta=torch.zeros(3, 6, 4)), "delta: expected shape"),
     (dict(A=torch.zeros(6, 4, dtype=torch.complex64)), "A: expected real"), (dict(C=torch.zeros(3, 4, 4, 5)), "C: expected shape"),
     (dict(D=torch.zeros(5)), "D: expected shape"), (dict(z=torch.zeros(3, 6, 1)), "z: expected shape"),
