@@ -82,7 +82,8 @@ def scoring(device, limits, n:int=45600, bits:int=64) -> dict:
     data = datasets.VideoDataset("random-codes", split, split, split, 239, "random codes and labels")
     call = lambda: runs.scores({"query": codes, "database": codes}, data, device)
     call()
-    return beside_floor(1000*clocked(call, device)[1], 2*bits*n**2, 2*(codes.nbytes + labels.nbytes), limits, SIGNS if device.type == "cuda" else None)
+    seconds, products = clocked(call, device)[1], SIGNS if device.type == "cuda" else None
+    return beside_floor(1000*seconds, 2*bits*n**2, 2*(codes.nbytes + labels.nbytes), limits, products)
 
 def warm_up(config, device) -> float:
     "Seconds of a short training on a part of the data and of a few codes."
@@ -112,8 +113,9 @@ def measure(config, data, device) -> records.RunRecord:
     described = {"name": data.name, "stand_in": True, "fingerprint": data.fingerprint, "train": len(data.train), "t": data.t, "d": data.d}
     name = records.device_name(device)
     about = {"kind": "training-benchmark", "device": name, "run": to_dict(run.config)}
-    return records.RunRecord(config=about, seed=config.seed, metrics=metrics, data=described, device=name,
-                             seconds={"a short training before, in its own process": first, "set-up": run.seconds[0], "epochs": float(epochs.sum()), "codes": code_seconds})
+    seconds = {"a short training before, in its own process": first, "set-up": run.seconds[0], "epochs": float(epochs.sum()),
+               "codes": code_seconds}
+    return records.RunRecord(config=about, seed=config.seed, metrics=metrics, data=described, device=name, seconds=seconds)
 
 def table(metrics) -> pd.DataFrame:
     "Every time with its floor."
