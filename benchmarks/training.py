@@ -98,7 +98,7 @@ def measure(config, data, device) -> records.RunRecord:
     run, train_seconds = clocked(lambda: training.train(config, data, device=str(device)), device)
     _, code_seconds = clocked(lambda: [run.model.encode(split.features, batch=4096) for split in (data.database, data.query)], device)
     steps, epochs, warmup = -(-len(data.train)//config.batch), np.array(run.seconds[1:]), config.objective.warmup
-    limits = ceilings(device, *dict.fromkeys([config.precision, *([SIGNS] if device.type == "cuda" else [])]))
+    limits = ceilings(device, config.precision, *([SIGNS] if device.type == "cuda" else []))
     work = {"warm-up": work_of_step(run, data, False), "main": work_of_step(run, data, True)}
     phases = {"warm-up": epochs[1:warmup], "main": epochs[warmup + 1:]}
     step = {phase: beside_floor(float(1000*np.median(seconds)/steps), *work[phase], limits, config.precision)

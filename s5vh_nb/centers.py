@@ -257,7 +257,7 @@ def balanced_bits(H:np.ndarray, # (c, k) centers
     return H
 
 # %% ../nbs/lib/20_centers.ipynb #4dec4ff6
-def _proper(H, where, n_centers, bits):
+def _checked(H, where, n_centers, bits):
     "H as int8 (c, k): distinct codes in {-1, +1}."
     expect(H.shape == (n_centers, bits), where, f"shape {(n_centers, bits)}, {n_centers} centers of {bits} bits", H.shape)
     expect(np.isin(H, (-1, 1)).all(), where, "only -1 and +1", f"values such as {H[~np.isin(H, (-1, 1))][:1]}")
@@ -269,7 +269,7 @@ def read_centers(path:str|Path, # `hash_center_{k}.h5`
                  n_centers:int, # c
                  bits:int) -> np.ndarray: # k
     "Hash centers (c, k) int8 of the release; `FileNotFoundError` or `ValueError` naming file and key."
-    with open_hdf5(path) as f: return _proper(np.asarray(hdf5_array(f, "matrix")[()]), f"{path}[matrix]", n_centers, bits)
+    with open_hdf5(path) as f: return _checked(np.asarray(hdf5_array(f, "matrix")[()]), f"{path}[matrix]", n_centers, bits)
 
 # %% ../nbs/lib/20_centers.ipynb #393bd9c9
 def suited(H:np.ndarray, # (c, k) centers, in any order
@@ -314,7 +314,7 @@ def hash_centers(features, # (n, d) time means, or (n, t, d) frame features
     expect(bits > 0 and bits % 8 == 0, "bits", "a positive multiple of 8", bits)
     expect(n_centers <= 2**bits, "n_centers", f"at most 2^{bits}, the number of codes", n_centers)
     known(init, ("hadamard", "random"), "init")
-    if given is not None: given = _proper(np.asarray(given), "given", n_centers, bits)
+    if given is not None: given = _checked(np.asarray(given), "given", n_centers, bits)
     W, labels = semantic_vectors(features, n_centers, pca, seed)
     H = start_centers(n_centers, bits, init, np.random.default_rng(seed)) if given is None else suited(given, W)
     wanted, history = wanted_distance(n_centers, bits), [quality(H, W)]

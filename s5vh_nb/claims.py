@@ -116,9 +116,9 @@ def table(claims:list) -> pd.DataFrame: # Of `Claim`
     for claim in claims:
         at = weakest(claim)
         hold = sum(verdict(e, claim.wanted) == "holds" for e in claim.findings.values() if e is not None)
-        effect = claim.findings[at] if at is not None else Interval(np.nan, np.nan, np.nan)
+        span = claim.findings[at] if at is not None else Interval(np.nan, np.nan, np.nan)
         lines.append({"claim": claim.says, "test": claim.test, "data": claim.data, "weakest": at or "",
-                      **dict(zip(("effect", "low", "high"), effect)), "unit": claim.unit, "wanted": _range(*claim.wanted),
+                      **dict(zip(("effect", "low", "high"), span)), "unit": claim.unit, "wanted": _range(*claim.wanted),
                       "hold": f"{hold} of {len(claim.findings)}" if at is not None else "", "seeds": claim.seeds,
                       "verdict": conclusion(claim), "notebook": claim.notebook})
     return pd.DataFrame(lines).astype({"seeds": "Int64"})
@@ -143,8 +143,8 @@ def shown(lines:pd.DataFrame) -> str: # From `table`
 def summary(lines:pd.DataFrame, # From `table`
             profile:str) -> str:
     "The claims by verdict, and the commands for the runs that are missing."
-    said = [f"{verdict} ({len(rows)}): " + "; ".join(f"{row.claim} ({row.data})" for row in rows.itertuples())
-            for verdict, rows in lines.groupby("verdict", sort=False)]
+    said = [f"{ruling} ({len(rows)}): " + "; ".join(f"{row.claim} ({row.data})" for row in rows.itertuples())
+            for ruling, rows in lines.groupby("verdict", sort=False)]
     missing = lines[lines.verdict.str.contains("not run yet|so far")].notebook.unique()
     if len(missing): said += ["to run: " + ", ".join(f"s5vh-nb reproduce {name} --profile {profile}" for name in missing)]
     return "\n".join(said)
