@@ -102,13 +102,13 @@ class Beside:
         for x in made: x.record_stream(torch.cuda.current_stream())
 
 class Captured:
-    "`call` as a CUDA graph on a GPU, after three ordinary ones that set up the libraries; inputs of another kind get an ordinary one."
+    "`call` as a CUDA graph on a GPU, after an ordinary one that sets up the libraries; inputs of another kind get an ordinary one, too."
     def __init__(self, call): # Takes tensors (or None) on one device, returns tensors; it must not wait for the GPU
-        self.call, self.ordinary, self.graph = call, 3, None
+        self.call, self.set_up, self.graph = call, False, None
 
     def __call__(self, *inputs:torch.Tensor|None):
         if not any(x is not None and x.is_cuda for x in inputs): return self.call(*inputs)
-        if self.ordinary: return self.first(inputs)
+        if not self.set_up: return self.first(inputs)
         if self.graph is None: self.capture(inputs)
         if self.kinds(inputs) != self.kinds(self.buffers): return self.call(*inputs)
         for x, buffer in zip(inputs, self.buffers):
@@ -120,7 +120,7 @@ class Captured:
     def kinds(inputs): return [None if x is None else (x.shape, x.dtype) for x in inputs]
 
     def first(self, inputs):
-        self.ordinary, side = self.ordinary - 1, side_stream(torch.cuda.current_device())
+        self.set_up, side = True, side_stream(torch.cuda.current_device())
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side): outputs = self.call(*inputs)
         torch.cuda.current_stream().wait_stream(side)

@@ -233,7 +233,7 @@ DMMH_TRAINING = dict(model=DMMHConfig(), objective=MetricConfig(), batch=1024, l
 # %% ../nbs/lib/01_config.ipynb #5cd777ca
 PROFILES = {
     "smoke": dict(m=16, depth=1, decoder_m=16, epochs=2, warmup=1, n_centers=8, watch=1),
-    "quick": dict(m=64, depth=2, decoder_m=48, epochs=16, warmup=3, lr=2e-3, watch=4),
+    "quick": dict(m=64, depth=2, decoder_m=48, epochs=12, warmup=2, lr=2e-3, watch=4),
     "full": dict(watch=20),
     "paper": dict(watch=20),
 }

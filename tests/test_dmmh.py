@@ -49,7 +49,7 @@ def test_seeds_and_epochs_draw_their_own_dropout(data):
 
 @cuda
 def test_captured_steps_are_deterministic_and_resume_exactly(data, tmp_path, monkeypatch):
-    "8 steps per epoch: the first three are ordinary, the others replay a graph."
+    "8 steps per epoch: the first one is ordinary, the others replay a graph."
     whole = train(data, device="cuda")
     interrupted(data, tmp_path/"run.pt", monkeypatch, device="cuda")
     resumed = train(data, device="cuda", checkpoint=tmp_path/"run.pt", resume=True)

@@ -92,7 +92,7 @@ def test_error_of_rebuilt_frames(d, dtype):
 
 @pytest.mark.parametrize("half", [False, True])
 def test_codes_of_a_graph_are_those_of_one_block(half):
-    "Twelve blocks: three ordinary ones, then replays; the last is smaller."
+    "Twelve blocks: an ordinary one, then replays; the last is smaller."
     torch.manual_seed(0)
     model, x = S5VH(S5VHConfig(d=8, m=32, depth=2, decoder_m=16, bits=32)).cuda(), torch.randn(45, 25, 8, device="cuda")
     with torch.autocast("cuda", torch.bfloat16, enabled=half): alone, blocks = model.encode(x, batch=45), model.encode(x, batch=4)
