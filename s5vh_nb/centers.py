@@ -137,20 +137,48 @@ def _add(pull, scale, A, i):
     for l in range(len(pull)): pull[l] += scale*A[i, l]
 
 @njit(cache=True, fastmath=True)
-def _project(u, Q, x, y1, y2, gamma, rho, rho_next, pull):
-    "x = Q u, its projections on box and sphere, multipliers, and their part of the next right-hand side `pull`; returns how far x moved."
-    square = 0.
+def _times(A, u, out):
+    "out = A u, four rows at a time."
+    fours = len(A)//4*4
+    for i in range(0, fours, 4):
+        one, two, three, four = 0., 0., 0., 0.
+        for l in range(len(u)):
+            one += A[i, l]*u[l]
+            two += A[i + 1, l]*u[l]
+            three += A[i + 2, l]*u[l]
+            four += A[i + 3, l]*u[l]
+        out[i], out[i + 1], out[i + 2], out[i + 3] = one, two, three, four
+    for i in range(fours, len(A)): out[i] = _dot(A, i, u)
+
+@njit(cache=True, fastmath=True)
+def _add_times(pull, w, A):
+    "pull += w A, four rows at a time."
+    fours = len(A)//4*4
+    for i in range(0, fours, 4):
+        for l in range(len(pull)): pull[l] += (w[i]*A[i, l] + w[i + 1]*A[i + 1, l]) + (w[i + 2]*A[i + 2, l] + w[i + 3]*A[i + 3, l])
+    for i in range(fours, len(A)): _add(pull, w[i], A, i)
+
+@njit(cache=True, fastmath=True)
+def _advance(pull, q, lam, Q, a, gamma, rho, rho_next, u, x, y1, y2, w):
+    "One step without constraints: x = Q u from `pull`, projections, multipliers, and the next `pull`; w (k,) is scratch. How far x moved."
+    for j in range(len(u)):
+        u[j] = pull[j]/(2*rho + (rho + 2*a)*lam[j])
+        pull[j] = q[j] + rho_next*lam[j]*u[j]
+    _times(Q, u, w)
+    moved, norm = 0., 0.
     for j in range(len(x)):
-        old, x[j] = x[j], _dot(Q, j, u)
-        square += (x[j] - old)**2
-    scale = sqrt(len(x)/((x + y2/rho)**2).sum())
+        moved += (w[j] - x[j])**2
+        x[j] = w[j]
+        norm += (x[j] + y2[j]/rho)**2
+    scale = sqrt(len(x)/norm)
     for j in range(len(x)):
         z1 = min(1., max(-1., x[j] + y1[j]/rho))                                       # box
         z2 = scale*(x[j] + y2[j]/rho)                                                  # sphere
         y1[j] += gamma*rho*(x[j] - z1)
         y2[j] += gamma*rho*(x[j] - z2)
-        _add(pull, rho_next*(z1 + z2) - y1[j] - y2[j], Q, j)
-    return sqrt(square)
+        w[j] = rho_next*(z1 + z2) - y1[j] - y2[j]
+    _add_times(pull, w, Q)
+    return sqrt(moved)
 
 @njit(cache=True, fastmath=True)
 def _constrain(u, P, y3, due, moved, delta, gamma, rho, rho_next, pull):
@@ -172,16 +200,14 @@ def _solve(x, Ho, s, delta, a, Q, lam, p): # lam (k,), Q (k, k): eigenvalues and
     "The best corner (k,) among `x` and the rounded iterate of every round."
     P, q = Ho@Q, (2*a*(s@Ho) - Ho.sum(0)/len(Ho))@Q                                    # (c-1, k), (k,)
     y1, y2, y3, due, moved = np.zeros(len(x)), np.zeros(len(x)), np.zeros(len(Ho)), np.zeros(len(Ho)), 0.
-    best, corner, x = x.copy(), x.copy(), x.copy()
+    u, w, best, corner, x = np.empty(len(x)), np.empty(len(x)), x.copy(), x.copy(), x.copy()
     record = merit(best, Ho, s, delta, a)
     rho = p.rho
     pull = q + rho*(2 + lam)*(x@Q)                                                     # z1 = z2 = x, z3 = delta - H_o x
     while rho < p.rho_max:
         for step in range(p.inner):
             rho_next = rho if step < p.inner - 1 else rho*p.growth
-            u = pull/(2*rho + (rho + 2*a)*lam)
-            pull = q + rho_next*lam*u
-            moved += _project(u, Q, x, y1, y2, p.gamma, rho, rho_next, pull)
+            moved += _advance(pull, q, lam, Q, a, p.gamma, rho, rho_next, u, x, y1, y2, w)
             _constrain(u, P, y3, due, moved, delta, p.gamma, rho, rho_next, pull)
         rho *= p.growth
         if ((x > 0) == (corner > 0)).all(): continue                                   # seen already
