@@ -120,10 +120,11 @@ class Captured:
     def kinds(inputs): return [None if x is None else (x.shape, x.dtype) for x in inputs]
 
     def first(self, inputs):
-        self.set_up, side = True, side_stream(torch.cuda.current_device())
+        side = side_stream(torch.cuda.current_device())                     # a capture will not be on the ordinary stream either
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side): outputs = self.call(*inputs)
         torch.cuda.current_stream().wait_stream(side)
+        self.set_up = True
         return outputs
 
     def capture(self, inputs):

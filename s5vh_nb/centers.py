@@ -160,7 +160,7 @@ def _add_times(pull, w, A):
 
 @njit(cache=True, fastmath=True)
 def _advance(pull, q, lam, Q, a, gamma, rho, rho_next, u, x, y1, y2, w):
-    "One step without constraints: x = Q u from `pull`, projections, multipliers, and the next `pull`; w (k,) is scratch. How far x moved."
+    "One step without constraints: u and x = Q u from `pull`, projections, multipliers, the next `pull`; w is scratch. How far x moved."
     for j in range(len(u)):
         u[j] = pull[j]/(2*rho + (rho + 2*a)*lam[j])
         pull[j] = q[j] + rho_next*lam[j]*u[j]
