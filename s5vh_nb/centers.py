@@ -158,6 +158,7 @@ def _add_times(pull, w, A):
         for l in range(len(pull)): pull[l] += (w[i]*A[i, l] + w[i + 1]*A[i + 1, l]) + (w[i + 2]*A[i + 2, l] + w[i + 3]*A[i + 3, l])
     for i in range(fours, len(A)): _add(pull, w[i], A, i)
 
+# %% ../nbs/lib/20_centers.ipynb #015f7e6b
 @njit(cache=True, fastmath=True)
 def _advance(pull, q, lam, Q, a, gamma, rho, rho_next, u, x, y1, y2, w):
     "One step without constraints: u and x = Q u from `pull`, projections, multipliers, the next `pull`; w is scratch. How far x moved."

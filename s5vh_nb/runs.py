@@ -72,28 +72,30 @@ def code_stamp() -> str:
 
 CODE = code_stamp()  # when it was imported: what is edited later does not run in this process
 
-def checkpoint_of(config:TrainConfig) -> Path:
+def checkpoint_of(config:TrainConfig, what:str="") -> Path: # As for `ask`
     "Where a training keeps its checkpoint; a killed run goes on from there, unless the package has been edited meanwhile."
-    return project_root()/"results"/"checkpoints"/f"{records.run_name(describe(config))}-{CODE}.pt"
+    return project_root()/"results"/"checkpoints"/f"{records.run_name(describe(config, what))}-{CODE}.pt"
 
 def look(run:training.TrainedRun, data:datasets.VideoDataset|MultiModalDataset) -> dict:
     "mAP@N (of pairs mAP) of a network as it is now: a point of its curve, by which nothing is chosen."
     found = scores(encode_splits(run.model.encode, data, alone=False), data, run.device)["map"]
     return {f"map@{k}": value for k, value in found.items()} if isinstance(found, dict) else {"map": found}
 
-def trained(config:TrainConfig, data:datasets.VideoDataset|MultiModalDataset, device=None, progress:bool=True) -> training.TrainedRun:
+def trained(config:TrainConfig, data:datasets.VideoDataset|MultiModalDataset, device=None, progress:bool=True,
+            what:str="") -> training.TrainedRun: # As for `ask`
     "The trained network, from its checkpoint as far as there is one."
-    return training.train(config, data, device=device, checkpoint=checkpoint_of(config), resume=True,
+    return training.train(config, data, device=device, checkpoint=checkpoint_of(config, what), resume=True,
                           look=functools.partial(look, data=data), progress=progress)
 
-def learn(config:TrainConfig|BaselineConfig, data:datasets.VideoDataset|MultiModalDataset, device=None, progress:bool=True) -> tuple:
+def learn(config:TrainConfig|BaselineConfig, data:datasets.VideoDataset|MultiModalDataset, device=None, progress:bool=True,
+          what:str="") -> tuple: # As for `ask`
     "`(encode, row, history, seconds)`: features to packed codes, the method's name in a table, losses and looks, time of all processes."
     begun = time.perf_counter()
     if isinstance(config, BaselineConfig):
         if config.view == "pair": hasher = baselines.fit_pair_baseline(config.method, data.train, config.bits, seed=config.seed)
         else: hasher = baselines.fit_baseline(config.method, data.train.features, config.bits, view=config.view, seed=config.seed)
         return hasher.encode, hasher.name, [], time.perf_counter() - begun
-    run = trained(config, data, device, progress)
+    run = trained(config, data, device, progress, what)
     return run.model.encode, method_name(config), run.history, sum(run.seconds)
 
 def encode_splits(encode, data:datasets.VideoDataset|MultiModalDataset, alone:bool) -> dict: # alone: also queries that lack a modality
@@ -170,13 +172,14 @@ def ask(config:TrainConfig|BaselineConfig, # What to run
         profile:str, # "smoke", "quick", "full" or "paper": where its record lies
         *, data_root:str|None=None, # Folder of the papers' files, for official sets
         device:str|None=None, # None takes a GPU when there is one
-        progress:bool=True) -> records.RunRecord:
+        progress:bool=True,
+        what:str="") -> records.RunRecord: # Name of a repetition, which learns for itself; "" for the run itself
     "The record of a run: read when it exists; else the run is made, scored and recorded."
     def make(config, data):
-        encode, row, history, learnt = learn(config, data, device, progress)
+        encode, row, history, learnt = learn(config, data, device, progress, what)
         codes, metrics, seconds = encoded(encode, data, device, alone=getattr(getattr(config, "model", None), "modality", None) == "both")
         return dict(codes=codes, metrics={"row": row, **metrics}, history=history, seconds={"train": learnt, **seconds})
-    return recorded(config, "", make, profile, data_root=data_root, device=device)
+    return recorded(config, what, make, profile, data_root=data_root, device=device)
 
 def codes_of(record:records.RunRecord, profile:str) -> dict:
     "The packed codes of a run, by split."
@@ -216,14 +219,15 @@ def ask_transfer(config:TrainConfig|BaselineConfig, # What learns, and from what
 # %% ../nbs/lib/42_runs.ipynb #f442cc74
 def ask_all(configs:list, # Runs, as for `ask`
             profile:str, *, data_root:str|None=None, device:str|None=None,
-            workers:int|None=None) -> list: # Processes side by side; None: one per thread, at most 4, on a CPU, up to 6 per GPU
+            workers:int|None=None, # Processes side by side; None: one per thread, at most 4, on a CPU, up to 6 per GPU
+            what:str="") -> list: # As for `ask`
     "The records of several runs, in order; a failed run is reported by name after the others have finished."
     configs = [settle(c, load_data(c.dataset, data_root)) for c in configs]
-    missing = {records.run_name(describe(c)): c for c in configs if not read(c, profile, load_data(c.dataset, data_root))}
+    missing = {records.run_name(describe(c, what)): c for c in configs if not read(c, profile, load_data(c.dataset, data_root), what)}
     check_may_run(list(missing), profile)
     missing = list(missing.values())                                                   # each record once
     workers = workers or _at_once(pick_device(device), [load_data(c.dataset, data_root) for c in missing])
-    options = dict(data_root=data_root, device=device)
+    options = dict(data_root=data_root, device=device, what=what)
     with tqdm(total=len(configs), initial=len(configs) - len(missing), desc="runs", unit="run") as bar:
         if workers == 1 or len(missing) < 2:
             for config in missing: ask(config, profile, **options); bar.update()
@@ -251,7 +255,7 @@ def _side_by_side(configs, profile, options, workers, bar):
         try:
             for job in as_completed(jobs):
                 bar.update()
-                if job.exception(): failed[records.run_name(describe(jobs[job]))] = job.exception()
+                if job.exception(): failed[records.run_name(describe(jobs[job], options["what"]))] = job.exception()
         except BaseException:                                                          # Ctrl-C: what waits is not begun any more
             pool.shutdown(wait=False, cancel_futures=True)
             raise
