@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from .checks import check, known
 
 # %% ../../nbs/lib/basics/03_config.ipynb #552caabc

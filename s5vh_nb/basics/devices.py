@@ -8,6 +8,7 @@ __all__ = ['pick_device', 'as_tensor']
 # %% ../../nbs/lib/basics/02_devices.ipynb #bad82495
 import numpy as np
 import torch
+
 from .checks import check
 
 # %% ../../nbs/lib/basics/02_devices.ipynb #8233d054

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
-from .splits import MultiModalDataset, PairSplit
+
+from .splits import Dataset, Split
 
 # %% ../../nbs/lib/datasets/04_emoji.ipynb #84562ec7
 _OPENMOJI = (
@@ -43,7 +44,7 @@ def _read_emoji() -> dict:
     }
 
 
-def emoji() -> MultiModalDataset:
+def emoji() -> Dataset:
     "1898 emoji with features of their picture, their words and 33 labels: 800 train, inside 1598 database, 300 queries."
     z = _read_emoji()
     order = np.random.RandomState(0).permutation(len(z["part"]))  # Unicode's order goes by category
@@ -52,14 +53,10 @@ def emoji() -> MultiModalDataset:
     train_ids = np.flatnonzero(z["part"][database] == 0)
 
     def part(rows):
-        return PairSplit(
-            *(z[what][rows] for what in ("image", "text", "labels")),
-            "emoji.npz",
-            rows,
-            z["groups"][rows].astype(np.int64),
-        )
+        inputs = {"image": z["image"][rows], "text": z["text"][rows]}
+        return Split(inputs, z["labels"][rows], "emoji.npz", rows, z["groups"][rows].astype(np.int64))
 
-    return MultiModalDataset(
+    return Dataset(
         "emoji",
         part(database[train_ids]),
         part(database),

@@ -7,15 +7,16 @@ __all__ = ['DIRECTIONS', 'CANVAS', 'SPRITE', 'FRAMES', 'moving_digits', 'move']
 
 # %% ../../nbs/lib/datasets/03_moving.ipynb #909482d1
 import numpy as np
-from .splits import Split, VideoDataset
 from sklearn.datasets import load_digits
+
+from .splits import Dataset, Split
 
 # %% ../../nbs/lib/datasets/03_moving.ipynb #61667aa9
 DIRECTIONS = ("right", "left", "down", "up")  # Class of moving-digits = 4*digit + index in DIRECTIONS
 CANVAS, SPRITE, FRAMES = 17, 8, 25  # Pixels, pixels, frames of moving-digits
 
 
-def moving_digits() -> VideoDataset:
+def moving_digits() -> Dataset:
     "Handwritten digits that cross a 17 x 17 canvas, t=25, d=289, 40 classes: 2000 train = database, 600 queries."
     images, labels = load_digits(return_X_y=True)  # (1797, 64) (1797,)
     order = np.random.RandomState(0).permutation(len(images))
@@ -25,7 +26,8 @@ def moving_digits() -> VideoDataset:
         for rows, each, seed in ((order[:cut], 50, 1), (order[cut:], 15, 2))
     )
     origin = "Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak, 1998), CC BY 4.0, as bundled with scikit-learn"
-    return VideoDataset("moving-digits", train, train, query, 40, origin)
+    classes = tuple(f"{digit} moving {way}" for digit in range(10) for way in DIRECTIONS)
+    return Dataset("moving-digits", train, train, query, classes, origin)
 
 
 def _digit_clips(
@@ -40,7 +42,7 @@ def _digit_clips(
     samples = np.concatenate([draw.choice(np.flatnonzero(digits == c // 4), each) for c in range(40)])
     sprites = images[samples].reshape(-1, SPRITE, SPRITE)  # (n, 8, 8)
     x = move(sprites, draw.randint(CANVAS - SPRITE + 1, size=len(y)), y % 4)  # (n, 25, 17, 17)
-    return Split(x.reshape(len(y), FRAMES, -1), y, "moving digits of scikit-learn")
+    return Split({"frames": x.reshape(len(y), FRAMES, -1)}, y, "moving digits of scikit-learn")
 
 
 def move(

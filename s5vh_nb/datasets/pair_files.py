@@ -14,10 +14,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import scipy.io
+
 from ..basics.checks import check, known
 from ..basics.files import atomic_write
 from .rows import LazyMatrix, open_hdf5, read_matlab, row_blocks
-from .splits import MultiModalDataset, PairSplit, find_pairs
+from .splits import Dataset, Split, find_items
 
 # %% ../../nbs/lib/datasets/07_pair_files.ipynb #cfcbd096
 @dataclass(frozen=True)
@@ -148,15 +149,14 @@ def load_official_pairs(
     way = _orientation({k: x.shape for k, x in found.items()}, f"{path}")
     found = {k: turn(x) if k[0] in way else x for k, x in found.items()}
     splits = {
-        role: PairSplit(
-            found[f"I_{r}"],
-            found[f"T_{r}"],
+        role: Split(
+            {"image": found[f"I_{r}"], "text": found[f"T_{r}"]},
             binary(found[f"L_{r}"], f"{path}[L_{r}]"),
             f"{path.name}, {role}",
         )
         for role, r in ROLES.items()
     }
-    train_ids = find_pairs(splits["train"], splits["database"])
+    train_ids = find_items(splits["train"], splits["database"])
     classes = tuple(f"label {i}" for i in range(splits["train"].labels.shape[1]))
     origin = f"features shared by authors of multi-modal hashing papers for {name}; rights stay with them and the pictures' owners"
     sizes = _pair_differences(PAIR_LAYOUTS[name], splits)
@@ -164,7 +164,7 @@ def load_official_pairs(
         warnings.warn(f"{path}: not the sizes of {name} in the paper: {'; '.join(sizes)}")
     inside = train_ids if train_ids.min() >= 0 else None
     notes = sizes + _pair_notes(splits, train_ids, way)
-    return MultiModalDataset(name, **splits, classes=classes, origin=origin, train_ids=inside, notes=notes)
+    return Dataset(name, **splits, classes=classes, origin=origin, train_ids=inside, notes=notes)
 
 
 def binary(x, where: str) -> np.ndarray:  # Labels of either kind; file and key
@@ -177,7 +177,7 @@ def binary(x, where: str) -> np.ndarray:  # Labels of either kind; file and key
 
 def _pair_differences(
     layout: _PairLayout, splits: dict
-) -> tuple[str, ...]:  # What the paper says; {role: PairSplit}: what is there
+) -> tuple[str, ...]:  # What the paper says; {role: Split}: what is there
     "One sentence for each size that isn't the paper's."
     train = splits["train"]
     sizes = [(f"{role} pairs", getattr(layout, role), len(s)) for role, s in splits.items()]
@@ -190,7 +190,7 @@ def _pair_differences(
 
 
 def _pair_notes(
-    splits: dict,  # {role: PairSplit}: what is there
+    splits: dict,  # {role: Split}: what is there
     train_ids: np.ndarray,  # (train,) rows in the database, -1 where not found
     way: str,
 ) -> tuple[str, ...]:  # Letters of the modalities that were turned
@@ -198,7 +198,7 @@ def _pair_notes(
     notes, missing, twins = (
         [],
         (train_ids < 0).sum(),
-        (find_pairs(splits["query"], splits["database"]) >= 0).sum(),
+        (find_items(splits["query"], splits["database"]) >= 0).sum(),
     )
     if missing:
         notes.append(f"{missing} of {len(splits['train'])} training pairs are not in the retrieval set")
@@ -214,7 +214,7 @@ def _pair_notes(
 def write_official_pairs(
     root: str | Path,  # Folder to write to
     name: str,  # One of PAIR_LAYOUTS: whose file name
-    data: MultiModalDataset,  # What to write
+    data: Dataset,  # What to write
     version: str = "7.3",  # "7.3" (HDF5, written block by block) or "5" (in memory, at most 4 GB a matrix)
 ):
     "Write `data` so that `datasets.load(name, root)` reads it back."

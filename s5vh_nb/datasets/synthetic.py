@@ -8,10 +8,11 @@ __all__ = ['synthetic_like', 'synthetic_pairs']
 # %% ../../nbs/lib/datasets/08_synthetic.ipynb #e7cf2edb
 import numpy as np
 import torch
+
 from ..basics.checks import check, known
 from .pair_files import layout_of
 from .rows import RowStore
-from .splits import MultiModalDataset, PairSplit, Split, VideoDataset
+from .splits import Dataset, Split
 from .video_files import OFFICIAL
 
 # %% ../../nbs/lib/datasets/08_synthetic.ipynb #52ad455f
@@ -77,14 +78,13 @@ def synthetic_like(
         # (n,) classes of equal size
         y = np.random.RandomState([seed, stream]).permutation(np.arange(size) % layout.n_classes)
         splits[files] = Split(
-            _SyntheticFeatures(y, layout.t, d or layout.d, seed, stream),
+            {"frames": _SyntheticFeatures(y, layout.t, d or layout.d, seed, stream)},
             y,
             f"random numbers like {files.feats}",
         )
     origin = f"random numbers in the shape of {name}: for speed and memory only, never for quality"
-    return VideoDataset(
-        f"synthetic-like:{name}", *(splits[f] for f in parts.values()), layout.n_classes, origin
-    )
+    classes = tuple(f"class {i}" for i in range(layout.n_classes))
+    return Dataset(f"synthetic-like:{name}", *(splits[f] for f in parts.values()), classes, origin)
 
 # %% ../../nbs/lib/datasets/08_synthetic.ipynb #d840ccb3
 def synthetic_pairs(
@@ -109,15 +109,11 @@ def synthetic_pairs(
     train_ids = draw.permutation(database)[:train]
 
     def part(rows, role):
-        return PairSplit(
-            image[rows].astype(np.float32),
-            text[rows].astype(np.float32),
-            labels[rows],
-            f"random numbers, {role}",
-        )
+        inputs = {"image": image[rows].astype(np.float32), "text": text[rows].astype(np.float32)}
+        return Split(inputs, labels[rows], f"random numbers, {role}")
 
     parts = part(train_ids, "train"), part(slice(database), "database"), part(slice(database, None), "query")
     origin = f"random numbers in the form of {name}: for tests, never for quality"
-    return MultiModalDataset(
+    return Dataset(
         f"synthetic-like:{name}", *parts, tuple(f"label {i}" for i in range(classes)), origin, train_ids
     )

@@ -13,10 +13,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import scipy.io
+
 from ..basics.checks import check, known
 from ..basics.files import atomic_write
 from .rows import LazyFeatures, read_matlab, row_blocks
-from .splits import Split, VideoDataset
+from .splits import Dataset, Split
 
 # %% ../../nbs/lib/datasets/06_video_files.ipynb #9ca1dd7b
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def load_official(
     files = dict.fromkeys((layout.train, layout.database, layout.query))  # each once, in order
     onehot = {f: _read_labels(folder / f.labels, f.key) for f in files if f.labels}  # (n, classes) each
     labels, n_classes = _class_labels(onehot), onehot[layout.query].shape[1]
-    splits = {f: Split(LazyFeatures(folder / f.feats), labels.get(f), f.feats) for f in files}
+    splits = {f: Split({"frames": LazyFeatures(folder / f.feats)}, labels.get(f), f.feats) for f in files}
     train, database, query = (splits[f] for f in (layout.train, layout.database, layout.query))
     sizes = differences(layout, splits, n_classes)
     if sizes:
@@ -154,7 +155,8 @@ def load_official(
         if n
     )
     origin = f"frame features shared by the authors of S5VH for {name}; rights stay with them and the videos' owners"
-    return VideoDataset(name, train, database, query, n_classes, origin, notes, folder)
+    classes = tuple(f"class {i}" for i in range(n_classes))
+    return Dataset(name, train, database, query, classes, origin, notes=notes, folder=folder)
 
 
 def differences(
@@ -162,7 +164,7 @@ def differences(
 ) -> tuple[str, ...]:  # What was expected; what is there
     "One sentence for each size that isn't the paper's."
     pairs = [(f"{f.feats}: videos", f.size, len(s)) for f, s in splits.items()]
-    t, d = splits[layout.train].features.shape[1:]
+    t, d = splits[layout.train].frames.shape[1:]
     pairs += [
         ("frames t", layout.t, t),
         ("feature width d", layout.d, d),
@@ -174,7 +176,7 @@ def differences(
 def write_official(
     root: str | Path,  # Folder to write to
     name: str,  # One of OFFICIAL: whose layout
-    videos: VideoDataset,  # What to write; must follow the same protocol
+    videos: Dataset,  # What to write; must follow the same protocol
 ):
     "Write `videos` so that `load(name, root)` reads them back."
     layout, by_file = OFFICIAL[known(name, OFFICIAL, "name")], {}
@@ -187,7 +189,7 @@ def write_official(
             "another one",
         )
     for files, split in by_file.items():
-        _write_features(Path(root) / files.feats, split.features)
+        _write_features(Path(root) / files.feats, split.frames)
         if files.labels is None:
             continue
         # (n, classes)

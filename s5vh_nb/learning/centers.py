@@ -17,14 +17,15 @@ import numpy as np
 import scipy.linalg
 import torch
 from numba import njit
-from ..basics.checks import check, known
-from ..datasets.rows import hdf5_array, open_hdf5
 from scipy.optimize import quadratic_assignment
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
+
+from ..basics.checks import check, known
+from ..datasets.rows import hdf5_array, open_hdf5
 
 # %% ../../nbs/lib/learning/00_centers.ipynb #f91c92bd
 def semantic_vectors(

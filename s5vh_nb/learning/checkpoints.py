@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
 from ..basics.checks import check
 from s5vh_nb.basics.config import (
     DMMHConfig,
@@ -24,12 +27,10 @@ from s5vh_nb.basics.config import (
     to_dict,
 )
 from ..basics.files import atomic_write
-from ..datasets.splits import MultiModalDataset, VideoDataset
+from ..datasets.splits import Dataset
 from .objectives import MetricObjective, SLGObjective
 from ..models.dmmh import DMMH
 from ..models.s5vh import S5VH
-from torch import nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 # %% ../../nbs/lib/learning/04_checkpoints.ipynb #b71f9ef6
 NETWORKS = {S5VHConfig: S5VH, DMMHConfig: DMMH}  # a part of the configuration -> what it configures
@@ -55,7 +56,7 @@ class TrainedRun:
     seconds: list = field(default_factory=list)
 
 
-def start(config: TrainConfig, data: VideoDataset | MultiModalDataset, device: torch.device) -> TrainedRun:
+def start(config: TrainConfig, data: Dataset, device: torch.device) -> TrainedRun:
     "A run at its beginning: weights from the seed, on the CPU, so that they are equal on every device."
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
@@ -132,9 +133,7 @@ def _read_checkpoint(path: str | Path) -> dict:
     return state
 
 
-def load_checkpoint(
-    path: str | Path, config: TrainConfig, data: VideoDataset | MultiModalDataset, device: torch.device
-) -> TrainedRun:
+def load_checkpoint(path: str | Path, config: TrainConfig, data: Dataset, device: torch.device) -> TrainedRun:
     "The run that `save_checkpoint` wrote; `ValueError` when damaged, of another configuration (looks may differ) or of other data."
     state = _read_checkpoint(path)
     stored = from_dict(state["config"], str(path))

@@ -11,11 +11,12 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from ..basics.checks import check
 from ..models.s5vh import take
 from ..ops.dispatch import runs_on_triton
 from ..ops.triton_layers import frame_error_triton
-from torch import Tensor
 
 # %% ../../nbs/lib/learning/01_losses.ipynb #94bb7c58
 def reconstruction_loss(

@@ -7,6 +7,8 @@ __all__ = ['two_views', 'SLGObjective', 'MetricObjective']
 
 # %% ../../nbs/lib/learning/02_objectives.ipynb #cb54d906
 import torch
+from torch import Tensor, nn
+
 from ..basics.checks import check
 from ..basics.config import TrainConfig
 from .centers import hash_centers
@@ -19,7 +21,6 @@ from s5vh_nb.learning.losses import (
     refreshed,
 )
 from ..ops.streams import SideStream
-from torch import Tensor, nn
 
 # %% ../../nbs/lib/learning/02_objectives.ipynb #10cac171
 def two_views(

@@ -10,15 +10,16 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+
 from ..basics.checks import check
 from ..basics.config import SLGConfig, TrainConfig, replace
 from ..basics.profiles import DATASETS
-from ..datasets.splits import MultiModalDataset, VideoDataset
+from ..datasets.splits import Dataset
 from ..datasets.video_files import OFFICIAL
 from .centers import read_centers
 
 # %% ../../nbs/lib/learning/03_resolve.ipynb #87c280c7
-def _centers_file(data: VideoDataset, bits: int) -> Path | None:
+def _centers_file(data: Dataset, bits: int) -> Path | None:
     "The release's hash centers of `bits` bits beside the features, None where there are none; `ValueError` where several sets lie there."
     path = data.folder and data.folder / f"hash_center_{bits}.h5"
     if not path or not path.is_file():
@@ -37,7 +38,7 @@ def stamp(path: Path) -> str:
     return f"file:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
-def resolve(config: TrainConfig, data: VideoDataset | MultiModalDataset) -> TrainConfig:
+def resolve(config: TrainConfig, data: Dataset) -> TrainConfig:
     "The configuration with what only the data can tell: widths, the number of labels, and which file the centers are from."
     config = replace(config, **data.widths)
     c = config.objective
@@ -51,7 +52,7 @@ def resolve(config: TrainConfig, data: VideoDataset | MultiModalDataset) -> Trai
     )
 
 
-def given_centers(config: TrainConfig, data: VideoDataset) -> np.ndarray | None:
+def given_centers(config: TrainConfig, data: Dataset) -> np.ndarray | None:
     "The centers (c, k) of the file that a settled configuration names, or None; `ValueError` where the file is another one now."
     wanted, path = config.objective.centers, _centers_file(data, config.model.bits)
     if not wanted.startswith("file:"):

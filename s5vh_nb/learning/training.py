@@ -18,18 +18,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
 from ..basics.checks import check
 from ..basics.config import TrainConfig
 from ..basics.devices import as_tensor, pick_device
 from ..datasets.catalog import load
 from ..datasets.rows import rows_of, to_tensor
-from ..datasets.splits import MultiModalDataset, VideoDataset
+from ..datasets.splits import Dataset
 from .checkpoints import TrainedRun, load_checkpoint, save_checkpoint, start
 from .objectives import MetricObjective
 from .resolve import given_centers, resolve
 from ..ops.streams import GraphedCall
-from torch import Tensor
-from tqdm.auto import tqdm
 
 # %% ../../nbs/lib/learning/05_training.ipynb #fe2b9b02
 @dataclass
@@ -189,22 +190,18 @@ def train_epoch(
 
 # %% ../../nbs/lib/learning/05_training.ipynb #88c176e1
 def training_share(
-    data: VideoDataset | MultiModalDataset,
+    data: Dataset,
     share: float,  # Of the training items, in (0, 1]
     seed: int,
-) -> VideoDataset | MultiModalDataset:  # Which ones
+) -> Dataset:  # Which ones
     "`data` with a random part of its training items, read into memory; `data` itself where the share is 1."
     if share == 1:
         return data
     rows = np.sort(
         np.random.default_rng(seed).permutation(len(data.train))[: max(2, round(share * len(data.train)))]
     )
-    columns = {
-        f.name: getattr(data.train, f.name) for f in dataclasses.fields(data.train) if f.name != "source"
-    }
-    part = dataclasses.replace(data.train, **{name: x[rows] for name, x in columns.items() if x is not None})
-    inside = {} if getattr(data, "train_ids", None) is None else {"train_ids": data.train_ids[rows]}
-    return dataclasses.replace(data, train=part, **inside)
+    inside = {} if data.train_ids is None else {"train_ids": data.train_ids[rows]}
+    return dataclasses.replace(data, train=data.train.take(rows), **inside)
 
 # %% ../../nbs/lib/learning/05_training.ipynb #d7403c6d
 @contextlib.contextmanager
@@ -220,13 +217,13 @@ def matmul_precision(
         torch.set_float32_matmul_precision(before)
 
 
-def prepare(run: TrainedRun, data: VideoDataset | MultiModalDataset, progress: bool = True):
+def prepare(run: TrainedRun, data: Dataset, progress: bool = True):
     "Tell the objective what it knows before the first step: S5VH's the time means of the features, DMMH's the labels."
     if isinstance(run.objective, MetricObjective):
         run.objective.fit(data.train.labels)
     else:
         run.objective.fit(
-            time_means(data.train.features, run.device), progress, given_centers(run.config, data)
+            time_means(data.train.frames, run.device), progress, given_centers(run.config, data)
         )
 
 
@@ -248,7 +245,7 @@ def seen(run: TrainedRun, look) -> dict:  # look: as for `train`
 
 def train(
     config: TrainConfig,  # What to train; see `settled`
-    data: VideoDataset | MultiModalDataset | None = None,  # Loaded by name when None
+    data: Dataset | None = None,  # Loaded by name when None
     *,
     data_root: str | Path | None = None,  # Folder with the papers' files, for official sets
     device: str | None = None,  # "cpu", "cuda", ...; None takes a GPU when there is one
@@ -283,7 +280,7 @@ def train(
         run.model.eval()
         return run
     # (n, t, d), or (n, di) and (n, dt)
-    inputs = tuple(place(x, device, config.precision) for x in data.train.inputs)
+    inputs = tuple(place(x, device, config.precision) for x in data.train.arrays)
     if not run.seconds:
         run.seconds.append(time.perf_counter() - clock)
     steps = {warm: make_step(run, warm, inputs) for warm in (False, True)}

@@ -11,11 +11,6 @@ from dataclasses import dataclass
 
 import faiss
 import numpy as np
-from ..basics.checks import check, known
-from ..basics.config import check_bits
-from ..datasets.rows import row_blocks
-from ..datasets.splits import PairSplit
-from .codes import array_like
 from scipy.linalg import orthogonal_procrustes
 from scipy.stats import ortho_group
 from sklearn.decomposition import PCA
@@ -23,6 +18,12 @@ from sklearn.kernel_approximation import Nystroem
 from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
+
+from ..basics.checks import check, known
+from ..basics.config import check_bits
+from ..datasets.rows import row_blocks
+from ..datasets.splits import Split
+from .codes import array_like
 
 # %% ../../nbs/lib/models/06_baselines.ipynb #37e4f8d0
 VIEWS = {"mean": "time mean", "flat": "flattened"}
@@ -255,7 +256,7 @@ class PairHasher:
 
 def fit_pair_baseline(
     method: str,  # A key of PAIR_METHODS
-    train: PairSplit,  # Its labels are looked at by "supervised" alone
+    train: Split,  # Its labels are looked at by "supervised" alone
     bits: int,  # k, a multiple of 8
     seed: int = 0,  # Same seed, same codes
 ) -> PairHasher:  # `.encode(image, text)` gives packed codes

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from ..basics.checks import check
-from ..basics.devices import as_tensor
-from ..basics.files import atomic_write
-from ..ops.streams import GraphedCall
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from ..basics.checks import check
+from ..basics.devices import as_tensor
+from ..basics.files import atomic_write
+from ..ops.streams import GraphedCall
 
 # %% ../../nbs/lib/models/00_codes.ipynb #33ef2b62
 class _StraightThroughSign(torch.autograd.Function):

@@ -7,13 +7,14 @@ __all__ = ['DILATIONS', 'DMMH']
 
 # %% ../../nbs/lib/models/05_dmmh.ipynb #a3defc22
 import torch
+from torch import Tensor, nn
+
 from ..basics.checks import check, known
 from ..basics.config import DMMHConfig
 from .codes import HashNetwork, array_like
 from .mamba import Bidirectional
 from .mixers import MIXERS, mlp
 from .s5vh import positions
-from torch import Tensor, nn
 
 # %% ../../nbs/lib/models/05_dmmh.ipynb #c3cb4932
 def _normalizing_mlp(

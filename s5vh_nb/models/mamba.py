@@ -11,10 +11,11 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from ..basics.checks import check
 from ..ops.dispatch import causal_conv1d, product_dtype, runs_on_triton, selective_scan
 from ..ops.triton_layers import mamba_layers_triton, norm_linear_triton
-from torch import Tensor, nn
 
 # %% ../../nbs/lib/models/01_mamba.ipynb #aac2bc0b
 def step_bias(

@@ -11,10 +11,11 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from ..basics.checks import check
 from .mamba import Mamba, step_bias
 from ..ops.dispatch import causal_conv1d, runs_on_triton
-from torch import Tensor, nn
 
 # %% ../../nbs/lib/models/02_mixers.ipynb #8b102b31
 def fused(

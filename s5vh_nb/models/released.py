@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import torch
+
 from ..basics.checks import check
 from ..basics.config import S5VHConfig
 

@@ -12,13 +12,14 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
 from ..basics.checks import check, known
 from ..basics.config import S5VHConfig
 from .codes import HashNetwork, array_like, relax
 from .mamba import Bidirectional, Layers, norm_linear
 from .mixers import MIXERS
 from .released import _released_config, released_state
-from torch import Tensor, nn
 
 # %% ../../nbs/lib/models/04_s5vh.ipynb #8977b5d4
 @functools.lru_cache(64)
