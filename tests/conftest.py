@@ -18,7 +18,7 @@ def checkout():
 
 @pytest.fixture
 def project(checkout, tmp_path, monkeypatch):
-    "A function that copies parts into a scratch project whose kernels start with given code; returns its folder."
+    "A function of the parts to copy and the code that kernels start with; returns the scratch project."
 
     def make(parts, startup):
         for part in parts:

@@ -68,7 +68,8 @@ class Row:
 
 def groups(text: str) -> list:
     "The texts in parentheses, outermost ones only."
-    found, depth, start = [], 0, 0
+    found = []
+    depth = start = 0
     for i, letter in enumerate(text):
         if letter == "(":
             start, depth = (i + 1 if depth == 0 else start), depth + 1

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPERS', 'Artefact', 'heading', 'read_artefact', 'artefacts', 'select']
 
-# %% ../../nbs/lib/cli/01_artefacts.ipynb #0aaa5f08
+# %% ../../nbs/lib/cli/01_artefacts.ipynb #e77eb506
 import ast
 import re
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import papermill as pm
 from ..basics.checks import check, known
 from ..basics.files import find_root
 
-# %% ../../nbs/lib/cli/01_artefacts.ipynb #285d9e5b
+# %% ../../nbs/lib/cli/01_artefacts.ipynb #1fbd37d7
 PAPERS = ("s5vh", "dmmh", "beyond")  # folders of nbs/ with artefact notebooks, in the order of running
 
 
@@ -31,7 +31,7 @@ class Artefact:
     parameters: dict  # name -> default value as it is written
     default: bool  # whether it is part of the main job
     tables: tuple  # names given to save_table
-    figures: tuple  # names given to savefig
+    figures: tuple  # names given to save_figure
 
     @property
     def paper(self) -> str:
@@ -53,7 +53,7 @@ class Artefact:
         "The project's folder."
         return self.path.parents[2]
 
-# %% ../../nbs/lib/cli/01_artefacts.ipynb #74ade617
+# %% ../../nbs/lib/cli/01_artefacts.ipynb #dbb6d462
 def heading(
     nb,  # A notebook
 ) -> tuple:
@@ -64,24 +64,25 @@ def heading(
     lines = quoted[0].splitlines() if quoted else []
     return title[1] if title else "", " ".join(line.lstrip("> ") for line in lines)
 
-# %% ../../nbs/lib/cli/01_artefacts.ipynb #009ef967
+# %% ../../nbs/lib/cli/01_artefacts.ipynb #e9ef237c
 def _outputs(
     sources: list,  # Code of the cells
-    function: str,  # "save_table" or "savefig"
+    function: str,  # "save_table" or "save_figure"
 ) -> tuple:
-    "The names of the artefacts that calls of `function` save."
+    "The names of what calls of `function` save."
     calls = [n for source in sources for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]
     names = []
     for call in calls:
         if function not in (getattr(call.func, "id", None), getattr(call.func, "attr", None)):
             continue
-        name = call.args[2].value if len(call.args) > 2 and isinstance(call.args[2], ast.Constant) else None
-        wanted = "the artefact's name as a literal third argument"
+        second = call.args[1] if len(call.args) > 1 else None
+        name = second.value if isinstance(second, ast.Constant) else None
+        wanted = "the output's name as a literal second argument"
         check(isinstance(name, str), f"{function} in an artefact notebook", wanted, name)
         names.append(name)
     return tuple(names)
 
-# %% ../../nbs/lib/cli/01_artefacts.ipynb #dbf76262
+# %% ../../nbs/lib/cli/01_artefacts.ipynb #251886a1
 def read_artefact(
     path: str | Path,  # An artefact notebook
 ) -> Artefact:
@@ -100,10 +101,10 @@ def read_artefact(
         parameters={name: found["default"] for name, found in pm.inspect_notebook(path).items()},
         default="default" in tags,
         tables=_outputs(code, "save_table"),
-        figures=_outputs(code, "savefig"),
+        figures=_outputs(code, "save_figure"),
     )
 
-# %% ../../nbs/lib/cli/01_artefacts.ipynb #a224b3a3
+# %% ../../nbs/lib/cli/01_artefacts.ipynb #fc8d298b
 def artefacts(
     root: str | Path | None = None,  # The project's folder; see `find_root`
 ) -> list:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_all', 'main']
 
-# %% ../../nbs/lib/cli/03_command.ipynb #05db3ede
+# %% ../../nbs/lib/cli/03_command.ipynb #b49aa06e
 import argparse
 import sys
 import time
@@ -16,7 +16,8 @@ from ..basics.profiles import PROFILES
 from .artefacts import Artefact, artefacts, select
 from .execute import environment, execute
 from .parameters import parameters_for, parse_pairs
-from ..evidence.store import pack
+from ..evidence.archive import pack
+from ..evidence.store import NO_TRAINING
 
 # %% ../../nbs/lib/cli/03_command.ipynb #36174484
 def _written(artefact: Artefact, profile: str) -> list:
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--all", action="store_true", help="every artefact of both papers")
     help = "draw tables and figures again from existing records, without any training"
     _add_run(commands, "report", "full", "all", help)
-    help = "put the records of a profile's runs into few files that can be committed"
+    help = "gather the records of a profile's runs into one pair of files per artefact, to be committed"
     _add_profile(commands.add_parser("pack", help=help), "full")
     return parser
 
@@ -120,7 +121,7 @@ def _dispatch(args) -> int:
     if args.command == "reproduce":
         return _reproduce(args, everything=args.all)
     if args.command == "report":
-        with environment(S5VH_NB_NO_TRAINING="1"):
+        with environment(**{NO_TRAINING: "1"}):
             return _reproduce(args, everything=not args.artefacts)
     if args.command == "pack":
         for path in pack(find_root(), args.profile):
