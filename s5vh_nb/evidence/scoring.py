@@ -56,7 +56,7 @@ def score(
     data: Dataset,
     device="cpu",  # Where to count distances
 ) -> Scores:
-    "The scores of the queries by the protocol of the data set; `ValueError` for a database below the smallest cut."
+    "The scores of the queries by their protocol; `ValueError` for a database below the smallest cut."
     protocol, n = PROTOCOLS[data.kind], len(codes["database"])
     columns = protocol.columns(n)
     metrics, arrays = {}, {}

@@ -76,10 +76,8 @@ class Study:
     def _complete(self, place, configs, label) -> bool:
         missing = [c.seed for c in configs if self.store.find(c, label) is None]
         if missing:
-            dataset, bits, row = place
-            print(
-                f"left out: {row}, {dataset}, {bits} bits (no record of seeds {', '.join(map(str, missing))})"
-            )
+            where = f"{place[2]}, {place[0]}, {place[1]} bits"
+            print(f"left out: {where} (no record of seeds {', '.join(map(str, missing))})")
         return not missing
 
     def _paper(self) -> str:
