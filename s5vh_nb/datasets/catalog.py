@@ -105,7 +105,7 @@ def load(
 ) -> Dataset:
     """The data set called `name`; all callers share its arrays, so do not write to them.
 
-    `ValueError` with the known names when there is none, or without a root; `FileNotFoundError` without its files.
+    `ValueError` for an unknown name or a missing root, `FileNotFoundError` where the files are not there.
     """
     entry = CATALOG[known(name, CATALOG, "dataset")]
     if not entry.files:

@@ -79,9 +79,9 @@ def _orientation(
 
 # %% ../../nbs/lib/datasets/09_pair_files.ipynb #d46526cd
 def _split_of(matrices: dict, role: str, path: Path) -> Split:
-    image, text, labels = (f"{part}_{_ROLES[role]}" for part in "ITL")
-    inputs = {"image": matrices[image], "text": matrices[text]}
-    return Split(inputs, binary_labels(matrices[labels], f"{path}[{labels}]"), f"{path.name}, {role}")
+    parts = {part: matrices[f"{prefix}_{_ROLES[role]}"] for part, prefix in _PARTS.items()}
+    labels = binary_labels(parts.pop("labels"), f"{path}[L_{_ROLES[role]}]")
+    return Split(parts, labels, f"{path.name}, {role}")
 
 
 def _sizes(

@@ -128,8 +128,8 @@ def _leading(
 
 # %% ../../nbs/lib/datasets/01_splits.ipynb #eb2d65ef
 def find_items(
-    needles: Split,  # Items to look for
-    haystack: Split,  # Where to look
+    needles: Split,  # Items to search for
+    haystack: Split,  # Where to search
 ) -> np.ndarray:
     "(needles,) int64: the first row of an equal item, -1 where there is none; equal means equal probes."
     probes, first = np.unique(haystack.probe, return_index=True)  # both (different items,)
