@@ -91,13 +91,13 @@ class SLGConfig:
     # "semantic", "plain" (no semantic term), "hadamard" (start only), "random"; `training.settled` sets "file:<SHA-256>"
     centers: str = "semantic"
     # logits from the centers; False: from a trainable Linear, as the released code runs
-    wired: bool = True
+    centers_in_loss: bool = True
     # label i means center i; False: labels of a second k-means, as the released code runs
-    matched: bool = True
+    labels_follow_centers: bool = True
     warmup: int = 50  # epochs before the soft labels start to move
     refresh: float = 0.01  # share of the new prediction in a soft label, per step; 0 keeps the labels
     # the refresh sees what training sees; False: no LayerNorm, no temperature, as the released code runs
-    refresh_normed: bool = True
+    refresh_with_norm: bool = True
 
     def __post_init__(self):
         typed(self)
@@ -206,7 +206,7 @@ class TrainConfig:
     # matrix products on a GPU: "float32", "tf32" (19 bits in, 32 out), or "bfloat16" autocast
     precision: str = "tf32"
     # epochs between two looks at the queries, for curves; 0: never. No look chooses or changes anything
-    watch: int = 0
+    evaluate_every: int = 0
     model: S5VHConfig | DMMHConfig = field(default_factory=S5VHConfig)
     objective: SLGConfig | MetricConfig = field(default_factory=SLGConfig)
 
@@ -217,7 +217,7 @@ class TrainConfig:
             check(0 < getattr(self, name) < 1e30, name, "a positive, finite number", getattr(self, name))
         check(0 < self.share <= 1, "share", "a share in (0, 1]", self.share)
         _check_seed(self.seed)
-        check(self.watch >= 0, "watch", "a number of epochs, or 0 for never", self.watch)
+        check(self.evaluate_every >= 0, "evaluate_every", "a number of epochs, or 0 for never", self.evaluate_every)
         check(self.batch >= 2, "batch", "at least 2 (the contrast needs another video)", self.batch)
         pair = (type(self.model), type(self.objective))
         check(
@@ -256,7 +256,7 @@ def replace(
 # %% ../../nbs/lib/basics/03_config.ipynb #0711ae6b
 VARIANTS = {
     "paper": {},
-    "released": dict(tied=True, wired=False, matched=False, refresh_normed=False),
+    "released": dict(tied=True, centers_in_loss=False, labels_follow_centers=False, refresh_with_norm=False),
     "conmh": dict(mixer="Transformer", directions="forward", beta=0.0),
     "ssth": dict(mixer="LSTM", directions="forward", alpha=0.0, beta=0.0),
 }

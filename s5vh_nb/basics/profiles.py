@@ -37,10 +37,10 @@ DMMH_TRAINING = dict(
 
 # %% ../../nbs/lib/basics/04_profiles.ipynb #5cd777ca
 PROFILES = {
-    "smoke": dict(m=16, depth=1, decoder_m=16, epochs=2, warmup=1, n_centers=8, watch=1),
-    "quick": dict(m=64, depth=2, decoder_m=48, epochs=12, warmup=2, lr=2e-3, watch=4),
-    "full": dict(watch=20),
-    "paper": dict(watch=20),
+    "smoke": dict(m=16, depth=1, decoder_m=16, epochs=2, warmup=1, n_centers=8, evaluate_every=1),
+    "quick": dict(m=64, depth=2, decoder_m=48, epochs=12, warmup=2, lr=2e-3, evaluate_every=4),
+    "full": dict(evaluate_every=20),
+    "paper": dict(evaluate_every=20),
 }
 PAIR_PROFILES = {
     "smoke": dict(width=16, image_hidden=32, text_hidden=32, layers=1, cnn_width=8, epochs=2, batch=100),

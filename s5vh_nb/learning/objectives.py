@@ -52,7 +52,7 @@ class SLGObjective(nn.Module):
         self.c, self.scale, self.seed = c, 0.5 * bits, config.seed
         self.register_buffer("centers", torch.zeros(c.n_centers, bits))  # (c, k)
         self.register_buffer("soft_labels", torch.zeros(n, c.n_centers))  # (n, c)
-        self.classifier = None if c.wired else nn.Linear(bits, c.n_centers, bias=False)
+        self.classifier = None if c.centers_in_loss else nn.Linear(bits, c.n_centers, bias=False)
 
     def fit(
         self,
@@ -73,7 +73,7 @@ class SLGObjective(nn.Module):
         )
         found = hash_centers(means, self.c.n_centers, self.centers.shape[1], seed=self.seed, **kind)
         labels = found.labels
-        if not self.c.matched:
+        if not self.c.labels_follow_centers:
             others = hash_centers(
                 means,
                 self.c.n_centers,
@@ -99,7 +99,7 @@ class SLGObjective(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:  # (b, k) codes
         "Logits over the centers, (b, c)."
-        return center_logits(h, self.centers) if self.c.wired else self.classifier(h) / self.scale
+        return center_logits(h, self.centers) if self.c.centers_in_loss else self.classifier(h) / self.scale
 
     @torch.no_grad()
     def refresh(
@@ -109,10 +109,10 @@ class SLGObjective(nn.Module):
         rows: Tensor,  # (b, t, d) and the numbers of these videos (b,)
     ):
         "Move the soft labels of a batch towards what the network says of all frames."
-        h = model(x, normed=self.c.refresh_normed).h.float()  # (b, k)
+        h = model(x, normed=self.c.refresh_with_norm).h.float()  # (b, k)
         with torch.autocast(x.device.type, enabled=False):
             logits = self.logits(h)  # (b, c)
-        if not self.c.refresh_normed:
+        if not self.c.refresh_with_norm:
             logits = logits * self.scale
         self.soft_labels[rows] = refreshed(self.soft_labels[rows], logits, self.c.refresh)
 

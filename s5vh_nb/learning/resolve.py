@@ -42,7 +42,7 @@ def resolve(config: TrainConfig, data: Dataset) -> TrainConfig:
     "The configuration with what only the data can tell: widths, the number of labels, and which file the centers are from."
     config = replace(config, **data.widths)
     c = config.objective
-    if not isinstance(c, SLGConfig) or c.beta == 0 or not c.wired or c.centers != "semantic":
+    if not isinstance(c, SLGConfig) or c.beta == 0 or not c.centers_in_loss or c.centers != "semantic":
         return config
     path = _centers_file(data, config.model.bits)
     return (
