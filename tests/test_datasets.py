@@ -105,7 +105,7 @@ def with_file(name, change):
 NONE_THERE = "key 'feats', found the keys []"
 NO_MATLAB = "a MATLAB file (v5 or v7.3), found: "
 CUT = "a complete HDF5 file, found: "
-TEXT = "no such thing at all " * 20
+TEXT = b"no such thing at all " * 20
 
 # What is done to the files, the error, what it must name
 FAULTS = {
@@ -183,9 +183,9 @@ FAULTS = {
         LABELS,
         "only 0 and 1, found values such as [nan]",
     ),
-    "not HDF5": (lambda r: (r / FEATS).write_text("no such thing"), ValueError, FEATS, CUT),
+    "not HDF5": (lambda r: (r / FEATS).write_bytes(b"no such thing"), ValueError, FEATS, CUT),
     "empty file": (lambda r: (r / FEATS).write_bytes(b""), ValueError, FEATS, CUT),
-    "not MATLAB": (lambda r: (r / LABELS).write_text(TEXT), ValueError, LABELS, NO_MATLAB),
+    "not MATLAB": (lambda r: (r / LABELS).write_bytes(TEXT), ValueError, LABELS, NO_MATLAB),
     "labels truncated": (lambda r: os.truncate(r / LABELS, 500), ValueError, LABELS, NO_MATLAB),
     "labels truncated, v7.3": (with_file(LABELS, cut_v73), ValueError, LABELS, CUT),
     "labels that lead nowhere, v7.3": (
@@ -438,7 +438,7 @@ PAIR_FAULTS = {
     ),
     "truncated": (lambda r: os.truncate(r / PAIRS, (r / PAIRS).stat().st_size // 2), ValueError, PAIRS),
     "cut to its head": (lambda r: os.truncate(r / PAIRS, 700), ValueError, PAIRS),
-    "not MATLAB": (lambda r: (r / PAIRS).write_text(TEXT), ValueError, f"{PAIRS}: expected {NO_MATLAB}"),
+    "not MATLAB": (lambda r: (r / PAIRS).write_bytes(TEXT), ValueError, f"{PAIRS}: expected {NO_MATLAB}"),
     "empty file": (lambda r: (r / PAIRS).write_bytes(b""), ValueError, f"{PAIRS}: expected {NO_MATLAB}"),
 }
 
