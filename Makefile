@@ -46,17 +46,20 @@ test-artefacts: $(READY)
 	$(BIN)/papermill --log-level ERROR --no-progress-bar -p profile smoke nbs/s5vh/retrieval.ipynb results/smoke/plain.ipynb
 	$(BIN)/s5vh-nb reproduce --all --profile smoke
 
-lab: $(READY)  ## JupyterLab, opened at the index
-	$(BIN)/jupyter lab --ServerApp.root_dir=. nbs/index.ipynb
+lab: $(READY)  ## JupyterLab for the whole project, opened at the index
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" nbs/index.ipynb
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
 
-prepare: $(READY)  ## after editing notebooks: export the package, clean the notebooks, make the README
+prepare: $(READY)  ## after editing notebooks: format, export the package, clean the notebooks, make README.md and docs/equations.md
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format --quiet .
 	$(BIN)/nbdev_export
-	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level WARN nbs/s5vh/*.ipynb nbs/dmmh/*.ipynb
+	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level WARN $(wildcard nbs/s5vh/*.ipynb nbs/dmmh/*.ipynb nbs/beyond/*.ipynb)
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/readme.py
+	$(BIN)/python tools/equations.py
 
 clean:  ## remove the environment, what smoke and quick runs wrote, and all checkpoints
 	rm -rf $(VENV) results/smoke results/quick results/checkpoints figures/smoke figures/quick

@@ -1,4 +1,7 @@
-"The house rules: the package equals its notebooks, notebooks are clean, artefacts are complete and listed, the README is current."
+"House rules: package and notebooks agree, imports go one way, code has one style, files are few."
+
+import ast
+import fnmatch
 import importlib.util
 import os
 import re
@@ -6,21 +9,53 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
+import zipfile
 from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
-from s5vh_nb.reproduce import PAPERS, read_artefact
+from s5vh_nb.cli.artefacts import PAPERS, read_artefact
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(path for path in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+PACKAGE = ROOT / "s5vh_nb"
+BIN = Path(sys.prefix) / "bin"
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+LIBRARY = [path for path in NOTEBOOKS if path.parent.parent.name == "lib"]
 ARTEFACTS = [path for path in NOTEBOOKS if path.parent.name in PAPERS]
-WIDTH = 140  # of a line of code, at most
+SCRIPTS = sorted(path for folder in ("benchmarks", "tools") for path in (ROOT / folder).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+KERNELS = PYPROJECT["tool"]["ruff"]["lint"]["per-file-ignores"]  # patterns of notebooks with compiled kernels
+
+WINGS = ("basics", "datasets", "ops", "models", "learning", "search", "measure", "evidence", "cli")
 PARAMETERS = {"profile", "dataset", "bits", "seeds", "device", "data_root"}
+MEGABYTES, FILES = 25, 450  # of tracked files, at most
+
+# the contracts: public names that may wait for their first user in the repository
+PUBLIC = """
+    selective_scan Mamba Mamba2 LSTM RetNet RWKV Transformer Bidirectional S5VH S5VHOutput DMMH
+    hash_centers HashCenters reconstruction_loss contrastive_loss center_alignment_loss metric_loss
+    hamming_distances hamming_search map_at_k gmap precision_recall load train
+""".split()
+
+in_checkout = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout: nothing is tracked")
 
 
-def name_of(path): return path.relative_to(ROOT).as_posix()
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def tracked():
+    "The files under version control."
+    words = ["git", "ls-files", "-z"]
+    listed = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [path for name in listed.split("\0") if (path := ROOT / name).is_file()]
+
+
+# Package, notebooks and what is made from them
 
 
 @pytest.fixture(scope="module")
@@ -28,57 +63,340 @@ def remade():
     "A copy of the project in which the package was exported anew and the notebooks were cleaned."
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("settings.ini", "pyproject.toml", "README.md"): shutil.copy(ROOT/name, copy)
-        shutil.copytree(ROOT/"nbs", copy/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-        shutil.copytree(ROOT/"s5vh_nb", copy/"s5vh_nb", ignore=shutil.ignore_patterns("__pycache__", "data", "*.py"))
-        shutil.copy(ROOT/"s5vh_nb"/"__init__.py", copy/"s5vh_nb")
+        for name in ("settings.ini", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, copy)
+        shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+        shutil.copytree(PACKAGE / "data", copy / "s5vh_nb" / "data")
+        shutil.copy(PACKAGE / "__init__.py", copy / "s5vh_nb")
         for command in ("nbdev_export", "nbdev_clean"):
-            subprocess.run([f"{sys.prefix}/bin/{command}"], cwd=copy, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""})
+            env = {**os.environ, "PYTHONPATH": ""}
+            subprocess.run([BIN / command], cwd=copy, check=True, capture_output=True, env=env)
         yield copy
 
 
 def test_package_equals_notebooks(remade):
-    modules = {path.name for path in (ROOT/"s5vh_nb").glob("*.py")}
-    assert modules == {path.name for path in (remade/"s5vh_nb").glob("*.py")}, "modules without a notebook, or not exported (make prepare)"
-    different = [name for name in sorted(modules) if (ROOT/"s5vh_nb"/name).read_text() != (remade/"s5vh_nb"/name).read_text()]
+    here, there = ({p.relative_to(r).as_posix() for p in r.glob("s5vh_nb/**/*.py")} for r in (ROOT, remade))
+    assert here == there, "modules without a notebook, or not exported (make prepare)"
+    different = [name for name in sorted(here) if (ROOT / name).read_bytes() != (remade / name).read_bytes()]
     assert not different, f"these modules differ from their notebooks: {different} (make prepare)"
 
 
 def test_notebooks_are_clean(remade):
-    unclean = [name_of(path) for path in NOTEBOOKS if path.read_text() != (remade/path.relative_to(ROOT)).read_text()]
+    unclean = [name_of(p) for p in NOTEBOOKS if p.read_bytes() != (remade / p.relative_to(ROOT)).read_bytes()]
     assert not unclean, f"nbdev_clean would change {unclean} (make prepare)"
 
 
-def code_lines():
-    "Every line of code with its place: a notebook's code cell (counted from 0, markdown cells too) or a script, and the line in it."
-    for path in NOTEBOOKS:
-        for number, cell in enumerate(nbformat.read(path, as_version=4).cells):
-            lines = cell.source.split("\n") if cell.cell_type == "code" else []
-            for line, text in enumerate(lines, 1): yield f"{name_of(path)}, cell {number}, line {line}", text
-    for folder in ("tests", "benchmarks", "tools"):
-        for path in sorted((ROOT/folder).rglob("*.py")):
-            for line, text in enumerate(path.read_text().split("\n"), 1): yield f"{name_of(path)}, line {line}", text
+def test_wheel_has_everything(remade):
+    "All modules, the data files, and the command's function."
+    words = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        "wheels",
+        ".",
+    ]
+    subprocess.run(words, cwd=remade, check=True, capture_output=True)
+    with zipfile.ZipFile(next((remade / "wheels").glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+        entry = wheel.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+        module, function = re.search(r"^s5vh-nb = ([\w.]+):(\w+)$", entry, re.MULTILINE).groups()
+        assert f"def {function}(" in wheel.read(module.replace(".", "/") + ".py").decode()
+    data = {name_of(path) for path in (PACKAGE / "data").iterdir()}
+    assert data | {name_of(path) for path in PACKAGE.rglob("*.py")} <= names
 
 
-def test_lines_are_short():
-    long = [f"{place}: {len(text)} characters" for place, text in code_lines() if len(text) > WIDTH]
-    assert not long, f"lines of more than {WIDTH} characters:\n" + "\n".join(long)
+def load_tool(name):
+    "A script of tools/ as a module."
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
 
 
-def test_lib_imports_go_down():
-    "A module imports only from modules with a lower number."
-    number = {path.stem[3:]: int(path.stem[:2]) for path in NOTEBOOKS if path.parent.name == "lib"}
-    for module in number:
-        source = (ROOT/"s5vh_nb"/f"{module}.py").read_text()
-        used = re.findall(r"^from \.(\w+) import", source, re.M)
-        packages = re.findall(r"^from \. import (.+)$", source, re.M)
-        used += [name.strip() for names in packages for name in names.split(",") if name.strip() in number]
-        assert all(number[name] < number[module] for name in used), f"{module} imports {used}"
+def test_equations_are_current():
+    equations = load_tool("equations")
+    assert equations.PAGE.read_text(encoding="utf-8") == equations.page(), (
+        "docs/equations.md is stale (make prepare)"
+    )
+
+
+@pytest.mark.parametrize(
+    "docstring, what, sources",
+    [
+        (
+            "A loss of views (S5VH, L_CL; Chuang et al., 2020, eq. 8).",
+            "A loss of views",
+            [("S5VH", "L_CL"), ("Chuang et al., 2020", "eq. 8")],
+        ),
+        (
+            "The network (b, d) -> (b, k) (DMMH, section 2). More.",
+            "The network (b, d) -> (b, k)",
+            [("DMMH", "section 2")],
+        ),
+        (
+            "A term\n    (DMMH's sister works).\n\n    Its scale is ours (S5VH).",
+            "A term",
+            [("DMMH", "sister works"), ("S5VH", "")],
+        ),
+        (
+            "Planes (Charikar 2002), in (S5VH, setup (text); values of UCF101)",
+            "Planes, in",
+            [("Charikar, 2002", ""), ("S5VH", "setup (text)")],
+        ),
+        ("Nothing (in 2020), (see S5VH), :) (", "Nothing (in 2020), (see S5VH), :) (", []),
+        ("", "", []),
+    ],
+)
+def test_equations_reads_sources(docstring, what, sources):
+    assert load_tool("equations").sources(docstring) == (what, sources)
+
+
+# Imports
+
+
+MODULES = {  # dotted name -> syntax tree
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(
+        path.read_bytes()
+    )
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "_modidx.py"
+}
+NUMBER = {f"s5vh_nb.{path.parent.name}.{path.stem[3:]}": int(path.stem[:2]) for path in LIBRARY}
+
+
+def absolute(node, module):
+    "The module that a `from` import of `module` names, without leading dots."
+    if node.level == 0:
+        return node.module
+    is_package = (ROOT / module.replace(".", "/")).is_dir()
+    above = module.split(".")[: len(module.split(".")) - node.level + is_package]
+    return ".".join([*above, *filter(None, [node.module])])
+
+
+def imports(tree, module):
+    "Dotted names that a module imports, at the top and inside functions; None for a name that is computed."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = absolute(node, module)
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in ("importlib.import_module", "import_module", "__import__"):
+                name = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
+                package = module if (ROOT / module.replace(".", "/")).is_dir() else module.rpartition(".")[0]
+                yield importlib.util.resolve_name(name, package) if name else None
+
+
+def module_of(name):
+    "The longest beginning of a dotted name that is a module of the package; None for other packages."
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def place(module):
+    "(wing, number): a module may import from smaller ones. A wing itself has the largest number of its wing."
+    wing = module.split(".")[1]
+    return WINGS.index(wing), NUMBER.get(module, 100)
+
+
+EDGES = {  # (module, imported module), without the package's own __init__, which imports nothing of it
+    (module, used)
+    for module, tree in MODULES.items()
+    for name in imports(tree, module)
+    if name and (used := module_of(name)) not in (None, "s5vh_nb")
+}
+
+
+def test_every_module_has_a_place():
+    names = {module for module in MODULES if module.count(".") == 2}
+    assert names == set(NUMBER), "the modules are those of nbs/lib/<wing>/NN_name.ipynb"
+    assert {module.split(".")[1] for module in names} <= set(WINGS)
+
+
+def test_imports_go_down():
+    "A module imports from earlier wings, and in its own wing from lower numbers; lazy imports count."
+    up = [
+        f"{module} imports {used}"
+        for module, used in sorted(EDGES)
+        if module == "s5vh_nb" or place(used) >= place(module)
+    ]
+    assert not up, "\n".join(up)
+
+
+def test_imports_make_no_circle():
+    used_by = {module: {used for other, used in EDGES if other == module} for module in MODULES}
+    while free := [module for module, used in used_by.items() if not used & set(used_by)]:
+        for module in free:
+            del used_by[module]
+    assert not used_by, f"these modules import each other: {sorted(used_by)}"
+
+
+def test_imports_can_be_read():
+    computed = [module for module, tree in MODULES.items() if None in imports(tree, module)]
+    assert not computed, f"{computed} import modules by a computed name"
+
+
+def test_lazy_imports_are_seen():
+    "The test of the tests above: all ways to import, resolved from a module and from a wing."
+    lazy = """
+def f():
+    import s5vh_nb.search
+    from ..search import scores
+    from . import mixers
+    importlib.import_module("s5vh_nb.cli.command")
+    import_module("..learning.losses", __package__)
+    __import__("s5vh_nb.evidence.runs")
+    importlib.import_module(name)
+"""
+    wanted = "search search.scores models.mixers cli.command learning.losses evidence.runs".split()
+    found = list(imports(ast.parse(lazy), "s5vh_nb.models.mamba"))
+    assert sorted(filter(None, found)) == sorted(f"s5vh_nb.{name}" for name in wanted)
+    assert None in found
+    assert list(imports(ast.parse("from .codes import pack"), "s5vh_nb.models")) == [
+        "s5vh_nb.models.codes.pack"
+    ]
 
 
 def test_package_needs_no_development_tools():
-    for path in (ROOT/"s5vh_nb").glob("*.py"):
-        assert not re.search(r"^\s*(from|import) (fastcore|nbdev|execnb)", path.read_text(), re.M) or path.name == "_modidx.py", path.name
+    tools = {"fastcore", "nbdev", "execnb", "ruff", "pytest"}
+    needing = {
+        m for m, tree in MODULES.items() for name in imports(tree, m) if name and name.split(".")[0] in tools
+    }
+    assert not needing
+
+
+# Style
+
+
+def cells(path):
+    "`(place, source)` of a notebook's code cells; all cells count, from 1, and magics become calls."
+    for number, cell in enumerate(nbformat.read(path, as_version=4).cells, 1):
+        if cell.cell_type == "code":
+            yield f"{name_of(path)}, cell {number}", TransformerManager().transform_cell(cell.source)
+
+
+def code(notebooks=(), scripts=()):
+    "`(place, syntax tree)` of all cells and scripts."
+    for path in notebooks:
+        for where, source in cells(path):
+            yield where, ast.parse(source)
+    for path in scripts:
+        yield name_of(path), ast.parse(path.read_bytes())
+
+
+@pytest.mark.parametrize("words", [["check"], ["format", "--check"]], ids=["lint", "format"])
+def test_ruff(words):
+    "Lines of at most 110 characters, one statement a line, sorted imports, no unused names; one layout."
+    done = subprocess.run([BIN / "ruff", *words, "--quiet", "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def names_in(target):
+    "How many names an assignment's target has; a starred one does not count."
+    if isinstance(target, (ast.Tuple, ast.List)):
+        return sum(names_in(element) for element in target.elts)
+    return 0 if isinstance(target, ast.Starred) else 1
+
+
+def test_assignments_are_short():
+    "A statement names at most two things at once; kernels may take shapes apart."
+    notebooks = [p for p in NOTEBOOKS if not any(fnmatch.fnmatch(name_of(p), pattern) for pattern in KERNELS)]
+    long = [
+        f"{where}, line {node.lineno}: {ast.unparse(target)}"
+        for where, tree in code(notebooks, SCRIPTS)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if names_in(target) > 2
+    ]
+    assert not long, "\n".join(long)
+
+
+def test_text_files_are_utf8():
+    "Code that others run names the encoding of a text file, else it depends on their machine."
+    package = [path for path in PACKAGE.rglob("*.py") if path.name != "_modidx.py"]
+    silent = [
+        f"{where}, line {node.lineno}: {ast.unparse(node)}"
+        for where, tree in code(scripts=package + SCRIPTS)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and opens_text(node)
+        and not any(k.arg == "encoding" for k in node.keywords)
+    ]
+    assert not silent, "\n".join(silent)
+
+
+def opens_text(call):
+    "Whether a call is `open` in text mode, or a path's `read_text` or `write_text` without an encoding."
+    if isinstance(call.func, ast.Attribute):
+        before = {"read_text": 0, "write_text": 1}  # arguments that come before the encoding
+        return len(call.args) <= before.get(call.func.attr, -1)
+    mode = [arg.value for arg in call.args[1:2] if isinstance(arg, ast.Constant)]
+    mode += [k.value.value for k in call.keywords if k.arg == "mode"]
+    return getattr(call.func, "id", "") == "open" and "b" not in "".join(mode)
+
+
+# Names
+
+
+def uses(tree, module=""):
+    "`(module, name)` of what code imports from the package or reaches through a module of it."
+    aliases, found = {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            aliases |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom):
+            origin = absolute(node, module)
+            for alias in node.names:
+                aliases[alias.asname or alias.name] = f"{origin}.{alias.name}"
+                found.add((origin, alias.name))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            first, _, rest = ast.unparse(node).partition(".")
+            whole = f"{aliases.get(first, first)}.{rest}"
+            found.add((module_of(whole), whole.removeprefix(f"{module_of(whole)}.").split(".")[0]))
+    return found
+
+
+def exported(tree):
+    "The names in a module's `__all__`."
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    return []
+
+
+def test_exported_names_have_users():
+    "A name that only its own module and its own notebook use is private (`_name`)."
+    used = set()
+    for module, tree in MODULES.items():
+        used |= {(origin, name) for origin, name in uses(tree, module) if origin != module}
+    for path in NOTEBOOKS:
+        own = f"s5vh_nb.{path.parent.name}.{path.stem[3:]}"
+        used |= {each for _, tree in code([path]) for each in uses(tree) if each[0] != own}
+    for _, tree in code(scripts=SCRIPTS + TESTS):
+        used |= uses(tree)
+    for block in re.findall(
+        r"```python\n(.+?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    ):
+        used |= uses(ast.parse(block))
+    unused = [
+        f"{module}.{name}"
+        for module, tree in sorted(MODULES.items())
+        for name in exported(tree)
+        if (module, name) not in used and name not in PUBLIC
+    ]
+    assert not unused, "\n".join(unused)
+
+
+# Artefacts and README
 
 
 @pytest.mark.parametrize("path", ARTEFACTS, ids=name_of)
@@ -86,54 +404,66 @@ def test_artefact_notebook(path):
     artefact, nb = read_artefact(path), nbformat.read(path, as_version=4)
     assert PARAMETERS <= set(artefact.parameters)
     assert nb.metadata.kernelspec.name == "python3"
-    assert not any(cell.outputs for cell in nb.cells if cell.cell_type == "code"), "artefact sources carry no outputs"
-    assert artefact.tables + artefact.figures, "it saves no table and no figure"
+    assert not any(cell.get("outputs") for cell in nb.cells), "artefact sources carry no outputs"
     outputs = artefact.tables + artefact.figures
-    assert all(name == path.stem or name.startswith(f"{path.stem}_") for name in outputs), "outputs begin with the notebook's stem"
-    assert f"nbs/{artefact.name}.ipynb" in (ROOT/"README.md").read_text(), "not listed in the index (make readme)"
+    assert outputs, "it saves no table and no figure"
+    begin = [name == path.stem or name.startswith(f"{path.stem}_") for name in outputs]
+    assert all(begin), "outputs begin with the notebook's stem"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"nbs/{artefact.name}.ipynb" in readme, "not listed in the index (make readme)"
 
 
 def test_main_job_has_artefacts():
     assert any(read_artefact(path).default for path in ARTEFACTS)
 
 
-@pytest.fixture(scope="module")
-def readme():
-    "The script that makes the README."
-    spec = importlib.util.spec_from_file_location("readme", ROOT/"tools"/"readme.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module
-
-
-def test_readme_is_current(readme):
-    current = (ROOT/"README.md").read_text()
+def test_readme_is_current():
+    readme, current = load_tool("readme"), (ROOT / "README.md").read_text(encoding="utf-8")
     stored = readme.to_markdown(nbformat.read(readme.INDEX, as_version=4))
     assert stored == current, "README.md differs from the index's stored outputs (make readme)"
-    assert readme.to_markdown(readme.executed_index()) == current, "the index's outputs are stale (make readme)"
+    assert readme.to_markdown(readme.executed_index()) == current, (
+        "the index's outputs are stale (make readme)"
+    )
 
 
-def test_readme_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)\s]+)\)", (ROOT/"README.md").read_text())
-    missing = [link for link in links if not re.match(r"[a-z]+:|#", link) and not (ROOT/link).exists()]
-    assert len(links) > 10 and not missing, missing
+def test_links_lead_somewhere():
+    "Of the README and of the table of equations."
+    for page in ("README.md", "docs/equations.md"):
+        links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+        local = {link.partition("#")[0] for link in links if not re.match(r"[a-z]+:|#", link)}
+        missing = [link for link in local if not (ROOT / page).parent.joinpath(link).exists()]
+        assert len(links) > 10 and not missing, (page, missing)
 
 
 def test_readme_script_runs(tmp_path):
     "The example for scripts, in the smoke profile."
-    code = re.search(r"```python\n(.+?)```", (ROOT/"README.md").read_text(), re.S)[1]
-    assert '"quick"' in code
-    done = subprocess.run([sys.executable, "-c", code.replace('"quick"', '"smoke"')], cwd=tmp_path, capture_output=True, text=True)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    script = re.search(r"```python\n(.+?)```", readme, re.DOTALL)[1]
+    assert '"quick"' in script
+    words = [sys.executable, "-c", script.replace('"quick"', '"smoke"')]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("(750, 8) torch.uint8")
 
 
-@pytest.mark.skipif(not (ROOT/".git").exists(), reason="not a checkout: which files are tracked is unknown")
+# Files
+
+
+@in_checkout
+def test_files_are_few_and_small():
+    files = tracked()
+    total = sum(path.stat().st_size for path in files) / 1e6
+    assert total <= MEGABYTES and len(files) <= FILES, f"{total:.1f} MB in {len(files)} files"
+
+
+@in_checkout
 def test_no_machine_paths():
     "No tracked text names a folder of the machine it was made on."
     homes = {f"/{name}/" for name in ("home", "Users", "root")}
     here = {f"{Path.home()}/", f"{tempfile.gettempdir()}/", f"{ROOT.parent}/"} - {"//"}
-    folders = re.compile(r"(?<![\w.-])(" + "|".join(map(re.escape, homes | here)) + ")")                       # not inside another path
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
-    texts = [path for name in tracked if (path := ROOT/name).is_file() and b"\0" not in path.read_bytes()]
-    found = {name_of(path): hit[0] for path in texts if (hit := folders.search(path.read_text(errors="replace")))}
+    not_inside_a_path = r"(?<![\w.-])"
+    folders = re.compile(not_inside_a_path + "(" + "|".join(map(re.escape, homes | here)) + ")")
+    texts = [path for path in tracked() if b"\0" not in path.read_bytes()]
+    hits = {name_of(p): folders.search(p.read_text(encoding="utf-8", errors="replace")) for p in texts}
+    found = {name: hit[0] for name, hit in hits.items() if hit}
     assert len(texts) > len(NOTEBOOKS) and not found, found

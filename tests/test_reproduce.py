@@ -1,5 +1,8 @@
-"The runner where a notebook cell can't test it: other kernels on the machine, kills, interrupts, tracebacks, progress bars."
+"The runner where a notebook cell can't test it: other kernels on the machine, kills, interrupts, tracebacks."
+
+import base64
 import functools
+import io
 import json
 import os
 import signal
@@ -9,24 +12,28 @@ import time
 
 import nbformat
 import pytest
+from PIL import Image
 
-from s5vh_nb import reproduce
+from s5vh_nb.cli import command, execute
+from s5vh_nb.cli.artefacts import read_artefact
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    "A scratch project; returns a function that writes an artefact notebook from code cells."
-    monkeypatch.setenv("S5VH_NB_HOME", str(tmp_path/"home"))
+def make(checkout):
+    "A function that writes an artefact notebook of code cells into a scratch project."
 
-    def make(stem, *cells):
-        parameters = nbformat.v4.new_code_cell("profile = 'quick'\ndevice = None\ndata_root = None", metadata={"tags": ["parameters"]})
-        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title"), parameters, *map(nbformat.v4.new_code_cell, cells)],
-                                      metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
-        path = tmp_path/"home"/"nbs"/"s5vh"/f"{stem}.ipynb"
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def write(stem, *cells):
+        parameters = nbformat.v4.new_code_cell("profile = 'quick'\ndevice = None\ndata_root = None")
+        parameters.metadata["tags"] = ["parameters"]
+        code = [nbformat.v4.new_code_cell(cell) for cell in cells]
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title"), parameters, *code])
+        nb.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
+        path = checkout / "nbs" / "s5vh" / f"{stem}.ipynb"
+        path.parent.mkdir(exist_ok=True)
         nbformat.write(nb, path)
-        return reproduce.read_artefact(path)
-    return make
+        return read_artefact(path)
+
+    return write
 
 
 def outputs(path):
@@ -34,125 +41,194 @@ def outputs(path):
     return "".join(output.get("text", "") for cell in cells for output in cell.outputs)
 
 
-def test_the_kernel_is_this_python(project, tmp_path, monkeypatch):
+def test_the_kernel_is_this_python(make, tmp_path, monkeypatch):
     "Another kernel called python3 comes first on the user's own Jupyter path."
-    other = tmp_path/"jupyter"/"kernels"/"python3"
+    other = tmp_path / "jupyter" / "kernels" / "python3"
     other.mkdir(parents=True)
     spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "other", "language": "python"}
-    (other/"kernel.json").write_text(json.dumps(spec))
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path/"jupyter"))
-    artefact = project("kernel", "import sys\nprint(sys.executable == PYTHON)".replace("PYTHON", repr(sys.executable)))
-    assert reproduce.execute(artefact, {"profile": "smoke"}) is None
-    assert outputs(reproduce.executed_path(artefact, "smoke")) == "True\n"
-    assert os.environ["JUPYTER_PATH"] == str(tmp_path/"jupyter")
+    (other / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    artefact = make("kernel", f"import sys\nprint(sys.executable == {sys.executable!r})")
+    assert execute.execute(artefact, {"profile": "smoke"}) is None
+    assert outputs(execute.executed_path(artefact, "smoke")) == "True\n"
+    assert os.environ["JUPYTER_PATH"] == str(tmp_path / "jupyter")
 
 
-def test_traceback_and_progress_bar_in_the_kept_copy(project, tmp_path):
+def test_the_kernel_finds_the_project_of_the_runner(make, checkout, monkeypatch):
+    "Both look from the working directory, here a folder inside the project."
+    (checkout / "notes").mkdir()
+    artefact = make("where", "from s5vh_nb.basics.files import find_root\nprint(find_root().name)")
+    monkeypatch.chdir(checkout / "notes")
+    assert command.main(["reproduce", "where", "--profile", "smoke"]) == 0
+    assert outputs(execute.executed_path(artefact, "smoke")) == f"{checkout.name}\n"
+    assert artefact.root == checkout
+
+
+def test_traceback_and_progress_bar_in_the_kept_copy(make, checkout, tmp_path):
     "No folder of this machine, one line per progress bar, no widget."
-    artefact = project("bar", "from tqdm.auto import tqdm\nfor i in tqdm(range(2000), mininterval=0): pass", "import json\njson.loads('')")
-    failure = reproduce.execute(artefact, {"profile": "smoke", "data_root": str(tmp_path/"features")})
+    bar = "from tqdm.auto import tqdm\nfor i in tqdm(range(2000), mininterval=0): pass"
+    artefact = make("bar", bar, "import json\njson.loads('')")
+    data_root = str(tmp_path / "features")
+    failure = execute.execute(artefact, {"profile": "smoke", "data_root": data_root})
     assert failure.startswith("cell 4, 'import json': JSONDecodeError")
-    kept = reproduce.executed_path(artefact, "smoke").with_suffix(".failed.ipynb").read_text()
-    assert str(tmp_path) not in kept and sys.prefix not in kept and "<data_root>" in kept
+    kept = execute.executed_path(artefact, "smoke").with_suffix(".failed.ipynb").read_text(encoding="utf-8")
+    assert not any(folder in kept for folder in (str(tmp_path), str(checkout), sys.prefix))
+    assert "<data_root>" in kept
     assert kept.count("2000/2000") == 1 and "1000/2000" not in kept and "widget" not in kept
 
 
-def test_a_copy_that_cannot_be_kept_costs_only_its_own_artefact(project):
-    two = [project(stem, f"print('{stem}')") for stem in ("first", "second")]
-    reproduce.executed_path(two[0], "smoke").mkdir(parents=True)                      # a folder where the copy belongs
-    failures = reproduce.run_all(two, {"profile": "smoke"})
-    assert list(failures) == ["s5vh/first"] and "s5vh_first.ipynb: expected to write the whole file" in failures["s5vh/first"]
-    assert outputs(reproduce.executed_path(two[1], "smoke")) == "second\n"
+def test_pictures_in_the_kept_copy_are_small(make):
+    "The copy has the displayed figure with a palette, and not wider than a page."
+    draw = """import io
+import matplotlib.pyplot as plt
+from IPython.display import Image
+fig, ax = plt.subplots(figsize=(12, 3), dpi=100)
+ax.plot([1, 3, 2])
+fig.canvas.print_png(buffer := io.BytesIO())
+plt.close(fig)
+print(len(buffer.getvalue()))
+Image(data=buffer.getvalue())"""
+    artefact = make("figure", draw)
+    assert execute.execute(artefact, {"profile": "smoke"}) is None
+    path = execute.executed_path(artefact, "smoke")
+    displayed = [o for cell in nbformat.read(path, 4).cells for o in cell.get("outputs", []) if "data" in o]
+    png = base64.b64decode(displayed[0].data["image/png"])
+    with Image.open(io.BytesIO(png)) as picture:
+        picture.load()
+        assert picture.mode == "P" and picture.width <= 900
+    assert len(png) < int(outputs(path)) / 2
 
 
-def test_the_same_notebook_gives_the_same_copy(project):
-    artefact, kept = project("same", "print(profile)"), []
+def test_a_copy_that_cannot_be_kept_costs_only_its_own_artefact(make):
+    two = [make(stem, f"print('{stem}')") for stem in ("first", "second")]
+    execute.executed_path(two[0], "smoke").mkdir(parents=True)  # a folder where the copy belongs
+    failures = command.run_all(two, {"profile": "smoke"})
+    assert list(failures) == ["s5vh/first"]
+    assert "s5vh_first.ipynb: expected to write the whole file" in failures["s5vh/first"]
+    assert outputs(execute.executed_path(two[1], "smoke")) == "second\n"
+
+
+def test_the_same_notebook_gives_the_same_copy(make):
+    artefact, kept = make("same", "print(profile)"), []
     for _ in range(2):
-        reproduce.execute(artefact, {"profile": "smoke"})
-        kept.append(reproduce.executed_path(artefact, "smoke").read_text())
+        execute.execute(artefact, {"profile": "smoke"})
+        kept.append(execute.executed_path(artefact, "smoke").read_bytes())
     assert kept[0] == kept[1]
 
 
-def start(*words): # a background shell may have told its children to ignore interrupts
+def start(*words):
+    "The command in a process of its own; a background shell may have told its children to ignore interrupts."
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    program = "import sys; from s5vh_nb.reproduce import main; sys.exit(main(sys.argv[1:]))"
-    return subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    program = "import sys; from s5vh_nb.cli.command import main; sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", program, *words]
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
 
 
 def wait_for(path, process):
     while not path.exists():
         assert process.poll() is None, process.stderr.read()
-        time.sleep(.05)
+        time.sleep(0.05)
 
 
-def test_killed_runner_leaves_nothing_half_written(project, tmp_path):
-    tell = f"import os, pathlib, time\npathlib.Path({str(tmp_path/'pid')!r}).write_text(str(os.getpid()))"
-    artefact = project("long", f"{tell}\ntime.sleep(600 if device == 'slow' else 0)")
+def test_killed_runner_leaves_nothing_half_written(make, checkout, tmp_path):
+    pid = tmp_path / "pid"
+    tell = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))"
+    artefact = make("long", f"{tell}\ntime.sleep(600 if device == 'slow' else 0)")
     process = start("reproduce", "long", "--profile", "smoke", "--device", "slow")
-    wait_for(tmp_path/"pid", process)
+    wait_for(pid, process)
     process.kill()
     process.wait()
-    assert not list((tmp_path/"home").rglob("executed/*"))
+    assert not list(checkout.rglob("executed/*"))
     for _ in range(100):  # the orphaned kernel notices and ends by itself
-        if not os.path.exists(f"/proc/{(tmp_path/'pid').read_text()}"): break
-        time.sleep(.1)
-    else: pytest.fail("the kernel outlived its runner")
-    assert reproduce.main(["reproduce", "long", "--profile", "smoke"]) == 0
-    assert reproduce.executed_path(artefact, "smoke").exists()
+        if not os.path.exists(f"/proc/{pid.read_text()}"):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the kernel outlived its runner")
+    assert command.main(["reproduce", "long", "--profile", "smoke"]) == 0
+    assert execute.executed_path(artefact, "smoke").exists()
 
 
-def test_interrupt(project, tmp_path):
-    project("long", f"import pathlib, time\npathlib.Path({str(tmp_path/'started')!r}).touch()\ntime.sleep(600)")
+def test_interrupt(make, tmp_path):
+    started = tmp_path / "started"
+    make("long", f"import pathlib, time\npathlib.Path({str(started)!r}).touch()\ntime.sleep(600)")
     process = start("reproduce", "long", "--profile", "smoke")
-    wait_for(tmp_path/"started", process)
+    wait_for(started, process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said
 
 
-@pytest.mark.parametrize("words, said", [
-    (["reproduce", "nothing"], "artefact: expected one of fine, found 'nothing'"),
-    (["reproduce", "dmmh/fine"], "artefact: expected one of s5vh/fine"),
-    (["reproduce", "fine", "-p", "prof=quick"],
-     "parameter of s5vh/fine: expected one of profile, device, data_root, found 'prof' (did you mean 'profile'?)"),
-    (["reproduce", "fine", "-p", "profile"], "-p: expected NAME=VALUE, found 'profile'"),
-    (["reproduce", "fine", "-p", "profile=fast"], "profile: expected one of smoke, quick, full, paper"),
-])
-def test_unknown_words(project, capsys, words, said):
-    project("fine", "print('fine')")
-    assert reproduce.main(words) == 2
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["reproduce", "nothing"], "artefact: expected one of fine, found 'nothing'"),
+        (["reproduce", "dmmh/fine"], "artefact: expected one of s5vh/fine"),
+        (
+            ["reproduce", "fine", "-p", "prof=quick"],
+            "parameter of s5vh/fine: expected one of profile, device, data_root, found 'prof' "
+            "(did you mean 'profile'?)",
+        ),
+        (["reproduce", "fine", "-p", "profile"], "-p: expected NAME=VALUE, found 'profile'"),
+        (["reproduce", "fine", "-p", "profile=fast"], "profile: expected one of smoke, quick, full, paper"),
+    ],
+)
+def test_unknown_words(make, capsys, words, said):
+    make("fine", "print('fine')")
+    assert command.main(words) == 2
     assert said in capsys.readouterr().err
 
 
-def test_unknown_profile_and_no_notebooks(project, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop: reproduce.main(["reproduce", "--profile", "fast"])
+def test_unknown_profile_and_no_notebooks(checkout, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["reproduce", "--profile", "fast"])
     assert stop.value.code == 2 and "'fast'" in capsys.readouterr().err
-    assert reproduce.main(["reproduce"]) == 2
-    assert "expected artefact notebooks in one of the folders s5vh, dmmh, beyond, found none" in capsys.readouterr().err
+    assert command.main(["reproduce"]) == 2
+    said = "expected artefact notebooks in one of the folders s5vh, dmmh, beyond, found none"
+    assert said in capsys.readouterr().err
 
 
-def test_results_that_cannot_be_written(project, tmp_path, capsys):
-    project("fine", "print('fine')")
-    (tmp_path/"home"/"results").write_text("a file where a folder should be")
-    assert reproduce.main(["reproduce", "fine", "--profile", "smoke"]) == 1
+def test_results_that_cannot_be_written(make, checkout, capsys):
+    make("fine", "print('fine')")
+    (checkout / "results").write_text("a file where a folder should be")
+    assert command.main(["reproduce", "fine", "--profile", "smoke"]) == 1
     assert "expected a folder that can be written to" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("cells, said", [
-    ([nbformat.v4.new_markdown_cell("# Title")], "expected a cell tagged `parameters`"),
-    ([nbformat.v4.new_code_cell("profile = 1", metadata={"tags": ["parameters"]})], "expected a heading '# title'"),
-])
+def test_pack(checkout, capsys, monkeypatch):
+    "What was written is printed, one path per line; the project is the one of the working directory."
+
+    def pack(root, profile):
+        assert (root, profile) == (checkout, "quick")
+        return ["one", "two"]
+
+    monkeypatch.setattr(command, "pack", pack)
+    assert command.main(["pack", "--profile", "quick"]) == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
+
+
+@pytest.mark.parametrize(
+    "cells, said",
+    [
+        ([nbformat.v4.new_markdown_cell("# Title")], "expected a cell tagged `parameters`"),
+        (
+            [nbformat.v4.new_code_cell("profile = 1", metadata={"tags": ["parameters"]})],
+            "expected a heading '# title'",
+        ),
+    ],
+)
 def test_incomplete_artefact_notebook(tmp_path, cells, said):
-    path = tmp_path/"odd.ipynb"
+    path = tmp_path / "odd.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
-    with pytest.raises(ValueError, match=f"odd.ipynb: {said}"): reproduce.read_artefact(path)
+    with pytest.raises(ValueError, match=f"odd.ipynb: {said}"):
+        read_artefact(path)
 
 
-def test_a_relative_data_folder_leaves_the_notebook_whole(project, tmp_path, monkeypatch):
+def test_a_relative_data_folder_leaves_the_notebook_whole(checkout, tmp_path, monkeypatch):
     "Its name may be a word of the notebook's own format."
     monkeypatch.chdir(tmp_path)
-    (tmp_path/"data").mkdir()
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"data_root = 'data', {str(tmp_path/'data')!r}")])
-    text = reproduce.shareable(nb, "data")
+    (tmp_path / "data").mkdir()
+    cell = nbformat.v4.new_code_cell(f"data_root = 'data', {str(tmp_path / 'data')!r}")
+    text = execute.shareable(nbformat.v4.new_notebook(cells=[cell]), checkout, "data")
     nbformat.validate(nbformat.reads(text, 4))
     assert "'data', '<data_root>'" in text

@@ -1,7 +1,8 @@
-"""README.md from nbs/index.ipynb: execute the notebook, convert it to Markdown, and make its links start at the root.
+"""README.md from nbs/index.ipynb: execute the notebook, convert it, and make its links start at the root.
 
 The notebook's own code stays out of the README (cells tagged `hide-input`), its outputs come in.
 """
+
 import os
 import re
 from pathlib import Path
@@ -12,10 +13,10 @@ from nbconvert.preprocessors import ExecutePreprocessor
 from nbdev.clean import nbdev_clean
 from traitlets.config import Config
 
-from s5vh_nb.basics import atomic_write
+from s5vh_nb.basics.files import atomic_write, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-INDEX = ROOT/"nbs"/"index.ipynb"
+INDEX = ROOT / "nbs" / "index.ipynb"
 NOTE = "<!-- made from nbs/index.ipynb by `make readme`; edit the notebook -->\n\n"
 
 
@@ -30,7 +31,8 @@ def executed_index():
 def from_root(match):
     "A relative link of nbs/index.ipynb as seen from the root."
     link = match[2]
-    if re.match(r"[a-z]+:|#|/", link): return match[0]
+    if re.match(r"[a-z]+:|#|/", link):
+        return match[0]
     return match[1] + os.path.normpath(os.path.join("nbs", link)) + match[3]
 
 
@@ -44,6 +46,7 @@ def to_markdown(nb):
 
 if __name__ == "__main__":
     nb = executed_index()
-    with atomic_write(ROOT/"README.md") as tmp: tmp.write_text(to_markdown(nb))
-    with atomic_write(INDEX) as tmp: nbformat.write(nb, tmp)
+    write_text(ROOT / "README.md", to_markdown(nb))
+    with atomic_write(INDEX) as tmp:
+        nbformat.write(nb, tmp)
     nbdev_clean(str(INDEX))

@@ -220,6 +220,6 @@ def improve_center(
     p: ADMM = ADMM(),  # Schedule
 ) -> np.ndarray:
     "Center i (k,) re-optimised against the others; unchanged where no corner is better (S5VH, hash centers)."
-    Ho, wanted, delta = _subproblem(H, i, s, distance)
-    lam, Q = np.linalg.eigh(Ho.T @ Ho)  # (k,), (k, k)
-    return _solve(H[i], Ho, wanted, delta, float(a), np.ascontiguousarray(Q), lam.clip(0), p)
+    problem = _subproblem(H, i, s, distance)
+    lam, Q = np.linalg.eigh(problem[0].T @ problem[0])  # (k,), (k, k)
+    return _solve(H[i], *problem, float(a), np.ascontiguousarray(Q), lam.clip(0), p)

@@ -113,9 +113,8 @@ def quality(
     centers: np.ndarray,  # (c, k) in {-1, +1}
     W: np.ndarray,  # (c, p) unit vectors
 ) -> float:
-    """Summed pairwise Hamming distance / c^2, less the summed surplus of cos(h_i, h_j) over cos(w_i, w_j).
-
-    S5VH, quality of a set.
+    """Summed pairwise Hamming distance / c^2, less the summed surplus of cos(h_i, h_j) over cos(w_i, w_j)
+    (S5VH, quality of a set).
     """
     c, k = centers.shape
     centers = centers.astype(float)
@@ -128,7 +127,7 @@ def semantic_targets(
     W: np.ndarray,  # (c, p) unit vectors
     bits: int,  # k
 ) -> np.ndarray:
-    "Wanted inner products (c, c): row i has cos(w_i, w_j) rescaled to [-k, k]; 0 on the diagonal (S5VH)."
+    "Wanted inner products (c, c): row i has cos(w_i, w_j) rescaled to [-k, k] (S5VH, hash centers)."
     cosines = np.where(np.eye(len(W), dtype=bool), np.nan, W @ W.T)  # (c, c)
     low, high = np.nanmin(cosines, 1, keepdims=True), np.nanmax(cosines, 1, keepdims=True)
     span = np.where(high > low, high - low, np.inf)
@@ -158,7 +157,8 @@ def sweep_centers(
     sweeps: int = 20,  # At most
 ) -> tuple[np.ndarray, list]:
     "The best set (c, k) after one or more sweeps, and the quality after each sweep (S5VH, hash centers)."
-    H, best, history = H.copy(), None, []
+    H, best = H.copy(), None
+    history = []
     bar = tqdm(range(sweeps), desc="hash centers", unit="sweep", leave=False, disable=not progress)
     ahead = min(4, torch.get_num_threads())
     # threads of a single product would only wait for each other

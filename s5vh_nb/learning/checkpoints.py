@@ -143,5 +143,6 @@ def load_checkpoint(
         getattr(run, part).load_state_dict(state[part])
     for group in run.optimizer.param_groups:
         group |= {"lr": group["lr"].to(device), "capturable": device.type == "cuda"}
-    run.epoch, run.history, run.seconds = state["epoch"], state["history"], state["seconds"]
+    for name in ("epoch", "history", "seconds"):
+        setattr(run, name, state[name])
     return run

@@ -54,7 +54,8 @@ class SLGObjective(nn.Module):
     ):
         super().__init__()
         c, bits = config.objective, config.model.bits
-        self.c, self.scale, self.seed = c, 0.5 * bits, config.seed
+        self.c, self.seed = c, config.seed
+        self.scale = 0.5 * bits
         self.register_buffer("centers", torch.zeros(c.n_centers, bits))  # (c, k)
         self.register_buffer("soft_labels", torch.zeros(n, c.n_centers))  # (n, c)
         self.classifier = None if c.centers_in_loss else nn.Linear(bits, c.n_centers, bias=False)

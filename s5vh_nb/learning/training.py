@@ -185,9 +185,10 @@ def train_epoch(
     inputs: tuple,  # (n, ...) each, from `move_if_it_fits`
 ) -> dict:
     "One pass over the training items; returns the mean of each loss term. Seeds torch's generators."
-    c, totals, shape = run.config, {}, inputs[0].shape
+    c, shape = run.config, inputs[0].shape
     t = shape[1] if len(shape) == 3 else None
     plan = _plan_epoch(shape[0], t, c.batch, c.seed, run.epoch, run.device)
+    totals = {}
     torch.manual_seed(_epoch_seed(c.seed, run.epoch))
     for group in run.optimizer.param_groups:
         group["lr"].fill_(learning_rate(c, run.epoch))

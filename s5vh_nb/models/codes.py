@@ -88,7 +88,7 @@ def _check_config(path: Path, cls: type):
     "`ValueError` unless `path` is JSON with fields of the configuration that `cls` takes, and no others."
     expected = f"a JSON file with the fields of {cls.__name__}'s configuration"
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as e:
         raise ValueError(f"{path}: expected {expected}, found: {e}") from e
     check(isinstance(found, dict), str(path), expected, type(found).__name__)
@@ -134,7 +134,8 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
             return pack(self.h(*parts))
 
         # capturing a CUDA graph takes as long as some blocks
-        call, codes, sums = GraphedCall(encode) if n > 8 * batch else encode, [], []
+        call = GraphedCall(encode) if n > 8 * batch else encode
+        codes, sums = [], []
         starts = tqdm(range(0, n, batch), "encode", unit="batch", leave=False, disable=not progress)
         self.eval()
         try:

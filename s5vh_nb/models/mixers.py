@@ -41,7 +41,8 @@ class _TwoPart(nn.Module):
         feed: nn.Module,  # (b, t, m) -> (b, t, m)
     ):
         super().__init__()
-        self.m, self.mix, self.norm, self.feed = m, mix, nn.LayerNorm(m), feed
+        self.m, self.mix = m, mix
+        self.norm, self.feed = nn.LayerNorm(m), feed
 
     def forward(self, v: Tensor) -> Tensor:  # (b, t, m) -> (b, t, m)
         a = self.mix(v)
@@ -106,7 +107,8 @@ class Mamba2(nn.Module):
         super().__init__()
         d, n = expand * m, d_state
         heads = d // math.gcd(d, headdim)
-        self.m, self.split, self.inner = m, (d, d + 2 * n, heads), (d, n, n)
+        self.m = m
+        self.split, self.inner = (d, d + 2 * n, heads), (d, n, n)
         self.in_proj = nn.Linear(m, sum(self.split), bias=False)
         self.conv1d = nn.Conv1d(d + 2 * n, d + 2 * n, d_conv, groups=d + 2 * n)
         self.dt_bias = nn.Parameter(step_bias(heads))
@@ -116,12 +118,13 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(d, m, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (b, t, m) -> (b, t, m)
-        z, u, step = self.in_proj(x).split(self.split, -1)  # (b, t, d), (b, t, d + 2*n), (b, t, h)
-        u = causal_conv1d(u.transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias).transpose(1, 2)
-        v, B, C = u.split(self.inner, -1)  # (b, t, d), (b, t, n), (b, t, n)
-        # (b, t, h, p), (b, t, h)
-        v, step = v.unflatten(-1, (len(self.D), -1)), F.softplus(step + self.dt_bias)
-        y = _ssd(step[..., None] * v, -step * self.A_log.exp(), B, C) + self.D[:, None] * v  # (b, t, h, p)
+        parts = self.in_proj(x).split(self.split, -1)  # (b, t, d), (b, t, d + 2*n), (b, t, h)
+        z, u = parts[0], parts[1].transpose(1, 2)
+        u = causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias).transpose(1, 2)
+        v, *BC = u.split(self.inner, -1)  # (b, t, d), (b, t, n), (b, t, n)
+        v = v.unflatten(-1, (len(self.D), -1))  # (b, t, h, p)
+        step = F.softplus(parts[2] + self.dt_bias)  # (b, t, h)
+        y = _ssd(step[..., None] * v, -step * self.A_log.exp(), *BC) + self.D[:, None] * v  # (b, t, h, p)
         return self.out_proj(self.norm(y.flatten(2) * F.silu(z)))
 
 # %% ../../nbs/lib/models/02_mixers.ipynb #cb8e5954
@@ -189,8 +192,8 @@ class _Retention(nn.Module):
         self.register_buffer("log_decay", decays, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # (b, h, t, w), (b, h, t, w), (b, h, t, 2*w)
-        q, k, v = (_to_heads(f(x), self.heads) for f in (self.query, self.key, self.value))
+        q, k = _to_heads(self.query(x), self.heads), _to_heads(self.key(x), self.heads)  # (b, h, t, w)
+        v = _to_heads(self.value(x), self.heads)  # (b, h, t, 2*w)
         q, k = _rotate(q), _rotate(k) * k.shape[-1] ** -0.5
         y = self.norm(_from_heads(_retention(q, k, v, self.log_decay)))  # (b, t, 2*m)
         return self.out(F.silu(self.gate(x)) * y)
@@ -282,13 +285,14 @@ class _TimeMix(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dx = _token_shift(x) - x
-        blends = self.blend(x + self.mu * dx).chunk(5, -1)  # 5 times (b, t, m)
-        xr, xk, xv, xg, xw = (torch.addcmul(x, mu, dx) for mu in blends)
-        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)  # (b, t, m)
-        # (b, h, t, w)
-        r, k, v, log_w = (_to_heads(p, self.heads) for p in (r, k, v, -torch.exp(self.decay(xw))))
-        y = self.norm(_from_heads(_wkv(r, k * k.shape[-1] ** -0.5, v, log_w, self.bonus)))  # (b, t, m)
-        return self.out(F.silu(self.gate(xg)) * y)
+        blends = self.blend(x + self.mu * dx).chunk(5, -1)  # for r, k, v, gate and decay: (b, t, m) each
+        blended = [torch.addcmul(x, mu, dx) for mu in blends]
+        r, k = self.receptance(blended[0]), self.key(blended[1])  # (b, t, m)
+        v, log_w = self.value(blended[2]), -torch.exp(self.decay(blended[4]))  # (b, t, m)
+        heads = [_to_heads(part, self.heads) for part in (r, k, v, log_w)]  # (b, h, t, w) each
+        heads[1] = heads[1] * heads[1].shape[-1] ** -0.5
+        y = self.norm(_from_heads(_wkv(*heads, self.bonus)))  # (b, t, m)
+        return self.out(F.silu(self.gate(blended[3])) * y)
 
 
 class _ChannelMix(nn.Module):
@@ -334,11 +338,12 @@ class _Attention(nn.Module):
     ):
         super().__init__()
         check(m % heads == 0, "heads", f"a divisor of m = {m}", heads)
-        self.heads, self.qkv, self.out = heads, nn.Linear(m, 3 * m), nn.Linear(m, m)
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(m, 3 * m), nn.Linear(m, m)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (_to_heads(p, self.heads) for p in self.qkv(x).chunk(3, -1))  # (b, h, t, w)
-        return self.out(_from_heads(F.scaled_dot_product_attention(q, k, v)))
+        qkv = [_to_heads(part, self.heads) for part in self.qkv(x).chunk(3, -1)]  # (b, h, t, w) each
+        return self.out(_from_heads(F.scaled_dot_product_attention(*qkv)))
 
 
 class Transformer(_TwoPart):

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ..basics.checks import check, known
 from ..basics.config import S5VHConfig
 from .codes import HashNetwork, check_array, relax
-from .mamba import Bidirectional, Layers, norm_linear
+from .mamba import Bidirectional, Layers
 from .mixers import MIXERS
 from .released import released_config, released_state
+from ..ops.dispatch import norm_linear
 
 # %% ../../nbs/lib/models/04_s5vh.ipynb #8977b5d4
 @functools.lru_cache(64)
@@ -93,7 +94,8 @@ class HashLayer(nn.Module):
 
     def __init__(self, c: S5VHConfig):
         super().__init__()
-        self.linear, self.norm, self.relaxation = nn.Linear(c.m, c.bits), nn.LayerNorm(c.bits), c.relaxation
+        self.linear, self.norm = nn.Linear(c.m, c.bits), nn.LayerNorm(c.bits)
+        self.relaxation = c.relaxation
 
     def forward(
         self,
