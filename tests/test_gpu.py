@@ -1,32 +1,56 @@
-"What only a GPU runs: all layers in one step, a norm and the layer behind it, encoding by a CUDA graph. Skipped without one."
+"What only a GPU runs: fused layers, a norm and the layer behind it, encoding and training by CUDA graphs."
+
 import copy
 
-import pytest, torch
+import pytest
+import torch
 from torch import nn
 
-from s5vh_nb import datasets, training
-from s5vh_nb.basics import Captured
-from s5vh_nb.config import S5VHConfig, train_config
-from s5vh_nb.losses import reconstruction_loss
-from s5vh_nb.mixers import RWKV, Bidirectional, Layers, Mamba, RetNet, norm_linear
-from s5vh_nb.s5vh import S5VH, take
-from s5vh_nb.scan import use_backend
+from s5vh_nb.basics.config import S5VHConfig
+from s5vh_nb.basics.profiles import train_config
+from s5vh_nb.datasets.catalog import load
+from s5vh_nb.learning import training
+from s5vh_nb.learning.losses import reconstruction_loss
+from s5vh_nb.models.mamba import Bidirectional, Layers, Mamba
+from s5vh_nb.models.mixers import RWKV, RetNet
+from s5vh_nb.models.s5vh import S5VH, take
+from s5vh_nb.ops.dispatch import norm_linear, use_backend
+from s5vh_nb.ops.streams import GraphedCall
 
-if not torch.cuda.is_available(): pytest.skip("needs a CUDA device", allow_module_level=True)
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("options", [{}, {"tied": True}, {"directions": "forward"}, {"directions": "backward"}])
-def test_layers_in_one_step_are_the_plain_layers(options):
+def layers(n, m, **options):
+    return Layers(*[Bidirectional(lambda: Mamba(m), **options) for _ in range(n)])
+
+
+def with_gradients(y, loss, given):
+    "`y` and the gradients of `loss` with respect to what is given."
+    return [y, *torch.autograd.grad(loss, list(given))]
+
+
+def assert_near(mine, theirs, tolerance):
+    "Each tensor of `mine` lies within a relative tolerance of its counterpart, by its norm."
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a.cpu() - b.cpu()).norm() <= tolerance * b.norm()
+
+
+OPTIONS = [{}, {"tied": True}, {"directions": "forward"}, {"directions": "backward"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_fused_layers_are_the_plain_layers(options):
     torch.manual_seed(0)
-    net = Layers(*[Bidirectional(lambda: Mamba(32), **options) for _ in range(2)])
-    for p in net.parameters(): nn.init.normal_(p, std=.3)                # gains and biases too
-    x, plain = torch.randn(3, 13, 32), copy.deepcopy(net).double()       # on the CPU Layers are the plain ones
+    net = layers(2, 32, **options)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.3)  # gains and biases too
+    x, plain = torch.randn(3, 13, 32), copy.deepcopy(net).double()  # on the CPU layers are the plain ones
     exact = plain(x.double())
-    wanted = [exact, *torch.autograd.grad(exact.square().sum(), list(plain.parameters()))]
+    wanted = with_gradients(exact, exact.square().sum(), plain.parameters())
     y = net.cuda()(x.cuda())
-    for mine, theirs in zip([y, *torch.autograd.grad(y.square().sum(), list(net.parameters()))], wanted, strict=True):
-        assert (mine.cpu() - theirs).norm() <= 1e-4*theirs.norm()
+    assert_near(with_gradients(y, y.square().sum(), net.parameters()), wanted, 1e-4)
 
 
 @pytest.mark.parametrize("kind", [RetNet, RWKV])
@@ -35,122 +59,172 @@ def test_a_mixer_that_torch_compiles(kind):
     torch.manual_seed(0)
     x = torch.randn(3, 13, 64, device="cuda")
     for mix in (kind(64).cuda(), kind(64).cuda()):
-        def graded(y): return [y, *torch.autograd.grad(y.square().sum(), list(mix.parameters()))]
-        with use_backend("torch"): wanted = graded(mix(x))
-        for mine, theirs in zip(graded(mix(x)), wanted, strict=True): assert (mine - theirs).norm() <= 1e-4*theirs.norm()
+
+        def outcome():
+            y = mix(x)
+            return with_gradients(y, y.square().sum(), mix.parameters())
+
+        with use_backend("torch"):
+            wanted = outcome()
+        assert_near(outcome(), wanted, 1e-4)
 
 
-def test_a_silenced_direction_in_one_layer():
+def test_a_direction_switched_off_in_one_layer():
     torch.manual_seed(0)
-    net, x = Layers(*[Bidirectional(lambda: Mamba(16)) for _ in range(2)]), torch.randn(2, 5, 16)
+    net, x = layers(2, 16), torch.randn(2, 5, 16)
     net[1].directions = "forward"
     wanted = net(x)
-    assert (net.cuda()(x.cuda()).cpu() - wanted).norm() <= 1e-4*wanted.norm()
+    assert_near([net.cuda()(x.cuda())], [wanted], 1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"directions": "backward"}])
 def test_layers_in_half_precision(options):
     "The papers' width, also with a view of 25 frames; autocast rounds to eight bits."
     torch.manual_seed(0)
-    net = Layers(*[Bidirectional(lambda: Mamba(192), **options) for _ in range(2)])
+    net = layers(2, 192, **options)
     for layer in net:
-        for norm, _ in layer.ways(): nn.init.normal_(norm.weight, 1, .2), nn.init.normal_(norm.bias, std=.2)
-    x, plain, weights = torch.randn(5, 25, 192), copy.deepcopy(net).double(), torch.randn(5, 25, 192)
+        for norm, _ in layer.branches():
+            nn.init.normal_(norm.weight, 1, 0.2)
+            nn.init.normal_(norm.bias, std=0.2)
+    x, plain = torch.randn(5, 25, 192), copy.deepcopy(net).double()
+    weights = torch.randn(5, 25, 192)
     exact = plain(x.double())
-    wanted = [exact, *torch.autograd.grad((exact*weights).sum(), list(plain.parameters()))]
-    with torch.autocast("cuda", torch.bfloat16): y = net.cuda()(x.cuda())
-    for mine, theirs in zip([y, *torch.autograd.grad((y*weights.cuda()).sum(), list(net.parameters()))], wanted, strict=True):
-        assert mine.dtype == torch.float32 and (mine.cpu() - theirs).norm() <= 2e-2*theirs.norm()
+    wanted = with_gradients(exact, (exact * weights).sum(), plain.parameters())
+    with torch.autocast("cuda", torch.bfloat16):
+        y = net.cuda()(x.cuda())
+    found = with_gradients(y, (y * weights.cuda()).sum(), net.parameters())
+    assert all(v.dtype == torch.float32 for v in found)
+    assert_near(found, wanted, 2e-2)
 
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("m,rows", [(16, 13), (100, 64), (256, 256)])
 def test_norm_and_linear(m, rows, half):
     torch.manual_seed(0)
-    norm, linear, x = nn.LayerNorm(m, eps=1e-6).cuda(), nn.Linear(m, rows).cuda(), torch.randn(3, 9, m, device="cuda").requires_grad_()
-    for p in norm.parameters(): nn.init.normal_(p)
-    given, weights = [x, *norm.parameters(), *linear.parameters()], torch.randn(3, 4, rows, device="cuda")
-    def graded(y): return [y, *torch.autograd.grad((y*weights).sum(), given)]
-    with torch.autocast("cuda", torch.bfloat16, enabled=half): y = norm_linear(x[:, 5:], norm, linear)
-    for mine, theirs in zip(graded(y), graded(linear(norm(x[:, 5:]))), strict=True):
-        assert mine.dtype == (torch.bfloat16 if half and mine is y else torch.float32)
-        assert (mine - theirs).norm() <= (2e-2 if half else 1e-4)*theirs.norm()
+    norm, linear = nn.LayerNorm(m, eps=1e-6).cuda(), nn.Linear(m, rows).cuda()
+    x = torch.randn(3, 9, m, device="cuda").requires_grad_()
+    for p in norm.parameters():
+        nn.init.normal_(p)
+    given = [x, *norm.parameters(), *linear.parameters()]
+    weights = torch.randn(3, 4, rows, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16, enabled=half):
+        y = norm_linear(x[:, 5:], norm, linear)
+    exact = linear(norm(x[:, 5:]))
+    found = with_gradients(y, (y * weights).sum(), given)
+    wanted = with_gradients(exact, (exact * weights).sum(), given)
+    assert found[0].dtype == (torch.bfloat16 if half else torch.float32)
+    assert all(v.dtype == torch.float32 for v in found[1:])
+    assert_near(found, wanted, 2e-2 if half else 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("d", [13, 4096, 5000])
 def test_error_of_rebuilt_frames(d, dtype):
     torch.manual_seed(0)
-    x, hidden = torch.randn(8, 25, d, device="cuda", dtype=dtype), torch.rand(16, 25, device="cuda").argsort(1)[:, :12]
+    x = torch.randn(8, 25, d, device="cuda", dtype=dtype)
+    hidden = torch.rand(16, 25, device="cuda").argsort(1)[:, :12]
     predicted = torch.randn(16, 12, d, device="cuda", dtype=dtype).requires_grad_()
     exact = predicted.detach().double().requires_grad_()
-    mine, wanted = reconstruction_loss(predicted, x, hidden), 2*(exact - take(x, hidden).double()).square().mean()
-    assert (mine - wanted).abs() <= 1e-5*wanted
-    mine, wanted = torch.autograd.grad(mine, predicted)[0], torch.autograd.grad(wanted, exact)[0]
-    assert mine.dtype == dtype and (mine - wanted).norm() <= (1e-6 if dtype == torch.float32 else 4e-3)*wanted.norm()
+    mine = reconstruction_loss(predicted, x, hidden)
+    wanted = 2 * (exact - take(x, hidden).double()).square().mean()
+    assert (mine - wanted).abs() <= 1e-5 * wanted
+    grad, exact_grad = torch.autograd.grad(mine, predicted)[0], torch.autograd.grad(wanted, exact)[0]
+    assert grad.dtype == dtype
+    assert_near([grad], [exact_grad], 1e-6 if dtype == torch.float32 else 4e-3)
 
 
 @pytest.mark.parametrize("half", [False, True])
 def test_codes_of_a_graph_are_those_of_one_block(half):
-    "Twelve blocks: an ordinary one, then replays; the last is smaller."
+    "Twelve blocks: an ordinary one, then replays; the last is smaller. Other shapes may round otherwise."
     torch.manual_seed(0)
-    model, x = S5VH(S5VHConfig(d=8, m=32, depth=2, decoder_m=16, bits=32)).cuda(), torch.randn(45, 25, 8, device="cuda")
-    with torch.autocast("cuda", torch.bfloat16, enabled=half): alone, blocks = model.encode(x, batch=45), model.encode(x, batch=4)
-    assert (alone != blocks).float().mean() < .01                        # products of another shape may round otherwise
-    with pytest.raises(ValueError, match="finite"): model.encode(torch.full_like(x, torch.nan), batch=4)
+    model = S5VH(S5VHConfig(d=8, m=32, depth=2, decoder_m=16, bits=32)).cuda()
+    x = torch.randn(45, 25, 8, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16, enabled=half):
+        alone, blocks = model.encode(x, batch=45), model.encode(x, batch=4)
+    assert (alone != blocks).float().mean() < 0.01
+    with pytest.raises(ValueError, match="finite"):
+        model.encode(torch.full_like(x, torch.nan), batch=4)
 
 
 def test_gradients_of_a_captured_step():
-    "Streams side by side in a CUDA graph, at the papers' size: the gradients are those of the plain layers on every replay."
+    "Side streams in a CUDA graph, at the papers' size: on every replay the gradients of the plain layers."
     torch.manual_seed(0)
-    net = Layers(*[Bidirectional(lambda: Mamba(256)) for _ in range(4)]).cuda()
+    net = layers(4, 256).cuda()
     x, weights = torch.randn(256, 13, 256, device="cuda"), torch.randn(256, 13, 256, device="cuda")
-    with use_backend("torch"): wanted = torch.autograd.grad((net(x)*weights).sum(), list(net.parameters()))
-    step = Captured(lambda x: torch.autograd.grad((net(x)*weights).sum(), list(net.parameters())))
+
+    def gradients(x):
+        return torch.autograd.grad((net(x) * weights).sum(), list(net.parameters()))
+
+    with use_backend("torch"):
+        wanted = gradients(x)
+    step = GraphedCall(gradients)
     for _ in range(8):
-        for mine, theirs in zip(step(x), wanted, strict=True): assert (mine - theirs).norm() <= 1e-3*theirs.norm()
+        assert_near(step(x), wanted, 1e-3)
 
 
 def test_inputs_of_another_kind_get_an_ordinary_call():
     ones = torch.ones(3, device="cuda")
-    total = Captured(lambda a, b: a + (0 if b is None else b))
-    for k in range(6): assert torch.equal(total(ones, k*ones), (1 + k)*ones)
-    assert torch.equal(total(ones, None), ones) and torch.equal(total(ones[:2], ones[:2]), 2*ones[:2])
+    total = GraphedCall(lambda a, b: a + (0 if b is None else b))
+    for k in range(6):
+        assert torch.equal(total(ones, k * ones), (1 + k) * ones)
+    assert torch.equal(total(ones, None), ones)
+    assert torch.equal(total(ones[:2], ones[:2]), 2 * ones[:2])
     assert total(ones.double(), ones.double()).dtype == torch.float64
 
 
 CONFIG = train_config("spoken-digits", "smoke", epochs=4, warmup=1, precision="float32")
-def trained(**options): return training.train(CONFIG, datasets.load("spoken-digits"), progress=False, **{"device": "cuda", **options})
-def losses(run): return torch.tensor([[h[name] for name in ("loss", "reconstruction", "contrast", "alignment")] for h in run.history])
+TERMS = ("loss", "reconstruction", "contrast", "alignment")
+
+
+def trained(**options):
+    data = load("spoken-digits")
+    return training.train(CONFIG, data, progress=False, **{"device": "cuda", **options})
+
+
+def losses(run):
+    return torch.tensor([[h[name] for name in TERMS] for h in run.history])
 
 
 def test_captured_steps_are_the_ordinary_steps(monkeypatch):
-    "Both phases, with labels that move and a learning rate that falls."
+    "Before and after the warm-up, with labels that move and a learning rate that falls."
     captured = trained()
-    def ordinary_step(run, warm, inputs):
-        return lambda rows, *order: training.step(run, warm, *(x[rows] for x in inputs), rows, *order)
+
+    def ordinary_step(run, past_warmup, inputs):
+        def take_step(rows, *order):
+            return training.step(run, past_warmup, *(x[rows] for x in inputs), rows, *order)
+
+        return take_step
+
     monkeypatch.setattr(training, "make_step", ordinary_step)
     ordinary = trained()
     assert torch.allclose(losses(captured), losses(ordinary), rtol=1e-3)
-    assert torch.allclose(captured.objective.soft_labels, ordinary.objective.soft_labels, atol=1e-4)
+    labels = [run.objective.soft_labels for run in (captured, ordinary)]
+    assert torch.allclose(*labels, atol=1e-4)
 
 
 def test_features_that_do_not_fit_are_fetched_meanwhile(monkeypatch):
-    "Another thread pins the next batch, also while a step is captured; the numbers are those of features that lie on the GPU."
-    held = trained()
-    monkeypatch.setattr(training, "place", lambda features, device, precision: features)
+    """Another thread pins the next batch, also while a step is captured.
+
+    The numbers are those of features that lie on the GPU.
+    """
+    moved = trained()
+    monkeypatch.setattr(training, "move_if_it_fits", lambda features, device, precision: features)
     fetched = trained()
-    assert fetched.history == held.history and torch.equal(fetched.objective.soft_labels, held.objective.soft_labels)
+    assert fetched.history == moved.history
+    assert torch.equal(fetched.objective.soft_labels, moved.objective.soft_labels)
 
 
 @pytest.mark.parametrize("first,then", [("cpu", "cuda"), ("cuda", "cpu")])
 def test_a_checkpoint_goes_on_elsewhere(first, then, tmp_path, monkeypatch):
     epoch = training.train_epoch
+
     def dies(run, *rest):
-        if run.epoch == 2: raise KeyboardInterrupt
+        if run.epoch == 2:
+            raise KeyboardInterrupt
         return epoch(run, *rest)
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "train_epoch", dies)
-        trained(device=first, checkpoint=tmp_path/"run.pt", every=1)
-    run = trained(device=then, checkpoint=tmp_path/"run.pt", resume=True)
+        trained(device=first, checkpoint=tmp_path / "run.pt", every=1)
+    run = trained(device=then, checkpoint=tmp_path / "run.pt", resume=True)
     assert len(run.history) == CONFIG.epochs and run.history[-1]["loss"] < run.history[0]["loss"]
