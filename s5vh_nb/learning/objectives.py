@@ -109,7 +109,7 @@ class SLGObjective(nn.Module):
         rows: Tensor,  # (b, t, d) and the numbers of these videos (b,)
     ):
         "Move the soft labels of a batch towards what the network says of all frames."
-        h = model(x, normed=self.c.refresh_with_norm).h.float()  # (b, k)
+        h = model(x, normed=self.c.refresh_with_norm).h.to(self.centers.dtype)  # (b, k)
         with torch.autocast(x.device.type, enabled=False):
             logits = self.logits(h)  # (b, c)
         if not self.c.refresh_with_norm:
@@ -129,7 +129,7 @@ class SLGObjective(nn.Module):
         if warm and self.c.beta > 0 and self.c.refresh > 0:
             beside(lambda: self.refresh(model, x, rows), x, rows)
         out = model(x, visible)
-        h = out.h.float()  # (2b, k)
+        h = out.h.to(self.centers.dtype)  # (2b, k)
 
         def of_codes():
             with torch.autocast(x.device.type, enabled=False):  # small products that want all their digits

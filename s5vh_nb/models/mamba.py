@@ -103,11 +103,19 @@ class Bidirectional(nn.Module):
             else []
         )
 
-    def forward(self, x: Tensor) -> Tensor:  # (b, t, m) -> (b, t, m)
-        out, flips = x, {"both": (False, True), "forward": (False,), "backward": (True,)}[self.directions]
-        for flip, (norm, mix) in zip(flips, self.ways()):
-            out = out + (mix(norm(x).flip(1)).flip(1) if flip else mix(norm(x)))
-        return out
+    def forward(
+        self,
+        x: Tensor,  # (b, t, m)
+        factor: Tensor | None = None,  # (b,) of what the layer adds to each video; None: 1
+    ) -> Tensor:  # (b, t, m)
+        flips = {"both": (False, True), "forward": (False,), "backward": (True,)}[self.directions]
+        added = [
+            mix(norm(x).flip(1)).flip(1) if flip else mix(norm(x))
+            for flip, (norm, mix) in zip(flips, self.ways())
+        ]
+        if factor is None:
+            return sum(added, x)
+        return x + factor[:, None, None] * sum(added)
 
 # %% ../../nbs/lib/models/01_mamba.ipynb #fc453c6d
 class _Stack(torch.autograd.Function):
@@ -160,13 +168,45 @@ def stacked(
 
 
 class Layers(nn.Sequential):
-    "`Bidirectional` layers, one after another; on a GPU Mamba's in one step."
+    """`Bidirectional` layers, one after another, with stochastic depth; on a GPU Mamba's in one step.
 
-    def forward(self, x: Tensor) -> Tensor:  # (b, t, m) -> (b, t, m)
+    While training, what a layer adds is dropped for each video with a probability that grows linearly
+    from 0 in the first layer to `drop_path` in the last, and divided by the probability that it stays
+    (Huang et al., 2016; in the released code of S5VH, not in its paper).
+    """
+
+    def __init__(
+        self,
+        *layers: Bidirectional,
+        drop_path: float = 0.0,  # Probability that the last layer is dropped, in [0, 1)
+    ):
+        super().__init__(*layers)
+        self.drops = drop_path > 0 and len(layers) > 1  # a single layer has probability 0
+        kept = 1 - torch.linspace(0, drop_path, len(layers))[:, None]  # (l, 1)
+        self.register_buffer("kept", kept, persistent=False)
+
+    def draw_factors(self, b: int) -> Tensor | None:  # Videos
+        "What each layer adds to each video is multiplied by this, (l, b); None where nothing is dropped."
+        if not (self.training and self.drops):
+            return None
+        drawn = torch.rand(len(self.kept), b, device=self.kept.device)
+        return (drawn < self.kept) / self.kept
+
+    def forward(
+        self,
+        x: Tensor,  # (b, t, m)
+        factors: Tensor | None = None,  # (l, b), see `draw_factors`; None draws them
+    ) -> Tensor:  # (b, t, m)
+        factors = self.draw_factors(len(x)) if factors is None else factors
         # a silenced direction makes another layer
         alike = len({layer.directions for layer in self}) == 1
         mamba = alike and all(isinstance(mix, Mamba) for layer in self for _, mix in layer.ways())
         if not mamba:
-            return super().forward(x)
+            return self._one_by_one(x, factors)
         backward, eps = int(self[0].directions != "forward"), self[0].ways()[0][0].eps
-        return mamba_layers(x, super().forward, lambda: stacked(list(self)), backward, eps)
+        return mamba_layers(x, self._one_by_one, lambda: stacked(list(self)), backward, eps, factors)
+
+    def _one_by_one(self, x, factors):
+        for i, layer in enumerate(self):
+            x = layer(x, None if factors is None else factors[i])
+        return x

@@ -64,7 +64,8 @@ def _temporal_layers(
     def make():
         return kind(m).requires_grad_(not c.frozen)
 
-    return Layers(*[Bidirectional(make, tied=c.tied, directions=c.directions) for _ in range(depth)])
+    layers = [Bidirectional(make, tied=c.tied, directions=c.directions) for _ in range(depth)]
+    return Layers(*layers, drop_path=c.drop_path)
 
 
 class Encoder(nn.Module):
@@ -137,22 +138,32 @@ class S5VHOutput:
     hidden: Tensor  # (views*b, t-v) numbers of the frames that were not visible
 
 
+def _start_linears(linears: list):
+    "Xavier-uniform weights, no bias."
+    for linear in linears:
+        nn.init.xavier_uniform_(linear.weight)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+
+
 class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"]):
     "Self-supervised video hashing with selective state spaces (S5VH, AAAI 2025)."
 
     def __init__(self, config: S5VHConfig):
         super().__init__(config)
         self.encoder, self.hash, self.decoder = Encoder(config), HashLayer(config), Decoder(config)
-        for linear in (
-            self.encoder.embed,
-            self.encoder.head,
-            self.hash.linear,
-            self.decoder.embed,
-            self.decoder.head,
-        ):
-            nn.init.xavier_uniform_(linear.weight)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        if config.start == "released":
+            self._start_as_released()
+        else:
+            encoder, decoder = self.encoder, self.decoder
+            _start_linears([encoder.embed, encoder.head, self.hash.linear, decoder.embed, decoder.head])
+
+    def _start_as_released(self):
+        "Encoder and decoder start as in the release, the linear layers inside their mixers, too."
+        for part in (self.encoder, self.decoder):
+            modules = [m for m in part.modules() if m is not self.decoder.embed]  # keeps torch's start there
+            _start_linears([m for m in modules if isinstance(m, nn.Linear)])
+        nn.init.trunc_normal_(self.decoder.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def check(
         self,
