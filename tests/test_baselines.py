@@ -11,7 +11,7 @@ from s5vh_nb.datasets.catalog import load
 from s5vh_nb.datasets.splits import Split
 from s5vh_nb.datasets.synthetic import synthetic_like, synthetic_pairs
 from s5vh_nb.models import baselines
-from s5vh_nb.models.baselines import METHODS, fit_baseline, fit_lsh, fit_matrix, itq_rotation
+from s5vh_nb.models.baselines import METHODS, Hasher, fit_baseline, fit_lsh, fit_matrix, itq_rotation
 from s5vh_nb.models.codes import pack
 
 RNG = np.random.default_rng(0)
@@ -32,6 +32,7 @@ def pairs(n=None, text=PAIRS.text):
 def test_same_seed_same_codes_and_another_seed_others(method, view, bits):
     hashers = [fit_baseline(method, videos(), bits, view, seed) for seed in (0, 0, 1)]
     codes = [hasher.encode(VIDEOS[:20]) for hasher in hashers]
+    assert all(isinstance(hasher, Hasher) for hasher in hashers)
     assert codes[0].shape == (20, bits // 8) and codes[0].dtype == np.uint8
     np.testing.assert_array_equal(codes[0], codes[1])
     assert (codes[0] != codes[2]).any()

@@ -195,7 +195,7 @@ def test_captured_steps_are_the_ordinary_steps(monkeypatch):
 
         return take_step
 
-    monkeypatch.setattr(training, "make_step", ordinary_step)
+    monkeypatch.setattr(training, "_make_step", ordinary_step)
     ordinary = trained()
     assert torch.allclose(losses(captured), losses(ordinary), rtol=1e-3)
     labels = [run.objective.soft_labels for run in (captured, ordinary)]

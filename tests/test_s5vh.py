@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from s5vh_nb.basics.config import S5VHConfig
+from s5vh_nb.models.codes import sign_ste, unpack
 from s5vh_nb.models.s5vh import S5VH
 
 SIZES = dict(d=40, m=32, k=16, decoder=24, depth=2, classes=7)  # of a small checkpoint
@@ -183,6 +184,15 @@ def test_weights_of_another_network_are_refused(saved):
     config.write_text(config.read_text().replace('"depth": 1', '"depth": 2'))
     with pytest.raises(ValueError, match="model.safetensors: expected .*the weights of S5VH"):
         S5VH.from_pretrained(saved)
+
+
+def test_a_code_is_the_vote_of_the_frames():
+    torch.manual_seed(0)
+    model, x = S5VH(SMALL).eval(), torch.randn(6, 25, 13)
+    codes = model(x).codes  # (n, t, k) of -1 and +1; with 25 frames no vote is a tie
+    votes = (codes > 0).sum(1) * 2 > codes.shape[1]
+    assert torch.equal(unpack(model.encode(x)), sign_ste(codes.mean(1)))
+    assert torch.equal(unpack(model.encode(x)) > 0, votes)
 
 
 @pytest.mark.parametrize("shape", [(2, 25), (2, 25, 12), (2, 25, 13, 1)])

@@ -55,7 +55,7 @@ class S5VHConfig:
     depth: int = DEPTHS["small"]  # bidirectional layers of the encoder
     decoder_m: int = 192  # width of the decoder
     decoder_depth: int = 1  # bidirectional layers of the decoder
-    mixer: str = "Mamba"  # temporal layer: a class of `mixers`
+    mixer: str = "Mamba"  # temporal layer: a name of `models.mixers.MIXERS`
     directions: str = "both"  # "both", "forward" or "backward" in time
     tied: bool = False  # one set of weights for both directions (as the released code runs)
     relaxation: str = "sign"  # training codes: "sign" (straight-through) or "tanh"
@@ -63,7 +63,7 @@ class S5VHConfig:
         0.0  # stochastic depth: the last encoder layer's probability to be dropped (release: 0.5)
     )
     start: str = "mamba"  # first weights: "mamba", each mixer's own, or "released", all Xavier without biases
-    # mixers stay as they were drawn (the released code draws those of the rivals anew in every pass)
+    # mixers keep their random weights (the released code draws those of the rivals anew in every pass)
     frozen: bool = False
 
     def __post_init__(self):
@@ -94,7 +94,8 @@ class SLGConfig:
     temperature: float = 0.5  # of the contrast
     n_centers: int = 101  # c
     pca: int = 512  # dimensions kept before k-means
-    # "semantic", "plain" (no semantic term), "hadamard" (start only), "random"; `training.settled` sets "file:<SHA-256>"
+    # "semantic", "plain" (no semantic term), "hadamard" (start only), "random"; `learning.resolve` sets
+    # "file:<digest>" for centers from a file
     centers: str = "semantic"
     # logits from the centers; False: from a trainable Linear, as the released code runs
     centers_in_loss: bool = True
@@ -102,7 +103,7 @@ class SLGConfig:
     labels_follow_centers: bool = True
     warmup: int = 50  # epochs before the soft labels start to move
     refresh: float = 0.01  # share of the new prediction in a soft label, per step; 0 keeps the labels
-    # the refresh sees what training sees; False: no LayerNorm, no temperature, as the released code runs
+    # the refresh uses LayerNorm and temperature as training does; False: neither, as the released code runs
     refresh_with_norm: bool = True
 
     def __post_init__(self):
@@ -141,7 +142,7 @@ class DMMHConfig:
     dilation: str = "bit"
     positions: bool = True  # sinusoidal positions on the tokens
     dropout: float = 0.5  # after the dilation
-    mixer: str = "Mamba"  # a class of `mixers`, or "none"
+    mixer: str = "Mamba"  # a name of `models.mixers.MIXERS`, or "none"
     directions: str = "forward"  # "forward" or "both" along the tokens
     layers: int = 2  # mixer layers per modality
     fusion: str = "sum"  # of the modalities: "sum", "concat" or "gate"
@@ -211,7 +212,7 @@ class TrainConfig:
     weight_decay: float = 1e-4
     # matrix products on a GPU: "float32", "tf32" (19 bits in, 32 out), or "bfloat16" autocast
     precision: str = "tf32"
-    # epochs between two looks at the queries, for curves; 0: never. No look chooses or changes anything
+    # epochs between two evaluations during training, for curves; 0: none. Nothing is chosen by them
     evaluate_every: int = 0
     model: S5VHConfig | DMMHConfig = field(default_factory=S5VHConfig)
     objective: SLGConfig | MetricConfig = field(default_factory=SLGConfig)
@@ -291,7 +292,7 @@ class BaselineConfig:
     "A hash function that is fitted, not trained by gradient."
 
     dataset: str = "spoken-digits"
-    method: str = "itq"  # a method that `baselines.fit_baseline` knows
+    method: str = "itq"  # a method of `models.baselines.fit_baseline`
     # of a video: "mean" over time, or "flat", the frames side by side; of an image-text pair: "pair"
     view: str = "mean"
     bits: int = 64
