@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from s5vh_nb.basics.config import replace, variant
 from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.datasets.splits import Dataset, Split
-from s5vh_nb.learning.checkpoints import start
+from s5vh_nb.learning.checkpoints import new_run
 from s5vh_nb.learning.training import step
 from s5vh_nb.models.mamba import Layers
 
@@ -170,7 +170,7 @@ def test_a_step_equals_the_release(name, main_phase, monkeypatch):
     sizes = dict(d=D, m=16, depth=3, decoder_m=16, bits=8, n_centers=CENTERS, drop_path=0.5, batch=BATCH)
     config = variant(train_config("spoken-digits", "full", **sizes), name)
     config = replace(config, start="released") if name == "released" else config
-    run = start(config, toy_data(), CPU)
+    run = new_run(config, toy_data(), CPU)
     generator = torch.Generator().manual_seed(3)
     run.objective.centers.copy_(torch.where(torch.rand(CENTERS, 8, generator=generator) < 0.5, -1.0, 1.0))
     run.objective.soft_labels.copy_(torch.softmax(torch.randn(BATCH, CENTERS, generator=generator), 1))
@@ -211,7 +211,7 @@ def test_dropped_branches_change_the_step(monkeypatch):
     sizes = dict(d=D, m=16, depth=3, decoder_m=16, bits=8, n_centers=CENTERS, drop_path=0.5, batch=BATCH)
     losses = []
     for factors in (None, torch.tensor([[1.0] * 12, [0.0] * 12, [2.0] * 12])):
-        run = start(train_config("spoken-digits", "full", **sizes), toy_data(), CPU)
+        run = new_run(train_config("spoken-digits", "full", **sizes), toy_data(), CPU)
         run.objective.soft_labels.fill_(1 / CENTERS)
         monkeypatch.setattr(Layers, "draw_factors", lambda self, b: factors if len(self) == 3 else None)
         x = torch.as_tensor(toy_data().train.frames).double()
