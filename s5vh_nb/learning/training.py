@@ -168,10 +168,10 @@ def _make_step(
     if not _on_device(inputs):
         return GraphedCall(functools.partial(step, run, past_warmup))
 
-    def look_up(rows, *order):
+    def step_on_rows(rows, *order):
         return step(run, past_warmup, *(x[rows] for x in inputs), rows, *order)
 
-    return GraphedCall(look_up)
+    return GraphedCall(step_on_rows)
 
 # %% ../../nbs/lib/learning/06_training.ipynb #d1dc73cd
 def _six_digits(values: dict) -> dict:
