@@ -174,7 +174,7 @@ class Layers(nn.Sequential):
     def __init__(
         self,
         *layers: Bidirectional,
-        drop_path: float = 0.0,  # Probability that the last layer is dropped, in [0, 1); a single one never is
+        drop_path: float = 0.0,  # Probability that the last layer is dropped, in [0, 1); a single one stays
     ):
         super().__init__(*layers)
         self.drops = drop_path > 0 and len(layers) > 1
