@@ -79,9 +79,10 @@ class Experiment:
     base: str | None = None  # the row that the others are held against
     without: dict = field(default_factory=dict)  # profile -> rows that it leaves out
     longest_only: dict = field(default_factory=dict)  # profile -> rows that it runs at the longest code only
+    first_set_only: tuple = ()  # rows that are run on the first data set only
 
     def __post_init__(self):
-        named = [self.base] if self.base else []
+        named = [*self.first_set_only, *([self.base] if self.base else [])]
         named += [
             row for parts in (self.without, self.longest_only) for rows in parts.values() for row in rows
         ]
@@ -96,6 +97,10 @@ class Experiment:
     def runs_at(self, row: str, profile: str, bits: int, lengths: list) -> bool:
         "Whether the profile runs this row at this code length."
         return bits == max(lengths) or row not in self.longest_only.get(profile, ())
+
+    def runs_on(self, row: str, dataset: str, datasets: list) -> bool:
+        "Whether this row is run on this data set."
+        return dataset == datasets[0] or row not in self.first_set_only
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cde206ba
 STYLES = {"ConMH-style": VARIANTS["conmh"], "SSTH-style": VARIANTS["ssth"]}
@@ -139,6 +144,22 @@ _TRAINED_AND_FROZEN = {
     for state, changes in (("trained", {}), ("frozen", dict(frozen=True)))
 }
 _SLOW = tuple(f"{mixer}, {state}" for mixer in _FROZEN[1:] for state in ("trained", "frozen"))
+_AUDITED = {  # each differs from the base in one thing, or in what the name says
+    "released": _RELEASED,
+    **_ALONE,
+    "Hadamard rows": dict(centers="hadamard"),
+    **_TRAINED_AND_FROZEN,
+    **_BUT_FOR,
+    TWO_DIFFERENCES: dict(centers_in_loss=False, refresh_with_norm=False),
+}
+
+_LACKING = {  # S5VH without one of its parts
+    "without contrast": dict(alpha=0.0),
+    "without reconstruction": dict(reconstruction=0.0),
+    "without alignment": dict(beta=0.0),
+    "forward alone": dict(directions="forward"),
+    "backward alone": dict(directions="backward"),
+}
 
 CENTER_KINDS = {  # centers of a training -> what they change
     "random": dict(centers="random"),
@@ -190,11 +211,12 @@ _PAPER1 = {
         without={"quick": ("Mamba-2, both",)},
     ),
     "precision": Experiment(
-        {"tf32": {}, "bfloat16": dict(precision="bfloat16")},
+        {"tf32": {}, "float32": dict(precision="float32"), "bfloat16": dict(precision="bfloat16")},
         datasets=FIRST_VIDEOS,
         first_only=True,
         bits=LONGEST,
         base="tf32",
+        without={"smoke": ("float32",), "quick": ("float32",)},  # meant for a CPU, whose tf32 is float32
     ),
     "transfer": Experiment({"S5VH": {}, **_ITQ}, datasets=BOTH_SPOKEN, bits=ABLATION_BITS),
     "neighbours": Experiment(
@@ -211,33 +233,18 @@ _PAPER1 = {
     ),
     "directions": Experiment({"S5VH": {}}, bits=LONGEST),
     "epochs": Experiment(
-        {
-            "S5VH": {},
-            **STYLES,
-            "S5VH as released": _RELEASED,
-            "without contrast": dict(alpha=0.0),
-            "without reconstruction": dict(reconstruction=0.0),
-            "without alignment": dict(beta=0.0),
-            "forward alone": dict(directions="forward"),
-            "backward alone": dict(directions="backward"),
-        },
+        {"S5VH": {}, **STYLES, "S5VH as released": _RELEASED, **_LACKING},
         bits=LONGEST,
         base="S5VH",
+        first_set_only=tuple(_LACKING),
     ),
     "audit": Experiment(
-        {
-            "base": {},
-            "released": _RELEASED,
-            **_ALONE,
-            "Hadamard rows": dict(centers="hadamard"),
-            **_TRAINED_AND_FROZEN,
-            **_BUT_FOR,
-            TWO_DIFFERENCES: dict(centers_in_loss=False, refresh_with_norm=False),
-        },
+        {"base": {}, **_AUDITED},
         datasets=FIRST_VIDEOS,
         first_only=True,
         base="base",
         without={"smoke": _SLOW, "quick": (*_SLOW, *_BUT_FOR, TWO_DIFFERENCES)},
+        longest_only={profile: tuple(_AUDITED) for profile in PROFILES},
     ),
     "efficiency": Experiment(bits=LONGEST),
     "claims": Experiment(),
