@@ -103,6 +103,10 @@ class Experiment:
         return dataset == datasets[0] or row not in self.first_set_only
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cde206ba
+def _everywhere(rows) -> dict:
+    return {profile: tuple(rows) for profile in PROFILES}
+
+
 STYLES = {"ConMH-style": VARIANTS["conmh"], "SSTH-style": VARIANTS["ssth"]}
 _ITQ = {"ITQ, flattened": Fitted("itq", "flat"), "ITQ, time mean": Fitted("itq", "mean")}
 _LSH = {"LSH, flattened": Fitted("lsh", "flat"), "LSH, time mean": Fitted("lsh", "mean")}
@@ -153,6 +157,7 @@ _AUDITED = {  # each differs from the base in one thing, or in what the name say
     TWO_DIFFERENCES: dict(centers_in_loss=False, refresh_with_norm=False),
 }
 
+_RIVALS = {"S5VH": {}, **STYLES, "S5VH as released": _RELEASED}
 _LACKING = {  # S5VH without one of its parts
     "without contrast": dict(alpha=0.0),
     "without reconstruction": dict(reconstruction=0.0),
@@ -223,6 +228,7 @@ _PAPER1 = {
         {"S5VH": {}, "ITQ, flat": Fitted("itq", "flat")},
         datasets=MOVING,
         bits=LONGEST,
+        longest_only=_everywhere(["S5VH", "ITQ, flat"]),
         seeds={profile: seeds[:1] for profile, seeds in SEEDS.items()},
     ),
     "convergence": Experiment(
@@ -231,11 +237,12 @@ _PAPER1 = {
         bits={**BITS, "quick": (64,), "full": (16, 64), "paper": (16, 64)},
         base="with alignment",
     ),
-    "directions": Experiment({"S5VH": {}}, bits=LONGEST),
+    "directions": Experiment({"S5VH": {}}, bits=LONGEST, longest_only=_everywhere(["S5VH"])),
     "epochs": Experiment(
-        {"S5VH": {}, **STYLES, "S5VH as released": _RELEASED, **_LACKING},
+        {**_RIVALS, **_LACKING},
         bits=LONGEST,
         base="S5VH",
+        longest_only=_everywhere({**_RIVALS, **_LACKING}),
         first_set_only=tuple(_LACKING),
     ),
     "audit": Experiment(
@@ -244,7 +251,8 @@ _PAPER1 = {
         first_only=True,
         base="base",
         without={"smoke": _SLOW, "quick": (*_SLOW, *_BUT_FOR, TWO_DIFFERENCES)},
-        longest_only={profile: tuple(_AUDITED) for profile in PROFILES},
+        longest_only=_everywhere(_AUDITED),
+        first_set_only=("base", *_AUDITED),
     ),
     "efficiency": Experiment(bits=LONGEST),
     "claims": Experiment(),
