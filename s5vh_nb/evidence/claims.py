@@ -49,7 +49,7 @@ def weakest(claim: Claim) -> str | None:
 
 
 def conclusion(claim: Claim) -> str:
-    "The verdict on the weakest comparison, `so far` where missing ones could change it; or why there is none."
+    "The verdict on the weakest comparison, `so far` where missing ones could change it."
     if not claim.findings:
         return "not testable here"
     at = weakest(claim)
@@ -151,7 +151,7 @@ def _found(claim):
 
 
 def _panels(claims) -> list:
-    "Label and claims of each panel: one per unit, and one more for effects that are far larger than the others."
+    "Label and claims of each panel: one per unit, and one more for far larger effects."
     parts = []
     for unit in dict.fromkeys(claim.unit for claim in claims):
         own = [claim for claim in claims if claim.unit == unit]

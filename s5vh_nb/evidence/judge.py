@@ -37,7 +37,7 @@ def compared(
     gain: Interval,
     seeds: int | None = None,  # How many trainings it rests on
 ) -> str:
-    "A gain in words: `better`, `worse`, `statistically indistinguishable`, or `no interval`; one seed is said."
+    "A gain in words: `better`, `worse`, `statistically indistinguishable`, or `no interval`."
     if np.isnan([gain.low, gain.high]).any():
         return "no interval"
     found = verdict(gain)
@@ -144,7 +144,7 @@ def curves_of(
     store: Store,
     score: str,  # e.g. "mAP@5", or "GmAP"
 ) -> pd.DataFrame:
-    "A score of the evaluations during training, (evaluations, seeds), by epochs done; empty when a run has none."
+    "A score of the evaluations during training by epochs done, a column per seed; empty without any."
     columns = {}
     for record in records:
         curve = store.curve(record)

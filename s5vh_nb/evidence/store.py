@@ -40,14 +40,15 @@ class Subject:
     "A run under measurement: its configuration, data, hash function and codes."
 
     def __init__(self, store: "Store", config: Config, data: Dataset):
-        self.store, self.config, self.data, self.seconds = store, config, data, {}
+        self.store, self.config = store, config
+        self.data, self.seconds = data, {}
 
     @functools.cached_property
     def hasher(self):
         "The trained network, on the store's device and in evaluation mode, or the fitted baseline."
-        hasher, _, _, seconds = self.store._learn(self.config, self.data)
-        self.seconds["train"] = seconds
-        return hasher
+        learnt = self.store._learn(self.config, self.data)
+        self.seconds["train"] = learnt.seconds
+        return learnt.hasher
 
     @functools.cached_property
     def codes(self) -> dict:
@@ -81,7 +82,8 @@ class Store:
         may_train: bool | None = None,  # None: unless `s5vh-nb report` forbids it
         progress: bool = True,
     ):
-        self.artefact, self.profile, self.data_root = artefact, profile, data_root
+        self.artefact, self.profile = artefact, profile
+        self.data_root = data_root
         self.device, self.progress = device, progress
         self.may_train = NO_TRAINING not in os.environ if may_train is None else may_train
         self.root = find_root(root)
@@ -141,16 +143,16 @@ class Store:
         data = self.data(config.dataset)
         config = complete(config, data)
         self._check_may_train([run_name(config, label)])
-        hasher, row, history, trained = self._learn(config, data, label)
+        learnt = self._learn(config, data, label)
         single = isinstance(config, TrainConfig) and getattr(config.model, "modality", None) == "both"
-        made = encode_and_score(hasher, data, self.device, single)
-        arrays, columns = history_arrays(history)
+        made = encode_and_score(learnt.hasher, data, self.device, single)
+        arrays, columns = history_arrays(learnt.history)
         return self._save(
             config,
             data,
             label,
-            metrics={"row": row, **made["metrics"]},
-            seconds={"train": trained, **made["seconds"]},
+            metrics={"row": learnt.row, **made["metrics"]},
+            seconds={"train": learnt.seconds, **made["seconds"]},
             arrays=arrays | made["arrays"],
             columns=columns | made["columns"],
             codes=made["codes"],
@@ -224,15 +226,15 @@ class Store:
         if record := self.find(transfer):
             return record
         self._check_may_train([run_name(transfer)])
-        hasher, row, _, trained = self._learn(transfer.source, home)
-        made = encode_and_score(hasher, away, self.device)
+        learnt = self._learn(transfer.source, home)
+        made = encode_and_score(learnt.hasher, away, self.device)
         return self._save(
             transfer,
             away,
             "",
             home=home,
-            metrics={"row": row, **made["metrics"]},
-            seconds={"train": trained, **made["seconds"]},
+            metrics={"row": learnt.row, **made["metrics"]},
+            seconds={"train": learnt.seconds, **made["seconds"]},
             arrays=made["arrays"],
             columns=made["columns"],
             codes=made["codes"],

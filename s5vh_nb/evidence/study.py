@@ -37,8 +37,9 @@ class Study:
 
     def __repr__(self):
         size = f"{len(self.rows)} rows, " if self.rows else ""
-        sets, bits, seeds = (", ".join(map(str, values)) for values in (self.datasets, self.bits, self.seeds))
-        return f"{self.name}, profile {self.profile}: {size}data {sets}, bits {bits}, seeds {seeds}"
+        parts = {"data": self.datasets, "bits": self.bits, "seeds": self.seeds}
+        covered = ", ".join(f"{name} {' '.join(map(str, values))}" for name, values in parts.items())
+        return f"{self.name}, profile {self.profile}: {size}{covered}"
 
     def configs(self, dataset: str, bits: int, row: str) -> list | None:
         "The configurations of a row, one per seed; None where it is not run."
@@ -80,10 +81,8 @@ class Study:
     def _complete(self, place, configs, label) -> bool:
         missing = [c.seed for c in configs if self.store.find(c, label) is None]
         if missing:
-            dataset, bits, row = place
-            print(
-                f"left out: {row}, {dataset}, {bits} bits (no record of seeds {', '.join(map(str, missing))})"
-            )
+            where = f"{place[2]}, {place[0]}, {place[1]} bits"
+            print(f"left out: {where} (no record of seeds {', '.join(map(str, missing))})")
         return not missing
 
     def _paper(self) -> str:
