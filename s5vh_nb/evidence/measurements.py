@@ -20,7 +20,7 @@ from .records import RunRecord
 from .runs import encode_splits
 from .store import Store, Subject
 from ..learning.objectives import SLGObjective
-from ..learning.resolve import given_centers
+from ..learning.resolve import centers_from_file
 from ..learning.training import time_means
 from ..models.s5vh import S5VH, positions
 from ..search.scores import average_precision
@@ -35,7 +35,7 @@ def _found_centers(subject: Subject) -> dict:
     means, found = time_means(train.frames), {}  # (n, d)
     for kind, changes in CENTER_KINDS.items():
         config = replace(subject.config, **changes)
-        given = given_centers(config, subject.data)
+        given = centers_from_file(config, subject.data)
         found[kind] = SLGObjective(config, len(train)).fit(means, progress=False, given=given)
     return found
 
