@@ -111,7 +111,7 @@ class SLGObjective(nn.Module):
         rows: Tensor,  # (b,) the numbers of its videos
     ):
         "Move the soft labels of a batch towards the network's prediction from all frames."
-        h = model(x, normed=self.c.refresh_with_norm).h.float()  # (b, k)
+        h = model(x, normed=self.c.refresh_with_norm).h.to(self.centers.dtype)  # (b, k)
         with torch.autocast(x.device.type, enabled=False):
             logits = self.logits(h)  # (b, c)
         if not self.c.refresh_with_norm:
@@ -132,7 +132,7 @@ class SLGObjective(nn.Module):
         if past_warmup and self.c.beta > 0 and self.c.refresh > 0:
             beside(lambda: self.refresh(model, x, rows), x, rows)
         out = model(x, visible)
-        h = out.h.float()  # (2b, k)
+        h = out.h.to(self.centers.dtype)  # (2b, k)
 
         def terms_of_codes():
             with torch.autocast(x.device.type, enabled=False):  # these small products need all their digits

@@ -104,11 +104,14 @@ class Bidirectional(nn.Module):
     def forward(
         self,
         x: Tensor,  # (b, t, m)
+        factor: Tensor | None = None,  # (b,), of what the layer adds to each video; None: 1
     ) -> Tensor:  # (b, t, m)
-        out, flips = x, {"both": (False, True), "forward": (False,), "backward": (True,)}[self.directions]
-        for flip, (norm, mix) in zip(flips, self.branches()):
-            out = out + (mix(norm(x).flip(1)).flip(1) if flip else mix(norm(x)))
-        return out
+        flips = {"both": (False, True), "forward": (False,), "backward": (True,)}[self.directions]
+        added = [
+            mix(norm(x).flip(1)).flip(1) if flip else mix(norm(x))
+            for flip, (norm, mix) in zip(flips, self.branches())
+        ]
+        return sum(added, x) if factor is None else x + factor[:, None, None] * sum(added)
 
 # %% ../../nbs/lib/models/01_mamba.ipynb #fc453c6d
 class _Stack(torch.autograd.Function):
@@ -161,13 +164,45 @@ def _stack_weights(
 
 
 class Layers(nn.Sequential):
-    "`Bidirectional` layers in a row, (b, t, m) -> (b, t, m); those of Mamba are one fused step on a GPU."
+    """`Bidirectional` layers in a row, with stochastic depth; those of Mamba are one fused step on a GPU.
 
-    def forward(self, x: Tensor) -> Tensor:
+    While training, what a layer adds is dropped for each video with a probability that grows linearly
+    from 0 in the first layer to `drop_path` in the last, and divided by the probability that it stays
+    (Huang et al., 2016; in the released code of S5VH, not in its paper).
+    """
+
+    def __init__(
+        self,
+        *layers: Bidirectional,
+        drop_path: float = 0.0,  # Probability that the last of several layers is dropped, in [0, 1)
+    ):
+        super().__init__(*layers)
+        self.drops = drop_path > 0 and len(layers) > 1
+        kept = 1 - torch.linspace(0, drop_path, len(layers))[:, None]  # (l, 1)
+        self.register_buffer("kept", kept, persistent=False)
+
+    def draw_factors(self, b: int) -> Tensor | None:  # Videos
+        "Factors (l, b) of what each layer adds to each video; None where nothing is dropped."
+        if not (self.training and self.drops):
+            return None
+        drawn = torch.rand(len(self.kept), b, device=self.kept.device)
+        return (drawn < self.kept) / self.kept
+
+    def forward(
+        self,
+        x: Tensor,  # (b, t, m)
+        factors: Tensor | None = None,  # (l, b), see `draw_factors`; None draws them
+    ) -> Tensor:  # (b, t, m)
+        factors = self.draw_factors(len(x)) if factors is None else factors
         # layers with a direction switched off have other shapes
         alike = len({layer.directions for layer in self}) == 1
         mamba = alike and all(isinstance(mix, Mamba) for layer in self for _, mix in layer.branches())
         if not mamba:
-            return super().forward(x)
+            return self._one_by_one(x, factors)
         backward, eps = int(self[0].directions != "forward"), self[0].branches()[0][0].eps
-        return mamba_layers(x, super().forward, lambda: _stack_weights(list(self)), backward, eps)
+        return mamba_layers(x, self._one_by_one, lambda: _stack_weights(list(self)), backward, eps, factors)
+
+    def _one_by_one(self, x, factors):
+        for i, layer in enumerate(self):
+            x = layer(x, None if factors is None else factors[i])
+        return x

@@ -64,7 +64,8 @@ def _temporal_layers(
     def make():
         return kind(m).requires_grad_(not c.frozen)
 
-    return Layers(*[Bidirectional(make, tied=c.tied, directions=c.directions) for _ in range(depth)])
+    layers = [Bidirectional(make, tied=c.tied, directions=c.directions) for _ in range(depth)]
+    return Layers(*layers, drop_path=c.drop_path)
 
 
 class Encoder(nn.Module):
@@ -138,6 +139,14 @@ class S5VHOutput:
     hidden: Tensor  # (views*b, t-v) numbers of the frames that were not visible
 
 
+def _start_linears(linears: list):
+    "Xavier-uniform weights, no bias."
+    for linear in linears:
+        nn.init.xavier_uniform_(linear.weight)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+
+
 class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"]):
     "Self-supervised video hashing with selective state spaces (S5VH, AAAI 2025)."
 
@@ -145,11 +154,18 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
         super().__init__(config)
         self.encoder, self.hash = Encoder(config), HashLayer(config)
         self.decoder = Decoder(config)
-        e, d = self.encoder, self.decoder
-        for linear in (e.embed, e.head, self.hash.linear, d.embed, d.head):
-            nn.init.xavier_uniform_(linear.weight)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        if config.start == "released":
+            self._start_as_released()
+        else:
+            e, d = self.encoder, self.decoder
+            _start_linears([e.embed, e.head, self.hash.linear, d.embed, d.head])
+
+    def _start_as_released(self):
+        "First weights as in the release: all linear layers of encoder and decoder, those of mixers, too."
+        for part in (self.encoder, self.decoder):
+            modules = [m for m in part.modules() if m is not self.decoder.embed]  # keeps torch's start there
+            _start_linears([m for m in modules if isinstance(m, nn.Linear)])
+        nn.init.trunc_normal_(self.decoder.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(
         self,
