@@ -80,9 +80,10 @@ class Experiment:
     base: str | None = None  # the row that the others are held against
     without: dict = field(default_factory=dict)  # profile -> rows that it leaves out
     longest_only: dict = field(default_factory=dict)  # profile -> rows that it runs at the longest code only
+    first_set_only: tuple = ()  # rows that are run on the first data set only
 
     def __post_init__(self):
-        named = [self.base] if self.base else []
+        named = [*self.first_set_only, *([self.base] if self.base else [])]
         named += [
             row for parts in (self.without, self.longest_only) for rows in parts.values() for row in rows
         ]
@@ -98,7 +99,15 @@ class Experiment:
         "Whether the profile runs this row at this code length."
         return bits == max(lengths) or row not in self.longest_only.get(profile, ())
 
+    def runs_on(self, row: str, dataset: str, datasets: list) -> bool:
+        "Whether this row is run on this data set."
+        return dataset == datasets[0] or row not in self.first_set_only
+
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cde206ba
+def _everywhere(rows) -> dict:
+    return {profile: tuple(rows) for profile in PROFILES}
+
+
 STYLES = {"ConMH-style": VARIANTS["conmh"], "SSTH-style": VARIANTS["ssth"]}
 _ITQ = {"ITQ, flattened": Fitted("itq", "flat"), "ITQ, time mean": Fitted("itq", "mean")}
 _LSH = {"LSH, flattened": Fitted("lsh", "flat"), "LSH, time mean": Fitted("lsh", "mean")}
@@ -140,6 +149,23 @@ _TRAINED_AND_FROZEN = {
     for state, changes in (("trained", {}), ("frozen", dict(frozen=True)))
 }
 _SLOW = tuple(f"{mixer}, {state}" for mixer in _FROZEN[1:] for state in ("trained", "frozen"))
+_AUDITED = {  # each differs from the base in one thing, or in what the name says
+    "released": _RELEASED,
+    **_ALONE,
+    "Hadamard rows": dict(centers="hadamard"),
+    **_TRAINED_AND_FROZEN,
+    **_BUT_FOR,
+    TWO_DIFFERENCES: dict(centers_in_loss=False, refresh_with_norm=False),
+}
+
+_RIVALS = {"S5VH": {}, **STYLES, "S5VH as released": _RELEASED}
+_LACKING = {  # S5VH without one of its parts
+    "without contrast": dict(alpha=0.0),
+    "without reconstruction": dict(reconstruction=0.0),
+    "without alignment": dict(beta=0.0),
+    "forward alone": dict(directions="forward"),
+    "backward alone": dict(directions="backward"),
+}
 
 WITH_DEPTH = " + stochastic depth"
 _DEPTHS = {"": {}, WITH_DEPTH: dict(drop_path=0.5)}  # suffix of a row -> what it changes
@@ -200,17 +226,19 @@ _PAPER1 = {
         without={"quick": ("Mamba-2, both",)},
     ),
     "precision": Experiment(
-        {"tf32": {}, "bfloat16": dict(precision="bfloat16")},
+        {"tf32": {}, "float32": dict(precision="float32"), "bfloat16": dict(precision="bfloat16")},
         datasets=FIRST_VIDEOS,
         first_only=True,
         bits=LONGEST,
         base="tf32",
+        without={"smoke": ("float32",), "quick": ("float32",)},  # meant for a CPU, whose tf32 is float32
     ),
     "transfer": Experiment({"S5VH": {}, **_ITQ}, datasets=BOTH_SPOKEN, bits=ABLATION_BITS),
     "neighbours": Experiment(
         {"S5VH": {}, "ITQ, flat": Fitted("itq", "flat")},
         datasets=MOVING,
         bits=LONGEST,
+        longest_only=_everywhere(["S5VH", "ITQ, flat"]),
         seeds={profile: seeds[:1] for profile, seeds in SEEDS.items()},
     ),
     "convergence": Experiment(
@@ -219,35 +247,22 @@ _PAPER1 = {
         bits={**BITS, "quick": (64,), "full": (16, 64), "paper": (16, 64)},
         base="with alignment",
     ),
-    "directions": Experiment({"S5VH": {}}, bits=LONGEST),
+    "directions": Experiment({"S5VH": {}}, bits=LONGEST, longest_only=_everywhere(["S5VH"])),
     "epochs": Experiment(
-        {
-            "S5VH": {},
-            **STYLES,
-            "S5VH as released": _RELEASED,
-            "without contrast": dict(alpha=0.0),
-            "without reconstruction": dict(reconstruction=0.0),
-            "without alignment": dict(beta=0.0),
-            "forward alone": dict(directions="forward"),
-            "backward alone": dict(directions="backward"),
-        },
+        {**_RIVALS, **_LACKING},
         bits=LONGEST,
         base="S5VH",
+        longest_only=_everywhere({**_RIVALS, **_LACKING}),
+        first_set_only=tuple(_LACKING),
     ),
     "audit": Experiment(
-        {
-            "base": {},
-            "released": _RELEASED,
-            **_ALONE,
-            "Hadamard rows": dict(centers="hadamard"),
-            **_TRAINED_AND_FROZEN,
-            **_BUT_FOR,
-            TWO_DIFFERENCES: dict(centers_in_loss=False, refresh_with_norm=False),
-        },
+        {"base": {}, **_AUDITED},
         datasets=FIRST_VIDEOS,
         first_only=True,
         base="base",
         without={"smoke": _SLOW, "quick": (*_SLOW, *_BUT_FOR, TWO_DIFFERENCES)},
+        longest_only=_everywhere(_AUDITED),
+        first_set_only=("base", *_AUDITED),
     ),
     "gain": Experiment(
         {name + suffix: {**row, **depth} for suffix, depth in _DEPTHS.items() for name, row in _GAIN.items()},

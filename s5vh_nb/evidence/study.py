@@ -43,14 +43,15 @@ class Study:
 
     def configs(self, dataset: str, bits: int, row: str) -> list | None:
         "The configurations of a row, one per seed; None where it is not run."
-        if not self.experiment.runs_at(row, self.profile, bits, self.bits):
+        at_this_length = self.experiment.runs_at(row, self.profile, bits, self.bits)
+        if not (at_this_length and self.experiment.runs_on(row, dataset, self.datasets)):
             return None
         found = [config_of(self.rows[row], dataset, self.profile, bits, seed) for seed in self.seeds]
         return None if None in found else found
 
-    def cells(self) -> dict:
-        "The configurations of all rows by (dataset, bits, row)."
-        places = [(d, k, row) for d in self.datasets for k in self.bits for row in self.rows]
+    def cells(self, rows=None) -> dict:  # Names; None: all
+        "The configurations of rows by (dataset, bits, row), one per seed."
+        places = [(d, k, row) for d in self.datasets for k in self.bits for row in rows or self.rows]
         found = {place: self.configs(*place) for place in places}
         return {place: configs for place, configs in found.items() if configs is not None}
 
@@ -60,9 +61,13 @@ class Study:
         found = [self.store.find(config, label) for config in configs or [None] if config is not None]
         return found if found and None not in found else None
 
-    def records(self, label: str = "") -> dict:  # Name of a repetition
-        "The records of all rows by (dataset, bits, row), one per seed; those that may not be made are named."
-        cells = self.cells()
+    def records(
+        self,
+        label: str = "",  # Name of a repetition
+        rows=None,  # Names; None: all
+    ) -> dict:
+        "The records of rows by (dataset, bits, row), one per seed; those that may not be made are named."
+        cells = self.cells(rows)
         if not self.store.may_train:
             cells = {
                 place: configs for place, configs in cells.items() if self._complete(place, configs, label)
