@@ -137,7 +137,12 @@ def load_checkpoint(path: str | Path, config: TrainConfig, data: Dataset, device
     "The run that `save_checkpoint` wrote; `ValueError` when damaged, of another configuration (looks may differ) or of other data."
     state = _read_checkpoint(path)
     stored = from_dict(state["config"], str(path))
-    check(replace(stored, evaluate_every=config.evaluate_every) == config, str(path), f"a checkpoint of {config}", stored)
+    check(
+        replace(stored, evaluate_every=config.evaluate_every) == config,
+        str(path),
+        f"a checkpoint of {config}",
+        stored,
+    )
     wanted, found = data.fingerprint, state["fingerprint"]
     check(found == wanted, str(path), f"a checkpoint trained on data with fingerprint {wanted}", found)
     run = start(config, data, device)

@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..basics.checks import check
-from ..models.s5vh import take
-from ..ops.dispatch import runs_on_triton
-from ..ops.triton_layers import frame_error_triton
+from ..ops.dispatch import frame_error
 
 # %% ../../nbs/lib/learning/01_losses.ipynb #94bb7c58
 def reconstruction_loss(
@@ -32,11 +30,7 @@ def reconstruction_loss(
         f"{tuple(hidden.shape)} frames, of views of {len(x)} videos, {x.shape[2]} wide",
         tuple(predicted.shape),
     )
-    if runs_on_triton(predicted):
-        error = frame_error_triton(predicted, x, hidden)
-    else:
-        error = F.mse_loss(predicted, take(x, hidden))
-    return len(hidden) // len(x) * error
+    return len(hidden) // len(x) * frame_error(predicted, x, hidden)
 
 # %% ../../nbs/lib/learning/01_losses.ipynb #c197f015
 def contrastive_loss(

@@ -230,7 +230,9 @@ def prepare(run: TrainedRun, data: Dataset, progress: bool = True):
 def watched(config: TrainConfig, epochs: int) -> bool:  # epochs: how many are done
     "Whether the run is looked at now: every `watch` epochs, after the last, and while curves are steep after 1, 2, 4, 8, ... epochs."
     early = epochs < config.evaluate_every and epochs & (epochs - 1) == 0
-    return config.evaluate_every > 0 and (early or epochs % config.evaluate_every == 0 or epochs == config.epochs)
+    return config.evaluate_every > 0 and (
+        early or epochs % config.evaluate_every == 0 or epochs == config.epochs
+    )
 
 
 def seen(run: TrainedRun, look) -> dict:  # look: as for `train`

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ..basics.checks import check, known
 from ..basics.config import S5VHConfig
 from .codes import HashNetwork, array_like, relax
-from .mamba import Bidirectional, Layers, norm_linear
+from .mamba import Bidirectional, Layers
 from .mixers import MIXERS
 from .released import _released_config, released_state
+from ..ops.dispatch import norm_linear
 
 # %% ../../nbs/lib/models/04_s5vh.ipynb #8977b5d4
 @functools.lru_cache(64)
