@@ -4,9 +4,9 @@
 
 Random inputs (a stand-in: the kernels cost the same on real ones), d 512, n 16, gated, softplus, on a GPU
 bfloat16. Times on a GPU: "graph" replays a CUDA graph, as the training step does; "eager" calls the function,
-autograd included. Beside them is the floor: bytes that must move, over the bandwidth of a copy in the same run.
-Inputs lie frame by frame, as a network's layers make them; mamba_ssm wants them channel by channel, and its
-time includes turning them. Writes one record into the archive of the profile.
+autograd included. Beside them is the floor: bytes that must move, over the bandwidth of a copy.
+Inputs lie frame by frame, as layers make them; mamba_ssm wants them channel by channel, and its time includes
+turning them. Writes one record into the archive of the profile.
 """
 
 import argparse

@@ -12,8 +12,8 @@ which later trainings on the same machine find on the disk.
 
 Beside every time is its floor, the greater of two: counted operations over the rate of a large matrix product
 of that precision, and bytes that must move over the bandwidth of a large copy, both rates measured in the
-same run. Bytes that must move: of a step, the batch's features once, the weights and Adam's two moments in and
-out; of encoding, the features once; of scoring, codes and labels once. All else could stay on the chip. The
+same run. Bytes that must move: of a step, a batch's features once, the weights and Adam's moments in and out;
+of encoding, the features once; of scoring, codes and labels once. All else could stay on the chip. The
 floor of the whole run is that of its steps and of encoding; set-up counts nothing.
 """
 
