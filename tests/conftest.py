@@ -81,7 +81,7 @@ def made_up_codes(labels, bits, quality, rng):
 
 @pytest.fixture
 def pretend(store, keep):
-    "A function that keeps the record of a run that never was; its codes are right as often as `quality` says."
+    "A function that keeps the record of a run that never was, with a share `quality` of right codes."
 
     def make(config, quality=0.0, evaluations=(0.1, 0.2)):
         data, rng = store.data(config.dataset), np.random.default_rng(config.seed)
@@ -106,7 +106,7 @@ def pretend(store, keep):
 
 @pytest.fixture
 def cells(checkout, monkeypatch):
-    "A function that runs the cells of a notebook in smoke, where no run may be made; returns what they leave."
+    "A function that runs a notebook's cells in smoke, where no run may be made; returns their variables."
     shutil.copytree(ROOT / "results" / "published", checkout / "results" / "published")
     monkeypatch.setenv(NO_TRAINING, "1")
     monkeypatch.setenv("MPLBACKEND", "agg")

@@ -1,4 +1,4 @@
-"Claims: the rule on made-up intervals; the notebooks of claims and of speed on made-up records, and with none."
+"Claims: the rule on made-up intervals; notebooks of claims and of speed on made-up records, and none."
 
 import numpy as np
 import pandas as pd
@@ -155,7 +155,7 @@ def test_notebook_of_paper_2(cells, pretend):
 
 
 def test_times_of_a_gpu_are_shown_where_there_is_none(cells, keep, pretend):
-    "Records of measurements are enough to draw the artefact again; it leaves a GPU out while some are missing."
+    "Records of measurements are enough to draw them; while some are missing, the GPU is left out."
     times = dict(ms=2.0, ms_single=1.0, peak_mb=3.0, pairs=512, weights_mb=4.0)
     rows = {row: config(row, "dmmh/speed", "emoji") for row in open_study("dmmh/speed", "smoke").rows}
     networks = [made for made in rows.values() if not isinstance(made, BaselineConfig)]
