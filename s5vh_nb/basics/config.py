@@ -59,6 +59,10 @@ class S5VHConfig:
     directions: str = "both"  # "both", "forward" or "backward" in time
     tied: bool = False  # one set of weights for both directions (as the released code runs)
     relaxation: str = "sign"  # training codes: "sign" (straight-through) or "tanh"
+    drop_path: float = (
+        0.0  # stochastic depth: the last encoder layer's probability to be dropped (release: 0.5)
+    )
+    start: str = "mamba"  # first weights: "mamba", each mixer's own, or "released", all Xavier without biases
     # mixers stay as they were drawn (the released code draws those of the rivals anew in every pass)
     frozen: bool = False
 
@@ -74,6 +78,8 @@ class S5VHConfig:
             repr(self.directions),
         )
         check(self.relaxation in ("sign", "tanh"), "relaxation", "'sign' or 'tanh'", repr(self.relaxation))
+        check(0 <= self.drop_path < 1, "drop_path", "a probability in [0, 1)", self.drop_path)
+        check(self.start in ("mamba", "released"), "start", "'mamba' or 'released'", repr(self.start))
 
 # %% ../../nbs/lib/basics/03_config.ipynb #d1e95bc1
 @dataclass(frozen=True)
@@ -217,7 +223,12 @@ class TrainConfig:
             check(0 < getattr(self, name) < 1e30, name, "a positive, finite number", getattr(self, name))
         check(0 < self.share <= 1, "share", "a share in (0, 1]", self.share)
         _check_seed(self.seed)
-        check(self.evaluate_every >= 0, "evaluate_every", "a number of epochs, or 0 for never", self.evaluate_every)
+        check(
+            self.evaluate_every >= 0,
+            "evaluate_every",
+            "a number of epochs, or 0 for never",
+            self.evaluate_every,
+        )
         check(self.batch >= 2, "batch", "at least 2 (the contrast needs another video)", self.batch)
         pair = (type(self.model), type(self.objective))
         check(

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Row', 'SEEDS', 'PAIR_ABLATION_SEEDS', 'BITS', 'LONGEST', 'ABLATION_BITS', 'PAIR_BITS', 'PAIR_ABLATION_BITS',
            'PAIR_SPEED_BITS', 'VIDEOS', 'FIRST_VIDEOS', 'BOTH_SPOKEN', 'MOVING', 'PAIRS', 'EMOJI', 'STYLES',
-           'TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'TWO_DIFFERENCES', 'CENTER_KINDS', 'NETWORKS', 'PAIR_BASELINES',
-           'PAIR_ABLATIONS', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row', 'but_for',
-           'efficiency_config']
+           'TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'TWO_DIFFERENCES', 'WITH_DEPTH', 'CENTER_KINDS', 'NETWORKS',
+           'PAIR_BASELINES', 'PAIR_ABLATIONS', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row',
+           'but_for', 'efficiency_config']
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cbbcb356
 from collections.abc import Callable
@@ -142,6 +142,15 @@ _TRAINED_AND_FROZEN = {
 }
 _SLOW = tuple(f"{mixer}, {state}" for mixer in _FROZEN[1:] for state in ("trained", "frozen"))
 
+WITH_DEPTH = " + stochastic depth"
+_DEPTHS = {"": {}, WITH_DEPTH: dict(drop_path=0.5)}  # suffix of a row -> what it changes
+_GAIN = {
+    "S5VH": {},
+    "without alignment": dict(beta=0.0),
+    "one direction": dict(directions="forward"),
+    "ConMH-style": VARIANTS["conmh"],
+}
+
 CENTER_KINDS = {  # centers of a training -> what they change
     "random": dict(centers="random"),
     "start": dict(centers="hadamard"),
@@ -240,6 +249,11 @@ _PAPER1 = {
         first_only=True,
         base="base",
         without={"smoke": _SLOW, "quick": (*_SLOW, *_BUT_FOR, TWO_DIFFERENCES)},
+    ),
+    "gain": Experiment(
+        {name + suffix: {**row, **depth} for suffix, depth in _DEPTHS.items() for name, row in _GAIN.items()},
+        bits=ABLATION_BITS,
+        base="S5VH",
     ),
     "efficiency": Experiment(bits=LONGEST),
     "claims": Experiment(),

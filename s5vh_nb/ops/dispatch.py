@@ -174,15 +174,16 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 def mamba_layers(
     x: Tensor,  # (b, t, m)
-    plain: Callable,  # The layers in plain torch, (b, t, m) -> (b, t, m)
+    plain: Callable,  # The layers in plain torch: (b, t, m), factors -> (b, t, m)
     weights: Callable,  # Their stacked weights (l, g, ...) by name, as for `mamba_layers_triton`
     backward: int,  # So many of the `g` directions, the last ones, run from the last frame to the first
     eps: float,  # Of the norms
+    factors: Tensor | None = None,  # (l, b), of what each layer adds to each video; None: 1
 ) -> Tensor:  # (b, t, m)
-    "Bidirectional Mamba layers: `plain(x)`, or on a GPU with float32 inputs the same in one step."
+    "Bidirectional Mamba layers: `plain`, or on a GPU with float32 inputs the same in one step."
     if x.dtype == torch.float32 and runs_on_triton(x):
-        return mamba_layers_triton(x, weights, backward, eps, _product_dtype(x))
-    return plain(x)
+        return mamba_layers_triton(x, weights, backward, eps, _product_dtype(x), factors)
+    return plain(x, factors)
 
 
 def norm_linear(

@@ -40,12 +40,28 @@ def _frames(rows, m, width, R: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def _norm_forward_kernel(
-    x, y, total, normed, scales, rows, m, width, eps, PADDING: tl.constexpr, R: tl.constexpr, M: tl.constexpr
+    x,
+    y,
+    factors,
+    total,
+    normed,
+    scales,
+    rows,
+    t,
+    m,
+    width,
+    eps,
+    PADDING: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
 ):
     row, narrow, wide, live = _frames(rows, m, width, R, M)
     s = tl.load(x + narrow, live, 0.0).to(tl.float32)  # (R, M)
     if y is not None:
-        s += tl.load(y + narrow, live, 0.0).to(tl.float32)
+        added = tl.load(y + narrow, live, 0.0).to(tl.float32)
+        if factors is not None:
+            added *= tl.load(factors + row // t, row < rows, 0.0)[:, None]
+        s += added
         tl.store(total + narrow, s, live)
     s = tl.where(live, s - (tl.sum(s, 1) / m)[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(s * s, 1) / m + eps)  # (R,)
@@ -61,7 +77,19 @@ def _norm_forward_kernel(
 
 @triton.jit
 def _norm_backward_kernel(
-    dtotal, dnormed, normed, scales, dx, dy, rows, m, width, R: tl.constexpr, M: tl.constexpr
+    dtotal,
+    dnormed,
+    normed,
+    scales,
+    factors,
+    dx,
+    dy,
+    rows,
+    t,
+    m,
+    width,
+    R: tl.constexpr,
+    M: tl.constexpr,
 ):
     row, narrow, wide, live = _frames(rows, m, width, R, M)
     g = tl.load(dnormed + narrow, live, 0.0).to(tl.float32)
@@ -73,20 +101,23 @@ def _norm_backward_kernel(
         d += tl.load(dtotal + narrow, live, 0.0).to(tl.float32)
     tl.store(dx + narrow, d, live)
     if dy is not None:
+        if factors is not None:
+            d *= tl.load(factors + row // t, row < rows, 0.0)[:, None]
         tl.store(dy + narrow, d, live)
 
 
 def _norm_sizes(x) -> tuple:
     "Launch grid, and the sizes that both kernels share."
-    m = x.shape[-1]
+    t, m = x.shape[-2:] if x.dim() > 1 else (1, x.shape[-1])
     rows = x.numel() // m
-    return (triton.cdiv(rows, 4),), dict(rows=rows, m=m, width=m + _PADDING, R=4, M=triton.next_power_of_2(m))
+    sizes = dict(rows=rows, t=t, m=m, width=m + _PADDING, R=4, M=triton.next_power_of_2(m))
+    return (triton.cdiv(rows, 4),), sizes
 
 
 class _Norm(NamedTuple):
     "A residual sum and its normalisation."
 
-    total: torch.Tensor  # x + y (..., m)
+    total: torch.Tensor  # x + factor * y (..., m)
     normed: torch.Tensor  # The normalised sum, padded (..., m + 8)
     scales: torch.Tensor  # The factor r of every frame, float32
 
@@ -96,13 +127,14 @@ def _norm_forward(
     y: torch.Tensor | None,  # Likewise; None: `x` is the sum
     eps: float,  # Of the norm
     dtype: torch.dtype,  # Of the normalised sum
+    factors: torch.Tensor | None = None,  # (b,) float32, of y (b, t, m) of each video; None: 1
 ) -> _Norm:
-    "The sum x + y and its normalisation."
+    "The sum of x and factor * y, and its normalisation."
     grid, sizes = _norm_sizes(x)
     total = None if y is None else torch.empty_like(x)
     scales = x.new_empty(sizes["rows"], dtype=torch.float32)
     normed = x.new_empty(*x.shape[:-1], sizes["width"], dtype=dtype)
-    _norm_forward_kernel[grid](x, y, total, normed, scales, eps=eps, PADDING=_PADDING, **sizes)
+    _norm_forward_kernel[grid](x, y, factors, total, normed, scales, eps=eps, PADDING=_PADDING, **sizes)
     return _Norm(x if y is None else total, normed, scales)
 
 
@@ -112,12 +144,13 @@ def _norm_backward(
     norm: _Norm,  # From the forward pass; its sum is not needed
     x_dtype: torch.dtype,  # Of the gradient of x
     y_dtype: torch.dtype | None = None,  # Of that of y; None without y
-) -> tuple:  # Gradients of x and y: one value in two dtypes
+    factors: torch.Tensor | None = None,  # As in the forward pass
+) -> tuple:  # Gradients of x and y
     "The backward pass of `_norm_forward`."
     dx = norm.normed.new_empty(dnormed.shape, dtype=x_dtype)
     dy = None if y_dtype is None else norm.normed.new_empty(dnormed.shape, dtype=y_dtype)
     grid, sizes = _norm_sizes(dx)
-    _norm_backward_kernel[grid](dtotal, dnormed, norm.normed, norm.scales, dx, dy, **sizes)
+    _norm_backward_kernel[grid](dtotal, dnormed, norm.normed, norm.scales, factors, dx, dy, **sizes)
     return dx, dy
 
 # %% ../../nbs/lib/ops/04_triton_layers.ipynb #e2e15b7f
@@ -276,11 +309,11 @@ class _ForwardLayer(NamedTuple):
     kept: _Kept | None  # For the backward pass
 
 
-def _layer_forward(x, y, eps, w, reversed_from, keep) -> _ForwardLayer:
-    "One layer on the sum of x and y (None for the first layer), with the weights `w`."
+def _layer_forward(x, y, factors, eps, w, reversed_from, keep) -> _ForwardLayer:
+    "One layer on the sum of x and factor * y (None for the first layer), with the weights `w`."
     g, d = w.dt_proj.shape[:2]
     r, n = w.dt_proj.shape[2], w.A.shape[1]
-    norm = _norm_forward(x, y, eps, w.in_proj.dtype)  # (b, t, m), (b, t, m + 8)
+    norm = _norm_forward(x, y, eps, w.in_proj.dtype, factors)  # (b, t, m), (b, t, m + 8)
     uz = norm.normed @ w.in_proj.T  # (b, t, 2*g*d): signals, then gates
     u = conv_forward(uz[..., : g * d], w.taps, w.conv_bias, True, reversed_from)  # (b, t, g*d)
     s = u.new_empty(*u.shape[:2], g, r + 2 * n)  # delta's rank, B, C of each direction
@@ -294,7 +327,7 @@ def _layer_forward(x, y, eps, w, reversed_from, keep) -> _ForwardLayer:
     return _ForwardLayer(norm.total, scan.out @ w.out_proj.T, kept if keep else None)
 
 
-def _layer_backward(dtotal, dy, first, w, reversed_from, kept, grads, beside) -> tuple:
+def _layer_backward(dtotal, dy, factors, first, w, reversed_from, kept, grads, beside) -> tuple:
     """Gradients of x and y, from those of the sum and of what the layer added.
 
     The weights' gradients go to `grads`, by calls that the stream `beside` gets.
@@ -335,7 +368,7 @@ def _layer_backward(dtotal, dy, first, w, reversed_from, kept, grads, beside) ->
 
     beside(in_proj_gradient, duz, kept.norm.normed, conv_parts, grads.in_proj, grads.conv)
     dnormed, y_dtype = duz @ w.in_proj[:, :m], None if first else dy.dtype
-    return _norm_backward(dtotal, dnormed, kept.norm, dtotal.dtype, y_dtype)
+    return _norm_backward(dtotal, dnormed, kept.norm, dtotal.dtype, y_dtype, factors)
 
 
 class _Weights(torch.autograd.Function):
@@ -396,15 +429,17 @@ class _Layers(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, eps, reversed_from, keep, *weights):
+    def forward(ctx, x, factors, eps, reversed_from, keep, *weights):
         ctx.kept, y = [], None
-        for w in _layer_by_layer(weights):
-            layer = _layer_forward(x, y, eps, w, reversed_from, keep)
+        ctx.factors = [None] * len(weights[0]) if factors is None else list(factors.unbind())  # (b,) each
+        for i, w in enumerate(_layer_by_layer(weights)):
+            entering = ctx.factors[i - 1] if i else None  # of what the layer before has added
+            layer = _layer_forward(x, y, entering, eps, w, reversed_from, keep)
             x, y = layer.total, layer.added
             ctx.kept.append(layer.kept)
         ctx.reversed_from = reversed_from
         ctx.save_for_backward(*weights)
-        return x + y
+        return x + y if factors is None else torch.addcmul(x, factors[-1][:, None, None], y)
 
     @staticmethod
     @once_differentiable
@@ -426,16 +461,18 @@ class _Layers(torch.autograd.Function):
             conv=dout.new_empty(l, width + 1, channels),
         )
         dtotal = dout.contiguous()
-        dy = dtotal.to(weights.in_proj.dtype)
+        last = ctx.factors[-1]
+        dy = (dtotal if last is None else dtotal * last[:, None, None]).to(weights.in_proj.dtype)
         for i in reversed(range(l)):
             of_layer = SimpleNamespace(**{name: v[i] for name, v in grads.items()})
             shared = layers[i], ctx.reversed_from, ctx.kept[i]
-            dtotal, dy = _layer_backward(dtotal, dy, i == 0, *shared, of_layer, beside)
+            entering = ctx.factors[i - 1] if i else None
+            dtotal, dy = _layer_backward(dtotal, dy, entering, i == 0, *shared, of_layer, beside)
         dA = grads["scan"][:, : -2 * channels].view_as(weights.A)
         dD, ddt_bias = grads["scan"][:, -2 * channels :].chunk(2, 1)
         of_products = grads["in_proj"], grads["x_proj"], grads["dt_proj"], out_proj
         of_conv = grads["conv"][:, :-1].mT, grads["conv"][:, -1]
-        return dtotal, None, None, None, *of_products, *of_conv, ddt_bias, dA, dD
+        return dtotal, None, None, None, None, *of_products, *of_conv, ddt_bias, dA, dD
 
 
 def mamba_layers_triton(
@@ -444,6 +481,7 @@ def mamba_layers_triton(
     backward: int,  # So many of the `g` directions, the last ones, run from the last frame to the first
     eps: float,  # Of the norms
     dtype: torch.dtype,  # Of matrix products and of what lies between them
+    factors: torch.Tensor | None = None,  # (l, b) float32, of what each layer adds to each video; None: 1
 ) -> torch.Tensor:  # (b, t, m) float32
     """Residual Mamba layers of all directions (S5VH, temporal encoder) on a GPU.
 
@@ -466,7 +504,7 @@ def mamba_layers_triton(
         ready = prepare()
     g, d = ready[2].shape[1:3]
     keep = torch.is_grad_enabled() and any(v.requires_grad for v in (x, *ready))
-    return _Layers.apply(x.contiguous(), eps, (g - backward) * d, keep, *ready)
+    return _Layers.apply(x.contiguous(), factors, eps, (g - backward) * d, keep, *ready)
 
 # %% ../../nbs/lib/ops/04_triton_layers.ipynb #71a0c2f1
 @triton.jit
