@@ -58,6 +58,8 @@ DEFAULTS = {  # of all fields that names may leave out
         tied=False,
         relaxation="sign",
         frozen=False,
+        drop_path=0.0,
+        start="mamba",
     ),
     SLGConfig: dict(
         reconstruction=1.0,
