@@ -1,4 +1,4 @@
-"""Profile `paper` of paper 2 from end to end: three official layouts, both formats, real command and notebooks.
+"""Profile `paper` of paper 2 from end to end: three layouts, both formats, real command and notebooks.
 
 Only the network and the schedule are smoke's, so that it takes seconds.
 """
@@ -22,7 +22,7 @@ profiles.PAIR_PROFILES["paper"] = {PAIR_PROFILES["smoke"] | {"epochs": 2, "batch
 
 @pytest.fixture
 def data_root(tmp_path):
-    "Few pairs of random numbers, narrow, under true names and with all labels; two files have their own folders."
+    "Few narrow random pairs under true names, with all labels; two files have folders of their own."
     for name, version in VERSIONS.items():
         folder = tmp_path / "data" / ("" if name == "mscoco" else name)
         write_official_pairs(folder, name, synthetic_pairs(name, n=SIZES, di=32, dt=24), version)
@@ -42,7 +42,7 @@ def reproduce(data_root, *artefacts, **given):
 
 
 def test_tables_of_all_three_sets(home, data_root, capfd):
-    "Table 1 gives the sizes, Table 2 our rows and the paper's, claims are judged; no output names the data's folder."
+    "Tables 1 and 2 have our rows and the paper's, claims are judged; no output names the data's folder."
     assert reproduce(data_root, "table1", "table2", "evaluation", "claims") == 0
     printed, folder = capfd.readouterr().err, home / "results" / "paper"
     tables = {path.stem.removeprefix("dmmh_"): pd.read_csv(path) for path in folder.glob("tables/*.csv")}
