@@ -1,10 +1,9 @@
-"""Hash centers: seconds per sweep at the papers' sizes, and quality against the rules of the released code.
+"""Hash centers: seconds per sweep at the papers' sizes, and quality beside the rules of the released code.
 
-    python benchmarks/centers.py [--profile quick] [--sizes 101x16 450x64] [--compare 20x16 50x16]
+    python benchmarks/centers.py [--profile quick] [--sizes 101x16 101x64 450x64] [--compare 20x16 50x16]
 
-Keeps one record per size below results/<profile>/runs.
-Speed: clustered random features in place of videos.
-Quality: time means of the spoken digits, mean of five seeds.
+Writes one record per size into the archive of the profile.
+Speed: clustered random features (a stand-in). Quality: time means of the spoken digits, over five seeds.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from s5vh_nb.basics.files import find_root
 from s5vh_nb.basics.profiles import PROFILES
 from s5vh_nb.datasets.catalog import load
 from s5vh_nb.evidence.archive import Archive
-from s5vh_nb.evidence.records import RunRecord, device_name
+from s5vh_nb.evidence.records import RunRecord, device_name, git_commit
 from s5vh_nb.learning.admm import ADMM, improve_center
 from s5vh_nb.learning.centers import (
     balanced_bits,
@@ -34,30 +33,31 @@ SEEDS = range(5)
 
 
 @njit(cache=True)
-def released_center(x, Ho, s, delta, y1, y2, y3, p, early):
-    """The released iteration with a = 1: the matrix is inverted once per round, multipliers start at random.
+def reference_center(x, Ho, s, delta, y1, y2, y3, p, early):
+    """The released iteration with a = 1: direct solves (inverted once per round), random multipliers.
 
-    Returns the signs of the rounds at the highest penalty. `early` ends a round once the slack is
-    non-negative and the sphere is met, without projecting, as the release does.
+    Returns the signs of the rounds at the highest penalty. `early`, as in the release: a round ends, without
+    projecting, once the slack is non-negative and the sphere is met.
     """
     k = len(x)
-    G, q = Ho.T @ Ho, 2 * s @ Ho - Ho.sum(0) / len(Ho)
+    eye, G = np.eye(k), Ho.T @ Ho
+    q = 2 * s @ Ho - Ho.sum(0) / len(Ho)
     z1, z2 = x, x
     z3 = delta - Ho @ x
     rho, last = p.rho, 0
     found = []
     while last < 100:
-        inverse = np.linalg.inv(2 * rho * np.eye(k) + (rho + 2) * G)
+        inverse = np.linalg.inv(2 * rho * eye + (rho + 2) * G)
         for _ in range(p.inner):
-            x = inverse @ (rho * (z1 + z2) - y1 - y2 + (rho * (delta - z3) - y3) @ Ho + q)
+            pull = rho * (z1 + z2) - y1 - y2 + (rho * (delta - z3) - y3) @ Ho + q
+            x = inverse @ pull
             z1, z2 = x + y1 / rho, x + y2 / rho
             z3 = delta - Ho @ x - y3 / rho
             done = early and z3.min() >= 0 and abs((z2 * z2).sum() - k) < 1e-3
             if not done:
                 z1, z2 = np.clip(z1, -1, 1), z2 * np.sqrt(k / (z2 * z2).sum())
                 z3 = np.maximum(z3, 0)
-            y1 = y1 + p.gamma * rho * (x - z1)
-            y2 = y2 + p.gamma * rho * (x - z2)
+            y1, y2 = y1 + p.gamma * rho * (x - z1), y2 + p.gamma * rho * (x - z2)
             y3 = y3 + p.gamma * rho * (Ho @ x + z3 - delta)
             if done:
                 break
@@ -68,27 +68,20 @@ def released_center(x, Ho, s, delta, y1, y2, y3, p, early):
     return found
 
 
-def released_sweeps(H, S, W, distance, rule, rng, p=ADMM(), sweeps=20):
+def reference_sweeps(H, S, W, distance, rule, rng, p=ADMM(), sweeps=20):
     """The best set after sweeps by the release's iteration.
 
-    With the rule "released" a center moves when mean plus smallest distance grow, with "described" always.
+    rule: "released" moves a center when mean plus smallest distance grow, "described" always.
     """
     c, k = H.shape
     H, best = H.copy(), H
     best_quality, stale = -np.inf, 0
     for _ in range(sweeps):
         for i in range(c):
-            Ho, s = np.delete(H, i, 0), np.delete(S[i], i)
-            multipliers = [rng.random(n) for n in (k, k, c - 1)]
-            delta = float(k - 2 * distance)
-            corners = released_center(H[i], Ho, s, delta, *multipliers, p, rule == "released")
-
-            def spread(x):
-                return -(Ho @ x).mean() - (Ho @ x).max()
-
-            H[i] = max([H[i], *corners], key=spread) if rule == "released" else corners[0]
+            H[i] = reference_move(H, i, np.delete(S[i], i), float(k - 2 * distance), rule, rng, p)
+        now = quality(H, W)
         stale += 1
-        if (now := quality(H, W)) > best_quality:
+        if now > best_quality:
             best, best_quality = H.copy(), now
             stale = 0
         if stale == 5:
@@ -96,103 +89,123 @@ def released_sweeps(H, S, W, distance, rule, rng, p=ADMM(), sweeps=20):
     return best
 
 
-def describe(H, W) -> dict:
-    "What there is to say about a set."
+def reference_move(H, i, s, delta, rule, rng, p):
+    "Where a center moves to, (k,)."
+    Ho = np.delete(H, i, 0)
+    multipliers = [rng.random(n) for n in (H.shape[1], H.shape[1], len(Ho))]
+    corners = reference_center(H[i], Ho, s, delta, *multipliers, p, rule == "released")
+
+    def spread(x):
+        return -(Ho @ x).mean() - (Ho @ x).max()
+
+    return max([H[i], *corners], key=spread) if rule == "released" else corners[0]
+
+
+def described(H, W) -> dict:
+    "The properties of a set of centers."
     pairs = np.triu_indices(len(H), 1)
     cosines, wanted = (H @ H.T)[pairs] / H.shape[1], (W @ W.T)[pairs]
-    return dict(
-        quality=quality(H, W),
-        mismatch=np.abs(cosines - wanted).mean(),
-        correlation=np.corrcoef(cosines, wanted)[0, 1],
-        smallest_distance=H.shape[1] * (1 - cosines.max()) / 2,
-    )
-
-
-def rules_at(seed, W, c, k) -> dict:
-    "Name of a rule -> a function without arguments that makes the centers."
-    start = start_centers(c, k, "hadamard", np.random.default_rng(seed))
-    problem = start, semantic_targets(W, k), W, wanted_distance(c, k)
-
-    def released(rule):
-        return lambda: released_sweeps(*problem, rule, np.random.default_rng(seed))
-
     return {
-        "released": released("released"),
-        "described": released("described"),
-        "start": lambda: start,
-        "sweeps": lambda: sweep_centers(*problem, progress=False)[0],
+        "quality": quality(H, W),
+        "mismatch": np.abs(cosines - wanted).mean(),
+        "correlation": np.corrcoef(cosines, wanted)[0, 1],
+        "smallest_distance": H.shape[1] * (1 - cosines.max()) / 2,
     }
+
+
+def by_rule(features, c: int, k: int, seed: int) -> tuple[dict, dict]:
+    "Properties of the centers by rule, and the seconds that each rule took."
+    W, _ = semantic_vectors(features, c, seed=seed)
+    H, S = start_centers(c, k, "hadamard", np.random.default_rng(seed)), semantic_targets(W, k)
+    distance = wanted_distance(c, k)
+
+    def reference(rule):
+        return reference_sweeps(H, S, W, distance, rule, np.random.default_rng(seed))
+
+    rules = {
+        "released": lambda: reference("released"),
+        "described": lambda: reference("described"),
+        "start": lambda: H,
+        "sweeps": lambda: sweep_centers(H, S, W, distance, progress=False)[0],
+    }
+    found, seconds = {}, {}
+    for rule, run in rules.items():
+        begun = time.perf_counter()
+        found[rule] = run()
+        seconds[rule] = time.perf_counter() - begun
+    found["sweeps, balanced"] = balanced_bits(found["sweeps"], S, distance)
+    return {rule: described(centers, W) for rule, centers in found.items()}, seconds
 
 
 def compare(c: int, k: int) -> RunRecord:
-    "Quality by four rules, mean over the seeds (of k-means, random rows and multipliers)."
+    "Quality by four rules, mean over the seeds (k-means, random rows and multipliers)."
     data = load("spoken-digits")
-    rows, seconds = {}, {}
-    for seed in SEEDS:
-        W, _ = semantic_vectors(data.train.frames, c, seed=seed)
-        for rule, run in rules_at(seed, W, c, k).items():
-            start = time.perf_counter()
-            found = run()
-            seconds[rule] = seconds.get(rule, 0) + time.perf_counter() - start
-            rows.setdefault(rule, []).append(describe(found, W))
-        balanced = balanced_bits(found, semantic_targets(W, k), wanted_distance(c, k))
-        rows.setdefault("sweeps, balanced", []).append(describe(balanced, W))
+    rows, seconds = zip(*(by_rule(data.train.frames, c, k, seed) for seed in SEEDS))
     metrics = {
-        rule: {name: float(np.mean([row[name] for row in found])) for name in found[0]}
-        for rule, found in rows.items()
+        rule: {name: float(np.mean([row[rule][name] for row in rows])) for name in rows[0][rule]}
+        for rule in rows[0]
     }
-    metrics |= dict(wanted_distance=wanted_distance(c, k), seeds=len(SEEDS))
+    metrics = {"wanted_distance": wanted_distance(c, k), "seeds": len(SEEDS), **metrics}
+    seconds = {rule: sum(run[rule] for run in seconds) for rule in seconds[0]}
     return record("centers-quality", data.name, c, k, metrics, seconds, data.fingerprint)
 
 
 def speed(c: int, k: int) -> RunRecord:
-    "Seconds of a sweep, from two."
+    "Seconds of a sweep, measured over two."
     W, _ = semantic_vectors(make_blobs(10 * c, 64, centers=c, random_state=0)[0], c)
-    start = start_centers(c, k, "hadamard", np.random.default_rng(0))
-    S, distance = semantic_targets(W, k), wanted_distance(c, k)
-    improve_center(start, 0, S[0], distance)  # compile
-    wall, cpu = time.perf_counter(), time.process_time()
-    _, history = sweep_centers(start, S, W, distance, sweeps=2, progress=False)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    seconds = dict(sweep=wall / len(history), sweep_cpu=cpu / len(history))
-    metrics = dict(quality=history[-1])
-    return record("centers-speed", "random-clusters", c, k, metrics, seconds, "random numbers")
+    H, S = start_centers(c, k, "hadamard", np.random.default_rng(0)), semantic_targets(W, k)
+    distance = wanted_distance(c, k)
+    improve_center(H, 0, S[0], distance)  # compile
+    clocks = time.perf_counter, time.process_time
+    begun = [clock() for clock in clocks]
+    _, history = sweep_centers(H, S, W, distance, sweeps=2, progress=False)
+    wall, cpu = ((clock() - start) / len(history) for clock, start in zip(clocks, begun))
+    seconds = {"sweep": wall, "sweep_cpu": cpu}
+    return record("centers-speed", "random-clusters", c, k, {"quality": history[-1]}, seconds, "stand-in")
 
 
 def record(kind, dataset, c, k, metrics, seconds, fingerprint) -> RunRecord:
     return RunRecord(
-        config=dict(kind=kind, dataset=dataset, n_centers=c, bits=k, seed=0),
+        config={"kind": kind, "dataset": dataset, "n_centers": c, "bits": k, "seed": 0},
         metrics=metrics,
-        data=dict(name=dataset, fingerprint=fingerprint),
+        data={"name": dataset, "fingerprint": fingerprint},
         device=device_name("cpu"),
         seconds=seconds,
         artefact="benchmarks/centers",
+        commit=git_commit(find_root()),
     )
 
 
-def main():
-    def size(text):
-        return tuple(int(part) for part in text.split("x"))
+def size(text: str) -> tuple:
+    return tuple(int(part) for part in text.split("x"))
 
-    papers, small = [(101, 16), (101, 64), (450, 64)], [(20, 16), (50, 16), (101, 16)]
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default="quick", choices=list(PROFILES), help="where the records go")
-    parser.add_argument("--sizes", type=size, nargs="*", default=papers, help="CENTERSxBITS to time")
-    parser.add_argument("--compare", type=size, nargs="*", default=small, help="CENTERSxBITS to compare")
-    asked = parser.parse_args()
-    archive = Archive(find_root(), asked.profile)
-    for c, k in asked.sizes:
-        r = archive.save(speed(c, k), {})
-        wall, cpu = r.seconds["sweep"], r.seconds["sweep_cpu"]
-        print(f"{c} centers of {k} bits: {wall:.2f} s a sweep ({cpu:.2f} s of CPU); {r.name}", flush=True)
-    for c, k in asked.compare:
-        r = archive.save(compare(c, k), {})
-        wanted = r.metrics["wanted_distance"]
-        print(f"{c} centers of {k} bits, mean of {len(SEEDS)} seeds, distance wanted {wanted}; {r.name}")
-        for rule, values in r.metrics.items():
+    where = "the archive that takes the records: results/<profile>"
+    parser.add_argument("--profile", default="quick", choices=list(PROFILES), help=where)
+    sizes = [(101, 16), (101, 64), (450, 64)]
+    parser.add_argument("--sizes", type=size, nargs="*", default=sizes, help="CENTERSxBITS to time")
+    sizes = [(20, 16), (50, 16), (101, 16)]
+    parser.add_argument("--compare", type=size, nargs="*", default=sizes, help="CENTERSxBITS to compare")
+    return parser
+
+
+def main():
+    given = parser().parse_args()
+    archive = Archive(find_root(), given.profile)
+    for c, k in given.sizes:
+        found = archive.save(speed(c, k), {})
+        wall, cpu = found.seconds["sweep"], found.seconds["sweep_cpu"]
+        print(f"{c} centers of {k} bits: {wall:.2f} s a sweep ({cpu:.2f} s of CPU); {found.name}", flush=True)
+    for c, k in given.compare:
+        found = archive.save(compare(c, k), {})
+        wanted = found.metrics["wanted_distance"]
+        print(f"{c} centers of {k} bits, mean of {len(SEEDS)} seeds, distance wanted {wanted}")
+        for rule, values in found.metrics.items():
             if isinstance(values, dict):
-                row = "  ".join(f"{name} {value:8.3f}" for name, value in values.items())
-                print(f"  {rule:17} {row}", flush=True)
+                print(f"  {rule:17}", "  ".join(f"{name} {value:8.3f}" for name, value in values.items()))
+        print(f"  {found.name}", flush=True)
 
 
 if __name__ == "__main__":

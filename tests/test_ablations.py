@@ -1,35 +1,91 @@
-"Ablations and transfers: rows really learn and change what they say they change; records of other data are refused."
-import functools
+"Ablations: every row of every experiment is a run of its own, and rows learn and change what they say."
 
 import pytest
 import torch
 
-from s5vh_nb import ablations, datasets, records, runs, training
-from s5vh_nb.config import VARIANTS, BaselineConfig, train_config, variant
+from s5vh_nb.basics.config import VARIANTS, replace, variant
+from s5vh_nb.basics.profiles import PROFILES, train_config
+from s5vh_nb.datasets.catalog import load
+from s5vh_nb.datasets.splits import Dataset, Split
+from s5vh_nb.evidence.experiments import EXPERIMENTS, Experiment, config_of
+from s5vh_nb.evidence.identity import run_name
+from s5vh_nb.learning.checkpoints import new_run
+from s5vh_nb.learning.training import fit_objective, train
 
-LAYERS = {"Mamba, both": {}, "Mamba, tied": dict(tied=True), "Mamba, backward": dict(directions="backward"),
-          **{name: dict(mixer=name) for name in ("LSTM", "RetNet", "RWKV")},
-          "Transformer": dict(mixer="Transformer", directions="forward")}
-TERMS = {"reconstruction": "reconstruction", "alpha": "contrast", "beta": "alignment"}      # weight -> what the history calls its term
+LAYERS = {
+    "Mamba, both": {},
+    "Mamba, tied": dict(tied=True),
+    "Mamba, backward": dict(directions="backward"),
+    **{name: dict(mixer=name) for name in ("LSTM", "RetNet", "RWKV")},
+    "Transformer": dict(mixer="Transformer", directions="forward"),
+}
+TERMS = {"reconstruction": "reconstruction", "alpha": "contrast", "beta": "alignment"}  # weight -> term
+OFFICIAL = {"videos": ("ucf101",), "pairs": ("mirflickr25k",)}  # a set of the papers by kind of items
+
+
+# Rows
+
+
+def rows_of(experiment, profile):
+    "Name -> configurations of every row at every place of a profile."
+    datasets = experiment.datasets.get(profile, OFFICIAL[experiment.kind])
+    places = [(dataset, bits) for dataset in datasets for bits in experiment.bits[profile]]
+    for name, row in experiment.rows_in(profile).items():
+        yield name, [config_of(row, d, profile, bits, seed=1) for d, bits in places]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_row_is_a_run_of_its_own(name, profile):
+    rows = dict(rows_of(EXPERIMENTS[name], profile))
+    configs = [config for found in rows.values() for config in found if config is not None]
+    assert len({run_name(config) for config in configs}) == len(configs)
+    if EXPERIMENTS[name].base:
+        assert None not in rows[EXPERIMENTS[name].base]
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "paper"])
+def test_a_variant_is_another_run(name):
+    config = train_config("spoken-digits", "smoke")
+    assert run_name(variant(config, name)) != run_name(config)
+
+
+def test_a_row_that_changes_an_unknown_field_is_refused():
+    with pytest.raises(ValueError, match="did you mean 'beta'"):
+        config_of(dict(bta=0.0), "spoken-digits", "smoke", 16, 1)
+
+
+@pytest.mark.parametrize(
+    "parts", [dict(base="b"), dict(without={"quick": ("b",)}), dict(longest_only={"full": "b"})]
+)
+def test_an_experiment_that_names_an_unknown_row_is_refused(parts):
+    with pytest.raises(ValueError, match="row: expected one of a, found 'b'"):
+        Experiment({"a": {}}, **parts)
+
+
+# Learning
 
 
 @pytest.fixture(scope="module")
 def few():
     "64 recordings."
-    data = datasets.load("spoken-digits")
-    part = datasets.Split(data.train.features[:64], data.train.labels[:64], "the first 64")
-    return datasets.VideoDataset("spoken-digits", part, part, part, 10, data.origin)
+    data = load("spoken-digits")
+    part = Split({"frames": data.train.frames[:64]}, data.train.labels[:64], "the first 64")
+    return Dataset("spoken-digits", part, part, part, data.classes, data.origin)
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch): monkeypatch.setenv("S5VH_NB_HOME", str(tmp_path))
+def start(data, **changes):
+    "A run before its first epoch."
+    config = train_config("spoken-digits", "smoke", **changes)
+    return new_run(replace(config, **data.widths), data, torch.device("cpu"))
 
 
 def trained(data, profile="smoke", **changes):
     "Weights before and after a short training, and its history."
-    config = train_config("spoken-digits", profile, **{"epochs": 2, "n_centers": 4, "batch": 32, "watch": 0, **changes})
-    before = training.start(training.replace(config, **data.widths), data, torch.device("cpu")).model.state_dict()
-    run = training.train(config, data, device="cpu", progress=False)
+    options = {"epochs": 2, "n_centers": 4, "batch": 32, "evaluate_every": 0, **changes}
+    config = train_config("spoken-digits", profile, **options)
+    before = new_run(replace(config, **data.widths), data, torch.device("cpu")).model.state_dict()
+    run = train(config, data, device="cpu", progress=False)
     return before, run.model.state_dict(), run.history
 
 
@@ -43,7 +99,7 @@ def test_every_temporal_layer_learns(few, changes):
 
 @pytest.mark.parametrize("weight", TERMS)
 def test_a_single_loss_is_alone(few, weight):
-    before, after, history = trained(few, **{other: 0. for other in TERMS if other != weight})
+    before, after, history = trained(few, **{other: 0.0 for other in TERMS if other != weight})
     assert set(history[-1]) == {"epoch", "loss", TERMS[weight]}
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"encoder", "hash"} | ({"decoder"} if weight == "reconstruction" else set())
@@ -51,49 +107,10 @@ def test_a_single_loss_is_alone(few, weight):
 
 def test_centers_differ_as_the_rows_say(few):
     def centers(**changes):
-        config = training.replace(train_config("spoken-digits", "smoke", bits=64, n_centers=32, **changes), **few.widths)
-        run = training.start(config, few, torch.device("cpu"))
-        training.prepare(run, few, progress=False)
+        run = start(few, bits=64, n_centers=32, **changes)
+        fit_objective(run, few, progress=False)
         return run.objective.centers
+
     found = [centers(centers=kind) for kind in ("semantic", "plain", "hadamard", "random")]
     assert not any(torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
-    assert not centers(beta=0.).any()
-
-
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "paper"])
-def test_a_variant_is_another_run(name):
-    config = train_config("spoken-digits", "smoke")
-    assert records.run_name(runs.describe(variant(config, name))) != records.run_name(runs.describe(config))
-
-
-def test_a_row_that_changes_an_unknown_field_is_refused(home):
-    rows = {"base": {}, "none": dict(bta=0.)}
-    with pytest.raises(ValueError, match="did you mean 'beta'"): ablations.ask_rows(rows, "smoke", ["spoken-digits"], [16], [1])
-    assert not records.read_all("smoke")
-
-
-def test_rows_of_different_seeds_are_not_compared(home):
-    one = runs.ask(BaselineConfig(bits=16), "smoke", device="cpu")
-    with pytest.raises(ValueError, match="zip"): ablations.gain([one, one], [one], "smoke")
-
-
-def test_a_transfer_from_other_data_is_refused(home):
-    ask = functools.partial(runs.ask_transfer, BaselineConfig(bits=16), "spoken-pairs", "smoke", device="cpu", progress=False)
-    record = ask()
-    path = records.path_of(record.name, "smoke")
-    path.write_text(path.read_text().replace(record.data["source"]["fingerprint"], "0"*16))
-    with pytest.raises(ValueError, match="source: expected .* the data here"): ask()
-
-
-def test_a_transfer_is_not_trained_where_that_is_forbidden(home, monkeypatch):
-    monkeypatch.setenv("S5VH_NB_NO_TRAINING", "1")
-    with pytest.raises(FileNotFoundError, match="itq-from-spoken-digits-spoken-pairs-16bit"):
-        runs.ask_transfer(BaselineConfig(bits=16), "spoken-pairs", "smoke", device="cpu")
-
-
-def test_codes_of_another_run_are_refused(home):
-    ours, other = (runs.ask(BaselineConfig(bits=16, seed=seed), "smoke", progress=False) for seed in (1, 2))
-    ours, other = (records.path_of(record.name, "smoke") for record in (ours, other))
-    other.with_suffix(".npz").replace(ours.with_suffix(".npz"))
-    with pytest.raises(ValueError, match=f"codes of {ours.stem}: expected those of the record"):
-        ablations.per_query(records.load(ours), "smoke")
+    assert not centers(beta=0.0).any()

@@ -1,95 +1,205 @@
-"Runs: watched ones that are interrupted, measurements that fail or belong to other data, processes side by side."
+"Runs and the store: evaluations, interruptions, measurements, transfers, processes side by side."
+
 import functools
+import re
 
 import pytest
 import torch
 
-from s5vh_nb import datasets, records, runs, training
-from s5vh_nb.config import BaselineConfig, replace, train_config
+from s5vh_nb.basics.config import BaselineConfig, TransferConfig, replace
+from s5vh_nb.basics.profiles import train_config
+from s5vh_nb.datasets.catalog import load
+from s5vh_nb.evidence import runs
+from s5vh_nb.evidence import store as store_module
+from s5vh_nb.evidence.archive import pack
+from s5vh_nb.evidence.identity import run_name
+from s5vh_nb.evidence.scoring import score
+from s5vh_nb.evidence.store import NO_TRAINING, Store
+from s5vh_nb.learning.training import train
 
-CONFIG = train_config("spoken-digits", "smoke", epochs=4, watch=2)
-DEVICES = ["cpu"] + ["cuda"]*torch.cuda.is_available()
+CONFIG = train_config("spoken-digits", "smoke", epochs=4, evaluate_every=2)
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
 @pytest.fixture(scope="module")
-def data(): return datasets.load("spoken-digits")
+def data():
+    return load("spoken-digits")
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch): monkeypatch.setenv("S5VH_NB_HOME", str(tmp_path))
+# Evaluations during training
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_watched_run_learns_what_an_unwatched_one_learns(data, device):
-    "On a GPU the looks come between replays of a captured step."
-    alone = training.train(CONFIG, data, device=device, progress=False)
-    watched = training.train(CONFIG, data, device=device, look=functools.partial(runs.look, data=data), progress=False)
-    assert ["map@5" in h for h in watched.history] == [True, True, False, True]
-    assert [{name: h[name] for name in alone.history[0]} for h in watched.history] == alone.history
-    assert torch.equal(watched.model.encode(data.query.features), alone.model.encode(data.query.features))
+def test_evaluations_change_nothing(data, device):
+    "On a GPU they come between replays of a captured step."
+    alone = train(CONFIG, data, device=device, progress=False)
+    evaluate = functools.partial(runs.evaluate, data=data)
+    evaluated = train(CONFIG, data, device=device, evaluate=evaluate, progress=False)
+    assert ["mAP@5" in epoch for epoch in evaluated.history] == [True, True, False, True]
+    terms = [{name: epoch[name] for name in alone.history[0]} for epoch in evaluated.history]
+    assert terms == alone.history
+    codes = [run.model.encode(data.query.frames) for run in (alone, evaluated)]
+    assert torch.equal(*codes)
 
 
-def test_a_run_interrupted_at_a_look_resumes_with_the_same_curve(data, tmp_path):
+def test_a_run_interrupted_at_an_evaluation_resumes_with_the_same_curve(data, tmp_path):
     def interrupted(run):
-        if run.epoch == 3: raise KeyboardInterrupt
-        return runs.look(run, data)
+        if run.epoch == 3:
+            raise KeyboardInterrupt
+        return runs.evaluate(run, data)
 
-    train = functools.partial(training.train, replace(CONFIG, watch=1), data, device="cpu", progress=False)
-    whole = train(look=functools.partial(runs.look, data=data))
-    with pytest.raises(KeyboardInterrupt): train(look=interrupted, checkpoint=tmp_path/"run.pt", every=1)
-    assert train(look=functools.partial(runs.look, data=data), checkpoint=tmp_path/"run.pt", resume=True).history == whole.history
-
-
-def test_a_measurement_that_fails_leaves_no_record_and_is_made_again(home):
-    def fails(model, data): raise ArithmeticError("no")
-
-    with pytest.raises(ArithmeticError): runs.ask_about(CONFIG, "size", fails, "smoke", device="cpu", progress=False)
-    assert not records.read_all("smoke")
-    def size(model, data): return {"size": sum(p.numel() for p in model.parameters())}
-    again = runs.ask_about(CONFIG, "size", size, "smoke", device="cpu", progress=False)
-    assert again.metrics["size"] > 0 and [record.name for record in records.read_all("smoke")] == [again.name]
-
-
-def test_a_measurement_of_other_data_is_refused(home):
-    record = runs.ask_about(CONFIG, "nothing", lambda model, data: {}, "smoke", device="cpu", progress=False)
-    path = records.path_of(record.name, "smoke")
-    path.write_text(path.read_text().replace(record.data["fingerprint"], "0"*16))
-    with pytest.raises(ValueError, match="data: expected the fingerprint"): runs.ask_about(CONFIG, "nothing", None, "smoke", device="cpu")
-
-
-def test_processes_side_by_side_finish_and_name_the_run_that_failed(home):
-    good = [BaselineConfig(bits=16, method=method) for method in ("itq", "lsh")]
-    bad = train_config("spoken-digits", "smoke", bits=16, n_centers=5000)
-    name = records.run_name(runs.describe(runs.settle(bad, runs.load_data(bad.dataset))))
-    with pytest.raises(RuntimeError, match=f"1 of 3 runs failed: {name}: .*n_centers"):
-        runs.ask_all([bad, *good], "smoke", device="cpu", workers=2)
-    assert len(records.read_all("smoke")) == 2
-    assert [r.config["method"] for r in runs.ask_all(good, "smoke", device="cpu", workers=2)] == ["itq", "lsh"]
-
-
-def test_a_checkpoint_belongs_to_the_code_that_made_it(tmp_path, monkeypatch):
-    "Not to its comments."
-    monkeypatch.setattr(records, "__file__", str(tmp_path/"records.py"))
-    stamps = []
-    for text in ("x = 1", "x = 1  # one", "x = 2"):
-        (tmp_path/"mixers.py").write_text(text)
-        stamps.append(runs.code_stamp())
-    assert stamps[0] == stamps[1] != stamps[2]
-    monkeypatch.setattr(runs, "CODE", stamps[2])
-    assert stamps[2] in runs.checkpoint_of(CONFIG).name
+    evaluate, checkpoint = functools.partial(runs.evaluate, data=data), tmp_path / "run.pt"
+    again = functools.partial(train, replace(CONFIG, evaluate_every=1), data, device="cpu", progress=False)
+    whole = again(evaluate=evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        again(evaluate=interrupted, checkpoint=checkpoint, every=1)
+    assert again(evaluate=evaluate, checkpoint=checkpoint, resume=True).history == whole.history
 
 
 def test_a_database_smaller_than_the_smallest_cut_is_named(data):
     codes = torch.zeros(4, 2, dtype=torch.uint8).numpy()
-    with pytest.raises(ValueError, match="spoken-digits: database: expected at least 5 videos, for the smallest cut, found 4"):
-        runs.scores({"query": codes, "database": codes}, data)
+    expected = "spoken-digits: database: expected at least 5 items, for the smallest cut, found 4"
+    with pytest.raises(ValueError, match=expected):
+        score({"query": codes, "database": codes}, data)
 
 
-def test_a_run_asked_for_twice_is_made_once(home, monkeypatch):
-    monkeypatch.setattr(runs, "_side_by_side", None)                    # two processes would train it twice
-    one, again = runs.ask_all([CONFIG, replace(CONFIG, watch=0)], "smoke", device="cpu", workers=2)
-    assert one.name == again.name and len(records.read_all("smoke")) == 1
+# Checkpoints
 
 
-def test_a_measurement_has_a_name(home):
-    with pytest.raises(ValueError, match="what: expected the name of a measurement"): runs.ask_about(CONFIG, " ", None, "smoke")
+def test_a_checkpoint_belongs_to_the_code_that_made_it(tmp_path, monkeypatch):
+    "To all that training reaches, but not to comments, docstrings and other modules."
+    monkeypatch.setattr(runs.s5vh_nb, "__file__", str(tmp_path / "__init__.py"))
+
+    def digest(**modules):
+        for name, text in modules.items():
+            path = tmp_path.joinpath(*name.split("_")).with_suffix(".py")
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        return runs.training_digest.__wrapped__()
+
+    training = "from .losses import a\nfrom s5vh_nb.ops.scan import (\n    b,\n)\n"
+    first = digest(learning_training=training, learning_losses="x = 1", ops_scan="y = 1", cli_command="z = 1")
+    assert digest(learning_losses="'''A docstring.'''\nx = 1  # one") == first
+    assert digest(cli_command="z = 2") == first
+    digests = [first, digest(learning_losses="x = 2"), digest(ops_scan="y = 2")]
+    assert len(set(digests)) == 3
+
+
+def test_a_checkpoint_is_named_by_its_run_and_its_code(store):
+    record = store.get(CONFIG)
+    checkpoints = [path.name for path in (store.root / "results" / "checkpoints").iterdir()]
+    assert checkpoints == [f"{record.name}-{runs.training_digest()}.pt"]
+
+
+# Measurements
+
+
+def refuse(subject):
+    raise ArithmeticError("no")
+
+
+def size(subject):
+    return {"metrics": {"size": sum(p.numel() for p in subject.hasher.parameters())}}
+
+
+def test_a_measurement_that_fails_leaves_no_record_and_is_made_again(store):
+    with pytest.raises(ArithmeticError):
+        store.measure(CONFIG, "size", refuse)
+    assert not store.archive.records()
+    again = store.measure(CONFIG, "size", size)
+    assert again.metrics["size"] > 0
+    assert [record.name for record in store.archive.records()] == [again.name]
+
+
+def edit(store, record, old, new):
+    "Replace a text in the record's file."
+    path = store.archive.path_of(record.name)
+    path.write_text(path.read_text("utf-8").replace(old, new), "utf-8")
+
+
+def test_a_measurement_of_other_data_is_refused(store):
+    record = store.measure(CONFIG, "nothing", lambda subject: {"metrics": {}})
+    edit(store, record, record.data["fingerprint"], "0" * 16)
+    with pytest.raises(ValueError, match="data: expected the fingerprint"):
+        store.measure(CONFIG, "nothing", None)
+
+
+def test_a_measurement_has_a_name(store):
+    with pytest.raises(ValueError, match="label: expected the name of a measurement"):
+        store.measure(CONFIG, " ", None)
+
+
+def test_codes_that_are_kept_no_more_are_made_again(store):
+    "Those of queries that lack a modality, too."
+    config = train_config("emoji", "smoke", bits=16)
+
+    def describe(subject):
+        return {"metrics": {part: int(codes.sum()) for part, codes in subject.codes.items()}}
+
+    store.get(config)
+    kept = store.measure(config, "kept", describe).metrics
+    pack(store.root, "smoke")
+    for path in store.archive.runs.iterdir():
+        path.unlink()
+    assert set(kept) == {"query", "query_image", "query_text", "database"}
+    assert store.measure(config, "made", describe).metrics == kept
+
+
+# Many runs
+
+
+def test_processes_side_by_side_finish_and_name_the_run_that_failed(store):
+    good = [BaselineConfig(bits=16, method=method) for method in ("itq", "lsh")]
+    bad = train_config("spoken-digits", "smoke", bits=16, n_centers=5000)
+    name = run_name(runs.complete(bad, store.data(bad.dataset)))
+    with pytest.raises(RuntimeError, match=f"1 of 3 runs failed: {name}: .*n_centers"):
+        store.get_many([bad, *good], workers=2)
+    assert len(store.archive.records()) == 2
+    found = store.get_many(good, workers=2)
+    assert [record.configuration.method for record in found] == ["itq", "lsh"]
+
+
+def test_a_run_asked_for_twice_is_made_once(store, monkeypatch):
+    monkeypatch.setattr(store_module, "side_by_side", None)  # two processes would train it twice
+    one, again = store.get_many([CONFIG, replace(CONFIG, evaluate_every=0)], workers=2)
+    assert one.name == again.name
+    assert len(store.archive.records()) == 1
+
+
+def test_arrays_of_another_run_are_refused(store):
+    ours, other = (store.get(BaselineConfig(bits=16, seed=seed)) for seed in (1, 2))
+    paths = [store.archive.path_of(record.name).with_suffix(".npz") for record in (ours, other)]
+    paths[1].replace(paths[0])
+    with pytest.raises(ValueError, match=f"arrays of {ours.name}: expected those of the record"):
+        store.per_query(ours)
+
+
+# Transfers
+
+ITQ = BaselineConfig(bits=16)
+
+
+def test_a_transfer_from_other_data_is_refused(store):
+    record = store.transfer(ITQ, "spoken-pairs")
+    edit(store, record, record.data["source"]["fingerprint"], "0" * 16)
+    with pytest.raises(ValueError, match="spoken-digits: data: expected the fingerprint 0000"):
+        store.transfer(ITQ, "spoken-pairs")
+    with pytest.raises(ValueError, match="spoken-digits: data"):
+        store.find(TransferConfig("spoken-pairs", ITQ))
+
+
+def test_a_transfer_to_items_of_other_widths_is_refused(store):
+    with pytest.raises(ValueError, match=re.escape("moving-digits, widths: expected {'d': 13}")):
+        store.transfer(ITQ, "moving-digits")
+
+
+def test_nothing_is_made_where_that_is_forbidden(checkout, monkeypatch):
+    monkeypatch.setenv(NO_TRAINING, "1")
+    store = Store("tests", "smoke", root=checkout, device="cpu", progress=False)
+    with pytest.raises(FileNotFoundError, match="itq-spoken-digits-16bit"):
+        store.get_many([ITQ])
+    with pytest.raises(FileNotFoundError, match="itq-size-spoken-digits-16bit"):
+        store.measure(ITQ, "size", size)
+    with pytest.raises(FileNotFoundError, match="itq-from-spoken-digits-spoken-pairs-16bit"):
+        store.transfer(ITQ, "spoken-pairs")
+    assert not store.archive.records()

@@ -56,10 +56,15 @@ def _read_arrays(path: Path, prefix: str = "") -> dict:  # Names begin with it; 
         raise ValueError(f"{path}: expected {expected}, found: {error}") from error
 
 # %% ../../nbs/lib/evidence/02_archive.ipynb #a43da932
+def _read_record(path: Path) -> RunRecord:
+    "The record in a file of its own."
+    return from_line(path.read_text("utf-8", "replace"), str(path))
+
+
 @functools.lru_cache(maxsize=64)
 def _packed(path: Path, changed: int) -> dict:  # When the file was last changed, in ns
     "The records of a packed table by name."
-    lines = path.read_text("utf-8").splitlines()
+    lines = path.read_text("utf-8", "replace").splitlines()
     records = [from_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
     return {record.name: record for record in records}
 
@@ -95,7 +100,7 @@ class Archive:
         path = self.path_of(name)
         if not path.exists():
             return None
-        record = from_line(path.read_text("utf-8"), str(path))
+        record = _read_record(path)
         check(record.name == name, f"{path}, name", name, record.name)
         return record
 
@@ -139,7 +144,7 @@ class Archive:
         found = {name: record for records in self._tables().values() for name, record in records.items()}
         for path in self.runs.glob("*.json"):
             if ".json.tmp-" not in path.name and path.stem not in found:  # not what is being written
-                found[path.stem] = from_line(path.read_text("utf-8"), str(path))
+                found[path.stem] = _read_record(path)
         return [found[name] for name in sorted(found)]
 
 # %% ../../nbs/lib/evidence/02_archive.ipynb #2f1c7b2f
@@ -152,7 +157,7 @@ def pack(
     for path in sorted(archive.runs.glob("*.json")):
         if ".json.tmp-" in path.name:
             continue
-        record = from_line(path.read_text("utf-8"), str(path))
+        record = _read_record(path)
         packed = archive.find(record.name)
         if archive._table_of(record.name) is None or packed.created < record.created:
             table = (

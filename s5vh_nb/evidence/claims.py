@@ -117,12 +117,17 @@ def _without_nan(frame):
     return frame.astype(object).where(frame.notna(), None)
 
 
+def _span(row) -> str:  # A line of `claims_table`
+    "An effect with its interval, where there is one, and its unit."
+    if row.effect is None:
+        return ""
+    ends = "" if row.low is None else f" [{row.low:.3f}, {row.high:.3f}]"
+    return f"{row.effect:.3f}{ends} {row.unit}"
+
+
 def claims_markdown(table: pd.DataFrame) -> str:  # From `claims_table`
     "The table in Markdown: an effect, its interval and its unit in one cell."
-    spans = [
-        "" if row.effect is None else f"{row.effect:.3f} [{row.low:.3f}, {row.high:.3f}] {row.unit}"
-        for row in table.itertuples()
-    ]
+    spans = [_span(row) for row in table.itertuples()]
     columns = table.assign(effect=spans).drop(columns=["low", "high", "unit"])
     return columns.to_markdown(index=False, floatfmt=".3f", missingval="")
 

@@ -7,7 +7,7 @@ __all__ = ['Row', 'SEEDS', 'PAIR_ABLATION_SEEDS', 'BITS', 'LONGEST', 'ABLATION_B
            'PAIR_SPEED_BITS', 'VIDEOS', 'FIRST_VIDEOS', 'BOTH_SPOKEN', 'MOVING', 'PAIRS', 'EMOJI', 'STYLES',
            'TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'TWO_DIFFERENCES', 'WITH_DEPTH', 'CENTER_KINDS', 'NETWORKS',
            'PAIR_BASELINES', 'PAIR_ABLATIONS', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row',
-           'but_for']
+           'but_for', 'efficiency_config']
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cbbcb356
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from itertools import combinations
 from ..basics.checks import known
 from ..basics.config import PAIR_VARIANTS, VARIANTS, BaselineConfig, TrainConfig, replace
 from ..basics.profiles import PROFILES, train_config
+from .identity import differences
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #67456ed3
 @dataclass(frozen=True)
@@ -273,6 +274,23 @@ _PAPER1 = {
     "claims": Experiment(),
 }
 
+# %% ../../nbs/lib/evidence/09_experiments.ipynb #05970259
+_SIZES = {
+    "smoke": dict(frames=(4, 8, 16), batch=2, d=16, patience=1.0, limit=0.01),
+    "quick": dict(frames=(25, 50, 100, 200, 400), batch=16, d=256, patience=0.5, limit=0.3),
+    "full": dict(
+        frames=(25, 50, 100, 200, 400, 1000, 2000, 4000), batch=128, d=4096, patience=0.6, limit=0.1
+    ),
+}
+_SIZES["paper"] = _SIZES["full"]
+
+
+def efficiency_config(profile: str, bits: int, seed: int) -> dict:
+    "What decides the one measurement of `s5vh/efficiency`: sizes, and the network by its differences."
+    size = _SIZES[known(profile, _SIZES, "profile")]
+    network = train_config(profile=profile, bits=bits, d=size["d"]).model
+    return {"kind": "efficiency", "bits": bits, "seed": seed, **size, "model": differences(network)}
+
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #890481e2
 NETWORKS = {
     "DMMH": {},
@@ -335,6 +353,9 @@ PAIR_ABLATIONS = {  # group -> rows
     },
 }
 
+_PUBLISHED_PAIRS = {profile: ("mirflickr25k", "nuswide", "mscoco") for profile in PROFILES}  # DMMH, Table 2
+_PUBLISHED_BITS = {profile: (16, 32, 64, 128) for profile in PROFILES}
+
 _PAPER2 = {
     "table1": Experiment(kind="pairs", datasets=PAIRS),
     "table2": Experiment({**NETWORKS, **PAIR_BASELINES}, "pairs", PAIRS, bits=PAIR_BITS, base="DMMH"),
@@ -385,7 +406,7 @@ _PAPER2 = {
         bits=LONGEST,
         seeds={profile: seeds[:1] for profile, seeds in SEEDS.items()},
     ),
-    "arithmetic": Experiment(kind="pairs", datasets=PAIRS, bits=PAIR_BITS),
+    "arithmetic": Experiment(kind="pairs", datasets=_PUBLISHED_PAIRS, bits=_PUBLISHED_BITS),
     "claims": Experiment(kind="pairs", datasets=PAIRS, bits=PAIR_BITS),
 }
 

@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 
 from ..basics.checks import check, known
+from ..basics.config import to_dict
+from .identity import find_value
 from .statistics import Interval, interval, near, paired_bootstrap
 from .store import Store
 
@@ -84,6 +86,10 @@ def scores_of(
     return np.stack([parts[score or list(parts)[-1]] for parts in rows])
 
 
+def _seed_of(record) -> int:
+    return find_value(to_dict(record.configuration), "seed")
+
+
 def effect(
     terms: Terms,  # `records` may be None: a row that has not been run
     store: Store,
@@ -99,6 +105,8 @@ def effect(
         "one set, to pair the queries",
         f"the fingerprints {sorted(prints)}",
     )
+    seeds = {tuple(_seed_of(record) for record in records) for _, records in terms}
+    check(len(seeds) == 1, "seeds of the rows", "the same, to pair them", sorted(seeds))
     total = sum(weight * scores_of(records, store, score) for weight, records in terms)  # (seeds, nq)
     return paired_bootstrap(total, np.zeros_like(total))
 

@@ -42,6 +42,8 @@ def _imports(tree, module: str) -> set:  # Of a module's syntax tree and its dot
         if isinstance(node, ast.ImportFrom) and node.level:
             base = module.split(".")[: -node.level] if node.level <= module.count(".") + 1 else []
             found.add(".".join([*base, node.module or ""]).strip("."))
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("s5vh_nb."):  # on several lines
+            found.add(node.module.removeprefix("s5vh_nb."))
     return found
 
 
