@@ -64,7 +64,9 @@ def mamba(x, w):
 def layer(x, w, kept):
     "Both directions, each with its own norm; `kept` (b,) is 0 where the branch is dropped, else 1/(1-p)."
     m = x.shape[-1:]
-    ahead = mamba(F.layer_norm(x, m, w["norm_forward.weight"], w["norm_forward.bias"], 1e-6), under(w, "mix_forward."))
+    ahead = mamba(
+        F.layer_norm(x, m, w["norm_forward.weight"], w["norm_forward.bias"], 1e-6), under(w, "mix_forward.")
+    )
     flipped = F.layer_norm(x.flip(1), m, w["norm_backward.weight"], w["norm_backward.bias"], 1e-6)
     back = mamba(flipped, under(w, "mix_backward.") or under(w, "mix_forward.")).flip(1)
     return x + kept[:, None, None] * (ahead + back)
@@ -76,7 +78,9 @@ def under(weights, prefix):
 
 def sinusoids(t, m):
     rows = [[p / 10000 ** (2 * (j // 2) / m) for j in range(m)] for p in range(t)]
-    return torch.tensor([[math.cos(a) if j % 2 else math.sin(a) for j, a in enumerate(row)] for row in rows]).double()
+    return torch.tensor(
+        [[math.cos(a) if j % 2 else math.sin(a) for j, a in enumerate(row)] for row in rows]
+    ).double()
 
 
 def embed(x, mask, w, kept):
@@ -114,7 +118,9 @@ def contrast(a, b, tau_plus, temperature):
         partner = (i + len(a)) % len(h)
         positive = torch.exp(h[i] @ h[partner] / temperature)
         negatives = sum(torch.exp(h[i] @ h[j] / temperature) for j in range(len(h)) if j not in (i, partner))
-        others = ((negatives - tau_plus * n * positive) / (1 - tau_plus)).clamp(min=n * math.exp(-1 / temperature))
+        others = ((negatives - tau_plus * n * positive) / (1 - tau_plus)).clamp(
+            min=n * math.exp(-1 / temperature)
+        )
         total = total - torch.log(positive / (positive + others))
     return total / len(h)
 
@@ -131,7 +137,9 @@ def loss_of(w, config, x, masks, labels, dropped, main_phase):
     if main_phase:
         with torch.no_grad():
             everything = torch.zeros(len(x), T, dtype=torch.bool)
-            codes = hash_codes(embed(x, everything, encoder, dropped["refresh"]), hasher, c.refresh_with_norm)  # [5]
+            codes = hash_codes(
+                embed(x, everything, encoder, dropped["refresh"]), hasher, c.refresh_with_norm
+            )  # [5]
             logits = codes.mean(1) @ classes.T / (k * 0.5 if c.refresh_with_norm else 1)
             labels = (1 - c.refresh) * labels + c.refresh * torch.softmax(logits, 1)
     rebuilt, h = 0, []
@@ -152,7 +160,9 @@ def adamw(weight, grad, lr, decay, betas=(0.9, 0.999), eps=1e-8):
 
 def toy_data():
     rng = np.random.default_rng(0)
-    train = Split({"frames": rng.normal(size=(BATCH, T, D)).astype("float32")}, np.zeros(BATCH, np.int64), "toy")
+    train = Split(
+        {"frames": rng.normal(size=(BATCH, T, D)).astype("float32")}, np.zeros(BATCH, np.int64), "toy"
+    )
     return Dataset("spoken-digits", train, train, train, ("one",), "random numbers")
 
 

@@ -177,7 +177,13 @@ class Store:
         sets = {config.dataset: self.data(config.dataset) for config in missing.values()}
         largest = max((sum(x.nbytes for x in data.train.arrays) for data in sets.values()), default=0)
         workers = workers or how_many(pick_device(self.device), largest)
-        with tqdm(total=len(configs), initial=len(configs) - len(missing), desc="runs", unit="run") as bar:
+        with tqdm(
+            total=len(configs),
+            initial=len(configs) - len(missing),
+            desc="runs",
+            unit="run",
+            disable=not self.progress,
+        ) as bar:
             if workers == 1 or len(missing) < 2:
                 for config in missing.values():
                     self.get(config, label)
