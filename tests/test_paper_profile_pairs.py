@@ -6,7 +6,7 @@ Only the network and the schedule are smoke's, so that it takes seconds.
 import pandas as pd
 import pytest
 
-from s5vh_nb.basics.profiles import PAIR_PROFILES
+from s5vh_nb.basics.profiles import _PAIR_PROFILES
 from s5vh_nb.cli.command import main
 from s5vh_nb.datasets.pair_files import PAIR_LAYOUTS, write_official_pairs
 from s5vh_nb.datasets.synthetic import synthetic_pairs
@@ -16,7 +16,7 @@ SIZES = (60, 110, 30)  # train (inside the database), database, query
 VERSIONS = {"mirflickr25k": "7.3", "nuswide": "5", "mscoco": "7.3"}
 STARTUP = f"""
 from s5vh_nb.basics import profiles
-profiles.PAIR_PROFILES["paper"] = {PAIR_PROFILES["smoke"] | {"epochs": 2, "batch": 30}}
+profiles._PAIR_PROFILES["paper"] = {_PAIR_PROFILES["smoke"] | {"epochs": 2, "batch": 30}}
 """
 
 

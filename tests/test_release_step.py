@@ -130,7 +130,7 @@ def soft_cross_entropy(logits, labels):
 
 
 def loss_of(w, config, x, masks, labels, dropped, main_phase):
-    "Loss and new labels of one step; `w` holds all weights by name, `dropped` the draws of refresh and views."
+    "Loss and new labels of a step; `w`: all weights by name, `dropped`: the draws of refresh and views."
     c, k = config.objective, config.model.bits
     encoder, hasher, decoder = under(w, "model.encoder."), under(w, "model.hash."), under(w, "model.decoder.")
     classes = w.get("objective.classifier.weight", w["objective.centers"])

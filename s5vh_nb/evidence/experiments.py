@@ -171,8 +171,8 @@ WITH_DEPTH = " + stochastic depth"
 _DEPTHS = {"": {}, WITH_DEPTH: dict(drop_path=0.5)}  # suffix of a row -> what it changes
 _GAIN = {
     "S5VH": {},
-    "without alignment": dict(beta=0.0),
-    "one direction": dict(directions="forward"),
+    "S5VH without alignment": dict(beta=0.0),
+    "S5VH with one direction": dict(directions="forward"),
     "ConMH-style": VARIANTS["conmh"],
 }
 

@@ -241,7 +241,7 @@ def draw_gains(
         else:
             _draw_beyond(ax, row, y, end)
     ax.axvline(0, color="k", lw=0.8)
-    ax.locator_params(axis="x", nbins=5)
+    ax.locator_params(axis="x", nbins=4)
     ax.set(xlim=(-end, end), ylim=(-0.6, len(names) - 0.4))
     ax.set_yticks(range(len(names)), names[::-1])
 
