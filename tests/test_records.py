@@ -23,6 +23,7 @@ from s5vh_nb.basics.config import (
     to_dict,
 )
 from s5vh_nb.basics.profiles import train_config
+from s5vh_nb.cli.command import main
 from s5vh_nb.evidence import identity
 from s5vh_nb.evidence.archive import Archive, pack
 from s5vh_nb.evidence.identity import run_name
@@ -210,7 +211,7 @@ def without(values, *names):
 CHANGES = {
     "schema: expected 2": lambda values: {**values, "schema": 0},
     r"unknown \['surplus'\]": lambda values: {**values, "surplus": 1},
-    r"missing \['data', 'label'\]": lambda values: without(values, "data", "label"),
+    r"missing \['data', 'device'\]": lambda values: without(values, "data", "device"),
     "the name that its configuration gives": lambda values: {
         **values,
         "config": {"kind": "test", "bits": 32},
@@ -281,7 +282,7 @@ def test_arrays_that_are_gone_or_damaged(archive, checkout, found, damage, packe
     if packed:
         path = checkout / pack(checkout, "smoke")[1]
     damage(path)
-    expected = rf"{path}: expected the arrays of a record \(to make it again, delete the record\).*({found})"
+    expected = rf"{path}: expected the arrays of a record \(`s5vh-nb forget` removes the record\).*({found})"
     with pytest.raises((ValueError, FileNotFoundError), match=expected):
         archive.arrays(RECORD)
 
@@ -362,3 +363,16 @@ def test_commit(checkout, monkeypatch):
     assert git_commit(results) is None
     monkeypatch.setenv("S5VH_NB_COMMIT", "abc1234")
     assert git_commit(results) == "abc1234"  # for machines that get the files without their history
+
+
+def test_forget(archive, checkout, capsys):
+    "A record goes, packed or not; its neighbours stay; one that there is not is an error."
+    other = dataclasses.replace(RECORD, label="again")
+    for record in (RECORD, other):
+        archive.save(record, {"ap": np.ones(3, np.uint16)})
+    pack(checkout, archive.profile)
+    archive.save(RECORD, {})
+    assert main(["forget", RECORD.name, "--profile", archive.profile]) == 0
+    assert archive.records() == [other] and archive.arrays(other)["ap"].sum() == 3
+    assert main(["forget", RECORD.name, "--profile", archive.profile]) == 2
+    assert f"a record called {RECORD.name}" in capsys.readouterr().err

@@ -58,9 +58,8 @@ class S5VHConfig:
     directions: str = "both"  # "both", "forward" or "backward" in time
     tied: bool = False  # one set of weights for both directions (as the released code runs)
     relaxation: str = "sign"  # training codes: "sign" (straight-through) or "tanh"
-    drop_path: float = (
-        0.0  # stochastic depth: the last encoder layer's probability to be dropped (release: 0.5)
-    )
+    # stochastic depth: probability to drop the last of several layers, in [0, 1); the released code has 0.5
+    drop_path: float = 0.0
     start: str = "mamba"  # first weights: "mamba", each mixer's own, or "released", all Xavier without biases
     # mixers keep their random weights (the released code draws those of the rivals anew in every pass)
     frozen: bool = False

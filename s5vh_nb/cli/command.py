@@ -16,7 +16,7 @@ from ..basics.profiles import PROFILES
 from .artefacts import Artefact, artefacts, select
 from .execute import environment, execute
 from .parameters import parameters_for, parse_pairs
-from ..evidence.archive import pack
+from ..evidence.archive import Archive, pack
 from ..evidence.store import NO_TRAINING
 
 # %% ../../nbs/lib/cli/03_command.ipynb #36174484
@@ -97,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands, "report", "full", "all", help)
     help = "gather the records of a profile's runs into one pair of files per artefact, to be committed"
     _add_profile(commands.add_parser("pack", help=help), "full")
+    forget = commands.add_parser("forget", help="remove records, so that their runs are made again")
+    forget.add_argument("names", nargs="+", metavar="RECORD", help="name of a record")
+    _add_profile(forget, "full")
     return parser
 
 # %% ../../nbs/lib/cli/03_command.ipynb #cc666a26
@@ -126,6 +129,10 @@ def _dispatch(args) -> int:
     if args.command == "pack":
         for path in pack(find_root(), args.profile):
             print(path)
+    elif args.command == "forget":
+        archive = Archive(find_root(), args.profile)
+        for name in args.names:
+            archive.forget(name)
     else:
         _list()
     return 0

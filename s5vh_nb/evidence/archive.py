@@ -10,6 +10,7 @@ import functools
 import io
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def _read_arrays(path: Path, prefix: str = "") -> dict:  # Names begin with it; 
     check(
         path.exists(),
         str(path),
-        "the arrays of a record (to make it again, delete the record)",
+        "the arrays of a record (`s5vh-nb forget` removes the record)",
         "no such file",
         FileNotFoundError,
     )
@@ -52,7 +53,7 @@ def _read_arrays(path: Path, prefix: str = "") -> dict:  # Names begin with it; 
         with np.load(path, allow_pickle=False) as file:
             return {name.removeprefix(prefix): file[name] for name in file.files if name.startswith(prefix)}
     except Exception as error:  # zipfile and zlib raise errors of many kinds
-        expected = "the arrays of a record (to make it again, delete the record)"
+        expected = "the arrays of a record (`s5vh-nb forget` removes the record)"
         raise ValueError(f"{path}: expected {expected}, found: {error}") from error
 
 # %% ../../nbs/lib/evidence/02_archive.ipynb #a43da932
@@ -69,6 +70,28 @@ def _packed(path: Path, changed: int) -> dict:  # When the file was last changed
     return {record.name: record for record in records}
 
 
+_CODES = "codes "  # before the names of packed codes
+
+
+def _key(record: RunRecord) -> str:
+    "What the names of a packed record's arrays begin with; another run of that name has another one."
+    return f"{record.name}/{record.created}/"
+
+
+def _write_table(path: Path, records: dict):
+    with atomic_write(path) as tmp:
+        tmp.write_text("".join(to_line(records[name]) + "\n" for name in sorted(records)), "utf-8")
+
+
+class _Source(NamedTuple):
+    "Where a record and its arrays lie."
+
+    record: RunRecord
+    arrays: Path  # the file of its arrays
+    prefix: str  # before their names in that file
+    table: Path | None  # of a packed record
+
+
 class Archive:
     "The records of one profile below a project's folder."
 
@@ -81,28 +104,32 @@ class Archive:
         self.root, self.profile = Path(root), profile
         self.runs, self.evidence = folder / "runs", folder / "evidence"
 
-    def _tables(self) -> dict:
+    def tables(self) -> dict:
         "Packed table -> its records by name."
         paths = sorted(self.evidence.glob("*.jsonl"))
         return {path: _packed(path, path.stat().st_mtime_ns) for path in paths}
-
-    def _table_of(self, name: str) -> Path | None:
-        return next((path for path, records in self._tables().items() if name in records), None)
 
     def path_of(self, name: str) -> Path:  # A run's name
         "The file of a record that has not been packed."
         return self.runs / f"{name}.json"
 
+    def _source(self, name: str) -> _Source | None:
+        "Of a packed record and one in a file of its own the later one, at equal times the packed one."
+        found = []
+        for table, records in self.tables().items():
+            if record := records.get(name):
+                found.append(_Source(record, table.with_suffix(".npz"), _key(record), table))
+        path = self.path_of(name)
+        if path.exists():
+            record = _read_record(path)
+            check(record.name == name, f"{path}, name", name, record.name)
+            found.append(_Source(record, path.with_suffix(".npz"), "", None))
+        return max(found, key=lambda source: source.record.created, default=None)
+
     def find(self, name: str) -> RunRecord | None:  # A run's name
         "The record, packed or not; None when there is none; `ValueError` when its file is damaged."
-        if table := self._table_of(name):
-            return self._tables()[table][name]
-        path = self.path_of(name)
-        if not path.exists():
-            return None
-        record = _read_record(path)
-        check(record.name == name, f"{path}, name", name, record.name)
-        return record
+        source = self._source(name)
+        return source and source.record
 
     def save(
         self,
@@ -110,42 +137,53 @@ class Archive:
         arrays: dict,  # name -> array
         codes: dict | None = None,  # Packed codes by split, uint8 (n, k/8)
     ) -> RunRecord:
-        "Write a record, its arrays before it; returns the record."
+        "Write a record, its arrays before it; returns the record; `ValueError` for codes not packed."
         for split, array in (codes or {}).items():
             fits = array.dtype == np.uint8 and array.ndim == 2
             check(fits, f"codes of {split}", "uint8 (n, k/8)", f"{array.dtype} {array.shape}")
         path = self.path_of(record.name)
         line = to_line(record)
-        _write_arrays(path.with_suffix(".npz"), arrays | {f"codes {k}": v for k, v in (codes or {}).items()})
+        _write_arrays(
+            path.with_suffix(".npz"), arrays | {f"{_CODES}{k}": v for k, v in (codes or {}).items()}
+        )
         with atomic_write(path) as tmp:
             tmp.write_text(line + "\n", "utf-8")
         return record
 
     def arrays(self, record: RunRecord) -> dict:
         "The arrays of a record by name; `FileNotFoundError` or `ValueError` naming the file."
-        table = self._table_of(record.name)
-        if table:
-            return _read_arrays(table.with_suffix(".npz"), f"{record.name}/")
-        found = _read_arrays(self.path_of(record.name).with_suffix(".npz"))
-        return {name: array for name, array in found.items() if not name.startswith("codes ")}
+        source = self._source(record.name)
+        check(source, f"record {record.name}", "a record of this archive", "none", FileNotFoundError)
+        found = _read_arrays(source.arrays, source.prefix)
+        return {name: array for name, array in found.items() if not name.startswith(_CODES)}
 
     def codes(self, record: RunRecord) -> dict | None:
         "The packed codes of a run by split, uint8 (n, k/8); None where they are not kept any more."
-        path = self.path_of(record.name).with_suffix(".npz")
-        if not path.exists():
+        path = self.path_of(record.name)
+        if not path.exists() or _read_record(path).created != record.created:
             return None
-        found = _read_arrays(path)
-        return {
-            name.removeprefix("codes "): array for name, array in found.items() if name.startswith("codes ")
-        }
+        found = _read_arrays(path.with_suffix(".npz"), _CODES)
+        return found or None
+
+    def waiting(self) -> list:
+        "Names of the records that lie in files of their own."
+        names = [path.name for path in sorted(self.runs.glob("*.json"))]
+        return [name.removesuffix(".json") for name in names if ".json.tmp-" not in name]  # not half-written
 
     def records(self) -> list:
         "All records, by name; a broken one is an error, never skipped."
-        found = {name: record for records in self._tables().values() for name, record in records.items()}
-        for path in self.runs.glob("*.json"):
-            if ".json.tmp-" not in path.name and path.stem not in found:  # not what is being written
-                found[path.stem] = _read_record(path)
-        return [found[name] for name in sorted(found)]
+        names = {name for records in self.tables().values() for name in records}
+        return [self._source(name).record for name in sorted(names | set(self.waiting()))]
+
+    def forget(self, name: str):  # A run's name
+        "Remove a record, packed or not, so that it is run again; `FileNotFoundError` when there is none."
+        source = self._source(name)
+        check(source, f"results/{self.profile}", f"a record called {name}", "none", FileNotFoundError)
+        for path in (self.path_of(name), self.path_of(name).with_suffix(".npz")):
+            path.unlink(missing_ok=True)
+        for table, records in self.tables().items():
+            if name in records:
+                _write_table(table, {key: record for key, record in records.items() if key != name})
 
 # %% ../../nbs/lib/evidence/02_archive.ipynb #2f1c7b2f
 def pack(
@@ -153,36 +191,29 @@ def pack(
     profile: str,  # "smoke", "quick", "full" or "paper"
 ) -> list:
     "Gather the runs of a profile into the files of their artefacts; returns what was written, below `root`."
-    archive, waiting = Archive(root, profile), {}
-    for path in sorted(archive.runs.glob("*.json")):
-        if ".json.tmp-" in path.name:
-            continue
-        record = _read_record(path)
-        packed = archive.find(record.name)
-        if archive._table_of(record.name) is None or packed.created < record.created:
-            table = (
-                archive._table_of(record.name)
-                or archive.evidence / f"{record.artefact.replace('/', '_')}.jsonl"
-            )
-            waiting.setdefault(table, []).append(record)
-    return [
-        str(path.relative_to(root))
-        for table, records in waiting.items()
-        for path in _pack(archive, table, records)
-    ]
+    archive, by_table = Archive(root, profile), {}
+    packed = {name: table for table, records in archive.tables().items() for name in records}
+    for name in archive.waiting():
+        source = archive._source(name)
+        if source.table is None:
+            own = archive.evidence / f"{source.record.artefact.replace('/', '_')}.jsonl"
+            by_table.setdefault(packed.get(name, own), []).append(source)
+    return [str(path.relative_to(root)) for item in by_table.items() for path in _pack(archive, *item)]
 
 
-def _pack(archive, table, new) -> list:
-    kept = archive._tables().get(table, {})
+def _pack(archive, table, sources) -> list:
+    """Write the arrays, then the table.
+
+    A process that is killed between the two leaves more arrays than the old table names, and no others.
+    """
+    kept = archive.tables().get(table, {})
     arrays = _read_arrays(table.with_suffix(".npz")) if kept else {}
-    arrays = {
-        name: array for name, array in arrays.items() if name.split("/")[0] not in {r.name for r in new}
-    }
-    for record in new:
-        found = _read_arrays(archive.path_of(record.name).with_suffix(".npz"))
-        arrays |= {f"{record.name}/{name}": v for name, v in found.items() if not name.startswith("codes ")}
-    records = kept | {record.name: record for record in new}
+    named = tuple(_key(record) for record in kept.values())
+    arrays = {name: array for name, array in arrays.items() if name.startswith(named)}
+    for source in sources:
+        found = _read_arrays(source.arrays)
+        key = _key(source.record)
+        arrays |= {f"{key}{name}": v for name, v in found.items() if not name.startswith(_CODES)}
     _write_arrays(table.with_suffix(".npz"), arrays)
-    with atomic_write(table) as tmp:
-        tmp.write_text("".join(to_line(records[name]) + "\n" for name in sorted(records)), "utf-8")
+    _write_table(table, kept | {source.record.name: source.record for source in sources})
     return [table, table.with_suffix(".npz")]

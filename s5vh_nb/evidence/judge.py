@@ -30,7 +30,7 @@ def verdict(
     "`holds`, `does not hold` or `undecided`; without an interval nothing is decided."
     if np.isnan([effect.low, effect.high]).any():
         return "undecided"
-    if effect.high < wanted[0] or effect.low > wanted[1]:
+    if effect.high <= wanted[0] or effect.low >= wanted[1]:
         return "does not hold"
     return "holds" if wanted[0] < effect.low and effect.high < wanted[1] else "undecided"
 
@@ -167,7 +167,9 @@ def check_curves(found: dict, store: Store):  # As from `Study.records`
     "`ValueError` naming the runs that were not evaluated during training."
     records = [record for rows in found.values() for record in rows]
     without = list(dict.fromkeys(record.name for record in records if store.curve(record).empty))
-    expected = "evaluations during training (delete the records, and run with evaluate_every above 0)"
+    expected = (
+        "evaluations during training (`s5vh-nb forget` removes the records; run with evaluate_every above 0)"
+    )
     check(not without, f"history of {', '.join(without)}", expected, "none")
 
 

@@ -103,6 +103,10 @@ class RunRecord:
         return run_name(self.configuration, self.label)
 
 # %% ../../nbs/lib/evidence/01_records.ipynb #d5b68cc4
+# A field that is added later needs a default, so that older records can still be read; these must be there.
+_REQUIRED = {f.name for f in dataclasses.fields(RunRecord) if f.default is dataclasses.MISSING} - {"columns"}
+
+
 def to_line(record: RunRecord) -> str:
     "The record as one line of JSON with sorted keys."
     values = {"name": record.name, **dataclasses.asdict(record)}
@@ -119,14 +123,20 @@ def from_line(
     except ValueError as error:
         raise ValueError(f"{where}: expected a run record as JSON, found {error}") from error
     check(isinstance(values, dict), where, "a run record", type(values).__name__)
-    expected = f"{SCHEMA} (delete the record to run again)"
+    expected = f"{SCHEMA} (delete the record here, and its run is made again)"
     check(values.get("schema") == SCHEMA, f"{where}, schema", expected, values.get("schema"))
     name = values.pop("name", None)
-    wanted = {f.name for f in dataclasses.fields(RunRecord)}
-    found = f"missing {sorted(wanted - set(values))}, unknown {sorted(set(values) - wanted)}"
-    check(set(values) == wanted, where, f"the fields {sorted(wanted)}", found)
+    fields = {f.name for f in dataclasses.fields(RunRecord)}
+    missing, unknown = sorted(_REQUIRED - set(values)), sorted(set(values) - fields)
+    found = f"missing {missing}, unknown {unknown}"
+    check(not missing and not unknown, where, f"the fields {sorted(_REQUIRED)}", found)
     for part in ("config", "data", "metrics", "seconds", "columns"):
-        check(isinstance(values[part], dict), f"{where}, {part}", "names with values", values[part])
+        check(
+            part not in values or isinstance(values[part], dict),
+            f"{where}, {part}",
+            "names with values",
+            values[part],
+        )
     try:
         record = RunRecord(**values)
         own = record.name

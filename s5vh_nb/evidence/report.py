@@ -65,7 +65,8 @@ def save_table(
         frame = frame.reset_index()
     with atomic_write(path) as tmp:
         frame.to_csv(tmp, index=False, float_format="%.10g", encoding="utf-8")
-    text = frame.to_markdown(index=False, floatfmt=f".{digits}f", missingval="")
+    filled = frame.astype(object).where(frame.notna(), None)
+    text = filled.to_markdown(index=False, floatfmt=f".{digits}f", missingval="")
     with atomic_write(path.with_suffix(".md")) as tmp:
         tmp.write_text(text + "\n", "utf-8")
     return path

@@ -146,7 +146,9 @@ def history_arrays(history: list) -> tuple[dict, dict]:  # One dict per epoch: l
     terms = [name for name in history[0] if name != "epoch" and not name.startswith("mAP")]
     evaluated = [h for h in history if any(name.startswith("mAP") for name in h)]
     names = [name for name in (evaluated[0] if evaluated else {}) if name.startswith("mAP")]
-    loss = np.array([[h[name] for h in history] for name in terms], np.float16)
+    loss = np.array([[h[name] for h in history] for name in terms], np.float32)
+    if np.abs(loss).max() < 2**15:  # three digits, where half precision holds the numbers
+        loss = loss.astype(np.float16)
     curve = [[h["epoch"] + 1 for h in evaluated], *([h[name] for h in evaluated] for name in names)]
     arrays = {"loss": loss, "curve": np.array(curve, np.float32)}
     return arrays, {"loss": terms, "curve": ["epoch", *names]}

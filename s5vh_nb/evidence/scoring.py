@@ -97,7 +97,9 @@ def _over_all(counts, ap, columns, protocol) -> dict:
     if protocol.main == "GmAP":
         return found | {"GmAP": gmap(ap["expected"].mean(0))}
     answerable = counts[1].any(1).cpu().numpy()  # (nq,)
-    return found | {"mAP without empty queries": ap["expected"][answerable].mean()}
+    if answerable.any():
+        found["mAP without empty queries"] = ap["expected"][answerable].mean()
+    return found
 
 # %% ../../nbs/lib/evidence/03_scoring.ipynb #9765111c
 def query_parts(

@@ -110,12 +110,12 @@ class Store:
         if isinstance(config, TransferConfig):
             return self._find_transfer(config)
         data = self.data(config.dataset)
-        return self._checked(self.archive.find(run_name(complete(config, data), label)), "data", data)
+        return self._checked(self.archive.find(run_name(complete(config, data), label)), data)
 
     def _find_transfer(self, config):
         home, away = self.data(config.source.dataset), self.data(config.dataset)
         config = TransferConfig(config.dataset, complete(config.source, home))
-        record = self._checked(self.archive.find(run_name(config)), "data", away)
+        record = self._checked(self.archive.find(run_name(config)), away)
         expected = record and record.data["source"]["fingerprint"]
         fits = record is None or expected == home.fingerprint
         check(
@@ -126,13 +126,12 @@ class Store:
         )
         return record
 
-    def _checked(self, record, part, data):
+    def _checked(self, record, data):
         if record is not None:
             found = record.data["fingerprint"]
-            expected = (
-                f"the fingerprint {data.fingerprint} of {data.name} here (to run again, delete the record)"
-            )
-            check(found == data.fingerprint, f"record {record.name}, {part}", expected, found)
+            remedy = "`s5vh-nb forget` removes the record"
+            expected = f"the fingerprint {data.fingerprint} of {data.name} here ({remedy})"
+            check(found == data.fingerprint, f"record {record.name}, data", expected, found)
         return record
 
     # Making
@@ -168,7 +167,7 @@ class Store:
         label: str = "",  # As for `get`
         workers: int | None = None,  # Processes side by side; None: as many as the machine bears
     ) -> list:
-        "The records of several runs, in order; failed runs are named after the others have finished."
+        "The records of several runs, in order; where they run side by side, failures are named at the end."
         missing = {}  # each run once
         for config in configs:
             if self.find(config, label) is None:

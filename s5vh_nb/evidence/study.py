@@ -51,7 +51,8 @@ class Study:
 
     def cells(self, rows=None) -> dict:  # Names; None: all
         "The configurations of rows by (dataset, bits, row), one per seed."
-        places = [(d, k, row) for d in self.datasets for k in self.bits for row in rows or self.rows]
+        chosen = [known(row, self.rows, "row") for row in rows or self.rows]
+        places = [(d, k, row) for d in self.datasets for k in self.bits for row in chosen]
         found = {place: self.configs(*place) for place in places}
         return {place: configs for place, configs in found.items() if configs is not None}
 
