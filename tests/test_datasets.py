@@ -584,11 +584,11 @@ def test_folders_below_the_data_root(tmp_path):
 
 
 def test_nothing_available(tmp_path):
-    message = "data_root .*: expected the files of at least one of mirflickr25k, nuswide, mscoco, found none"
+    message = "data_root .*: expected a folder with .* mirflickr25k, nuswide, mscoco, found none"
     with pytest.raises(ValueError, match=message):
         available("pairs", tmp_path)
     with pytest.raises(
-        ValueError, match="data_root: expected a folder with the files of at least one of ucf101"
+        ValueError, match="data_root None: expected a folder with the files of at least one of ucf101"
     ):
         available("videos", None)
 
@@ -606,9 +606,8 @@ def test_the_same_files_are_loaded_once(root):
 def test_rows_of_the_catalog():
     for name, entry in CATALOG.items():
         assert entry.kind in ("videos", "pairs") and entry.summary
-        assert entry.source in ("bundled", "files", "random numbers") and bool(entry.files) == (
-            entry.source == "files"
-        )
+        assert entry.source in ("bundled", "one command", "files", "random numbers")
+        assert bool(entry.files) == (entry.source in ("one command", "files"))
         if entry.source == "bundled":
             data = load(name)
             assert (data.name, data.kind) == (name, entry.kind)

@@ -58,8 +58,8 @@ class S5VHConfig:
     directions: str = "both"  # "both", "forward" or "backward" in time
     tied: bool = False  # one set of weights for both directions (as the released code runs)
     relaxation: str = "sign"  # training codes: "sign" (straight-through) or "tanh"
-    # stochastic depth: probability to drop the last of several layers, in [0, 1); the released code has 0.5
-    drop_path: float = 0.0
+    # stochastic depth: probability to drop the last of several encoder layers, in [0, 1) (the released code)
+    drop_path: float = 0.5
     start: str = "mamba"  # first weights: "mamba", each mixer's own, or "released", all Xavier without biases
     # mixers keep their random weights (the released code draws those of the rivals anew in every pass)
     frozen: bool = False
@@ -266,9 +266,15 @@ def replace(
 # %% ../../nbs/lib/basics/03_config.ipynb #0711ae6b
 VARIANTS = {
     "paper": {},
-    "released": dict(tied=True, centers_in_loss=False, labels_follow_centers=False, refresh_with_norm=False),
-    "conmh": dict(mixer="Transformer", directions="forward", beta=0.0),
-    "ssth": dict(mixer="LSTM", directions="forward", alpha=0.0, beta=0.0),
+    "released": dict(
+        tied=True,
+        centers_in_loss=False,
+        labels_follow_centers=False,
+        refresh_with_norm=False,
+        start="released",
+    ),
+    "conmh": dict(mixer="Transformer", directions="forward", beta=0.0, drop_path=0.0),
+    "ssth": dict(mixer="LSTM", directions="forward", alpha=0.0, beta=0.0, drop_path=0.0),
 }
 
 PAIR_VARIANTS = {  # rows of paper 2's tables, by what they change in DMMH

@@ -19,7 +19,7 @@ from ..basics.checks import check
 from ..basics.config import KINDS, BaselineConfig, TrainConfig, TransferConfig, from_dict, to_dict
 
 # %% ../../nbs/lib/evidence/00_identity.ipynb #aedb883b
-SCHEMA = 2  # raised whenever a default of a configuration changes, or what a record holds
+SCHEMA = 3  # raised whenever a default of a configuration changes, or what a record holds
 
 Config = TrainConfig | BaselineConfig | TransferConfig
 

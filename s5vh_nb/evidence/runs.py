@@ -18,6 +18,7 @@ import numpy as np
 import s5vh_nb
 from ..basics.config import BaselineConfig, TrainConfig, replace
 from ..basics.devices import pick_device
+from ..datasets.catalog import Described
 from ..datasets.splits import Dataset
 from .identity import Config, method_name
 from .scoring import PROTOCOLS, score
@@ -27,8 +28,9 @@ from ..models.baselines import fit_baseline
 
 # %% ../../nbs/lib/evidence/05_runs.ipynb #862f9d16
 def complete(
-    config: Config, data: Dataset
-) -> Config:  # Of a transfer: its source, and the data it learns from
+    config: Config,  # Of a transfer: its source, and the data it learns from
+    data: Dataset | Described,
+) -> Config:
     "The configuration with what only the data can tell (see `resolve`); baselines of pairs have their view."
     if isinstance(config, TrainConfig):
         return resolve(config, data)

@@ -19,7 +19,7 @@ from ..basics.checks import check
 from ..basics.config import TrainConfig, TransferConfig
 from ..basics.devices import pick_device
 from ..basics.files import find_root
-from ..datasets.catalog import load
+from ..datasets.catalog import Described, describe, load
 from ..datasets.splits import Dataset
 from .archive import Archive
 from .identity import Config, differences, run_name
@@ -99,6 +99,10 @@ class Store:
         "A data set; several runs share one copy."
         return load(name, self.data_root)
 
+    def _described(self, name: str) -> Dataset | Described:
+        "What finding a record needs, for a set that is not here as well."
+        return describe(name, self.data_root)
+
     # Finding
 
     def find(
@@ -109,11 +113,11 @@ class Store:
         "The record, or None where there is none; `ValueError` when it was made from other data."
         if isinstance(config, TransferConfig):
             return self._find_transfer(config)
-        data = self.data(config.dataset)
+        data = self._described(config.dataset)
         return self._checked(self.archive.find(run_name(complete(config, data), label)), data)
 
     def _find_transfer(self, config):
-        home, away = self.data(config.source.dataset), self.data(config.dataset)
+        home, away = self._described(config.source.dataset), self._described(config.dataset)
         config = TransferConfig(config.dataset, complete(config.source, home))
         record = self._checked(self.archive.find(run_name(config)), away)
         expected = record and record.data["source"]["fingerprint"]

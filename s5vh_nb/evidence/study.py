@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..basics.checks import check, known, parse_list
 from ..basics.profiles import PROFILES
-from ..datasets.catalog import CATALOG, available
+from ..datasets.catalog import CATALOG, DATA_ROOT, available, is_there
 from .experiments import EXPERIMENTS, Experiment, config_of
 from .report import folder_of, save_figure, save_table, style
 from .store import Store
@@ -117,7 +117,7 @@ def open_study(
     bits=None,  # One code length, several, or None
     seeds=None,  # One, several, or None
     device: str | None = None,
-    data_root: str | None = None,  # Folder of the papers' files
+    data_root: str | None = None,  # Folder of files that are not bundled; None: that of the environment
     root: Path | None = None,  # The project's folder; None finds it
     may_train: bool | None = None,  # None: unless `s5vh-nb report` forbids it
 ) -> Study:
@@ -127,7 +127,7 @@ def open_study(
     artefact = "/".join(name.split("/")[:2])
     options = dict(root=root, data_root=data_root, device=device, may_train=may_train)
     store = Store(artefact, profile, **options)
-    names = parse_list(dataset, _default_datasets(experiment, profile, data_root), "dataset")
+    names = parse_list(dataset, _default_datasets(experiment, store), "dataset")
     for name_ in names:
         known(name_, CATALOG, "dataset")
         found = CATALOG[name_].kind
@@ -141,8 +141,14 @@ def open_study(
     )
 
 
-def _default_datasets(experiment, profile, data_root) -> list:
-    if profile in experiment.datasets:
-        return list(experiment.datasets[profile])
-    found = available(experiment.kind, data_root)
-    return found[:1] if experiment.first_only else found
+def _default_datasets(experiment, store) -> list:
+    "Those of the profile, but for sets to train on whose files are missing: they are named."
+    if store.profile not in experiment.datasets:
+        found = available(experiment.kind, store.data_root)
+        return found[:1] if experiment.first_only else found
+    names = list(experiment.datasets[store.profile])
+    missing = [name for name in names if store.may_train and not is_there(name, store.data_root)]
+    for name in missing:
+        first = CATALOG[name].files[0]
+        print(f"left out: {name} (no {first}; `s5vh-nb get {name}` makes it, {DATA_ROOT} names its folder)")
+    return [name for name in names if name not in missing]
