@@ -65,7 +65,8 @@ def _recordings(clone: str | Path) -> list:
     return [each for each in found if len(people[each[0]]) > 1 and each[0] != _NO_SIGN]
 
 # %% ../../nbs/lib/datasets/13_asl_source.ipynb #23b39cf8
-_T, _NUMBERS, _BODY = 20, 258, 33 * 4  # frames of a recording, numbers of a frame, those of the body
+_T = 20  # frames of a recording
+_NUMBERS, _BODY = 258, 33 * 4  # of a frame: all, and those of the body
 
 
 def _points(
