@@ -72,7 +72,7 @@ def test_a_lead_at_few_bits_must_be_a_lead(cells, pretend, ours, rival, found):
     assert table.verdict["its lead is largest at few bits"] == found
 
 
-def test_the_audit_says_what_records_there_are(cells, pretend, monkeypatch):
+def test_the_audit_says_what_records_there_are(cells, pretend):
     "Its first sentences, from the base alone, and with a row that has a larger effect than another."
     pretend(network(), 0.6)
     few = cells("s5vh/audit")["to_know"]
