@@ -85,5 +85,5 @@ def test_the_audit_says_what_records_there_are(cells, pretend):
     assert found["to_know"][0].startswith(
         "Of the 2 differences tried alone here, stochastic depth [10] changes most: +"
     )
-    assert found["to_know"][4] == "No measurable difference: none of those tried alone."
+    assert found["to_know"][4] == "No measurable difference alone: none of those tried."
     assert list(found["table"].place) == ["10", "3", "6"]
