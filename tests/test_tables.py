@@ -34,9 +34,13 @@ def test_a_method_without_all_seeds_is_named_and_left_out(tables, capsys):
     verdict = found["s5vh_retrieval_verdict"]
     assert verdict[["bits", "best rival", "seeds"]].values.tolist() == [[16, "LSH, flattened", 2]]
     printed = capsys.readouterr().out
-    assert "left out: LSH, time mean, spoken-digits, 16 bits (no record of seeds 2)" in printed
-    assert "left out: ConMH-style, spoken-digits, 16 bits (no record of seeds 1, 2)" in printed
-    assert "left out: S5VH, spoken-digits, 64 bits" in printed
+    names, lines = (
+        "ConMH-style; SSTH-style; ITQ, flattened; ITQ, time mean; LSH, time mean",
+        printed.splitlines(),
+    )
+    assert lines[0] == f"left out, not all seeds run: {names} (spoken-digits, 16 bits)"
+    assert lines[1].startswith("left out, not all seeds run: S5VH; ")
+    assert lines[1].endswith(" (spoken-digits, 64 bits)")
 
 
 def test_a_table_without_a_pair_to_compare_has_no_verdict(tables):
@@ -66,3 +70,20 @@ def test_a_lead_at_few_bits_must_be_a_lead(cells, pretend, ours, rival, found):
             pretend(BaselineConfig(view=view, bits=bits), rival[bits])
     table = cells("s5vh/claims", bits=[16, 64])["table"].set_index("claim")
     assert table.verdict["its lead is largest at few bits"] == found
+
+
+def test_the_audit_says_what_records_there_are(cells, pretend):
+    "Its first sentences, from the base alone, and with a row that has a larger effect than another."
+    pretend(network(), 0.6)
+    few = cells("s5vh/audit")["to_know"]
+    assert few[0] == "None of the 0 differences tried alone here has a measurable effect."
+    assert few[1] == "The whole release has not been run here." and len(few) == 5
+    pretend(network(drop_path=0.0), 0.2)
+    pretend(network(tied=True), 0.7)
+    pretend(network(mixer="LSTM"), 0.5)
+    found = cells("s5vh/audit")
+    assert found["to_know"][0].startswith(
+        "Of the 2 differences tried alone here, stochastic depth [10] changes most: +"
+    )
+    assert found["to_know"][4] == "No measurable difference alone: none of those tried."
+    assert list(found["table"].place) == ["10", "3", "6"]

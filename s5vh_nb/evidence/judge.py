@@ -42,7 +42,7 @@ def compared(
     "A gain in words: `better`, `worse`, `statistically indistinguishable`, or `no interval`."
     if np.isnan([gain.low, gain.high]).any():
         return "no interval"
-    found = verdict(gain)
+    found = "undecided" if gain.low <= 0 <= gain.high else verdict(gain)
     return _WORDS[found] + " (one seed)" * (seeds == 1 and found != "undecided")
 
 

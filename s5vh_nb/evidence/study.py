@@ -67,24 +67,21 @@ class Study:
         label: str = "",  # Name of a repetition
         rows=None,  # Names; None: all
     ) -> dict:
-        "The records of rows by (dataset, bits, row), one per seed; those that may not be made are named."
+        """The records of rows by (dataset, bits, row), one per seed; those that may not be made are named.
+
+        Of a repetition all may be missing; of the runs themselves that is a `FileNotFoundError`.
+        """
         cells = self.cells(rows)
         if not self.store.may_train:
-            cells = {
-                place: configs for place, configs in cells.items() if self._complete(place, configs, label)
-            }
+            left_out = [place for place in cells if self.find(*place, label) is None]
+            _name_left_out(left_out, label)
+            cells = {place: configs for place, configs in cells.items() if place not in left_out}
             where = f"results/{self.profile}"
-            check(cells, where, f"all seeds of at least one row of {self.name}", "none", FileNotFoundError)
+            expected = f"all seeds of at least one row of {self.name}"
+            check(cells or label, where, expected, "none", FileNotFoundError)
         asked = [config for configs in cells.values() for config in configs]
         found = iter(self.store.get_many(asked, label))
         return {place: [next(found) for _ in configs] for place, configs in cells.items()}
-
-    def _complete(self, place, configs, label) -> bool:
-        missing = [c.seed for c in configs if self.store.find(c, label) is None]
-        if missing:
-            where = f"{place[2]}, {place[0]}, {place[1]} bits"
-            print(f"left out: {where} (no record of seeds {', '.join(map(str, missing))})")
-        return not missing
 
     def _paper(self) -> str:
         return self.name.split("/")[0]
@@ -108,6 +105,16 @@ class Study:
         "Save as `figures/<profile>/<paper>/<name>.png`; returns the path."
         folder = folder_of(self.store.root, "figures", self.profile) / self._paper()
         return save_figure(fig, folder / f"{name}.png", **options)
+
+
+def _name_left_out(places, label):
+    "One line for all rows of a data set and code length that lack a record."
+    rows_at = {}
+    for dataset, bits, row in places:
+        rows_at.setdefault((dataset, bits), []).append(row)
+    what = f"left out of {label!r}" if label else "left out"
+    for (dataset, bits), rows in rows_at.items():
+        print(f"{what}, not all seeds run: {'; '.join(rows)} ({dataset}, {bits} bits)")
 
 # %% ../../nbs/lib/evidence/10_study.ipynb #0b8b4b68
 def open_study(
