@@ -67,7 +67,7 @@ def test_part_of_the_clips_has_the_steps_of_all(dataset, share):
         return [n * math.ceil(clips / c.batch) for n in epochs]
 
     for network in SIZED:
-        assert steps(share_row(network, share)) == pytest.approx(steps(network), rel=0.01)
+        assert steps(share_row(network, share)) == pytest.approx(steps(network), rel=0.02)
 
 
 def test_a_row_that_changes_an_unknown_field_is_refused():
