@@ -238,17 +238,24 @@ _SHARED = {
     share_row(name, share): _part_of_training(share, **row) for name, row in SIZED.items() for share in SHARES
 }
 _SCHEDULE_ROWS = {**SIZED, **_SCHEDULED, **_SHARED, **_ITQ}
-
-_TWO = [name + WITH_DEPTH for name in ("S5VH", "ConMH-style")]
-_KEPT = {  # profile -> what it runs beside ITQ and these two networks at its own schedule
-    "smoke": [schedule_row(_TWO[1], SCHEDULES[0]), *(share_row(name, 1 / 2) for name in _TWO)],
+_OURS, _CONMH, _SSTH = (name + WITH_DEPTH for name in ("S5VH", *_STYLES))
+_KEPT = {  # profile -> the rows that it runs; the others run all
+    "smoke": [
+        _OURS,
+        _CONMH,
+        _SSTH,
+        schedule_row(_SSTH, 15),
+        share_row(_OURS, 1 / 2),
+        share_row(_CONMH, 1 / 2),
+    ],
     "quick": [
-        *(schedule_row(name, SCHEDULES[0]) for name in _TWO),
-        *(share_row(name, share) for name in _TWO for share in (1 / 8, 1 / 2)),
+        row
+        for name in (_OURS, _CONMH)
+        for row in (name, schedule_row(name, 15), share_row(name, 1 / 8), share_row(name, 1 / 2))
     ],
 }
 _NOT_KEPT = {
-    profile: tuple(row for row in _SCHEDULE_ROWS if row not in [*_ITQ, *_TWO, *kept])
+    profile: tuple(row for row in _SCHEDULE_ROWS if row not in [*kept, *_ITQ])
     for profile, kept in _KEPT.items()
 }
 
