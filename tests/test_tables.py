@@ -127,8 +127,8 @@ def test_schedule_and_size(cells, pretend, capsys):
     pretend_rows(pretend, "s5vh/schedule", {**ALL, **shorter, **HALF_OF_THEM, "ITQ, flattened": 0.5})
     found = cells("s5vh/schedule")
     best = found["best"].iloc[0]
-    assert [best.network, best["best epochs"], best["all epochs"]] == [NETWORKS["SSTH-style"], 15, 2]
-    assert best["all less best"] < 0 and best["it is"] == "better (one seed)"
+    assert [best.network, best["best epochs"], best["whole schedule"]] == [NETWORKS["SSTH-style"], 15, 2]
+    assert best["whole less best"] < 0 and best["it is"] == "better (one seed)"
     points = found["points"]
     assert set(points.steps[points.network != NETWORKS["SSTH-style"]]) == {2 * 18}
     leads = found["leads"].set_index("clips").gain
