@@ -60,7 +60,7 @@ def keep(store):
             config=differences(complete(config, data)),
             label=label,
             metrics=metrics,
-            data={"name": data.name, "fingerprint": data.fingerprint},
+            data={"name": data.name, "fingerprint": data.fingerprint, "train": len(data.train)},
             device="none",
             seconds={"train": 1.0},
             artefact="tests",

@@ -1,16 +1,18 @@
 "Ablations: every row of every experiment is a run of its own, and rows learn and change what they say."
 
+import math
+
 import pytest
 import torch
 
 from s5vh_nb.basics.config import VARIANTS, replace, variant
 from s5vh_nb.basics.profiles import PROFILES, train_config
-from s5vh_nb.datasets.catalog import load
+from s5vh_nb.datasets.catalog import is_there, load
 from s5vh_nb.datasets.splits import Dataset, Split
-from s5vh_nb.evidence.experiments import EXPERIMENTS, Experiment, config_of
+from s5vh_nb.evidence.experiments import EXPERIMENTS, SHARES, SIZED, Experiment, config_of, share_row
 from s5vh_nb.evidence.identity import run_name
 from s5vh_nb.learning.checkpoints import new_run
-from s5vh_nb.learning.training import fit_objective, train
+from s5vh_nb.learning.training import fit_objective, train, training_share
 
 LAYERS = {
     "Mamba, both": {},
@@ -48,6 +50,24 @@ def test_every_row_is_a_run_of_its_own(name, profile):
 def test_a_variant_is_another_run(name):
     config = train_config("spoken-digits", "smoke")
     assert run_name(variant(config, name)) != run_name(config)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("dataset", EXPERIMENTS["s5vh/schedule"].datasets["full"])
+def test_part_of_the_clips_has_the_steps_of_all(dataset, share):
+    if not is_there(dataset):
+        pytest.skip(f"{dataset} isn't here")
+    data = load(dataset)
+
+    def steps(row):
+        "Of the warm-up, between two evaluations, and of the whole training."
+        c = config_of(EXPERIMENTS["s5vh/schedule"].rows[row], dataset, "full", 64, 1)
+        clips = len(training_share(data, c.share, c.seed).train)
+        epochs = (c.objective.warmup, c.evaluate_every, c.epochs)
+        return [n * math.ceil(clips / c.batch) for n in epochs]
+
+    for network in SIZED:
+        assert steps(share_row(network, share)) == pytest.approx(steps(network), rel=0.02)
 
 
 def test_a_row_that_changes_an_unknown_field_is_refused():

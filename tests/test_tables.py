@@ -1,10 +1,19 @@
-"Paper 1's tables from made-up records: retrieval from some of its runs; a claim about the lead over rivals."
+"Paper 1's tables from made-up records: retrieval, gain, schedule; a claim about the lead over rivals."
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from s5vh_nb.basics.config import VARIANTS, BaselineConfig
 from s5vh_nb.basics.profiles import train_config
+from s5vh_nb.evidence.experiments import (
+    EXPERIMENTS,
+    WITH_DEPTH,
+    WITHOUT_DEPTH,
+    config_of,
+    schedule_row,
+    share_row,
+)
 
 LSH = [BaselineConfig(method="lsh", view="flat", bits=16, seed=seed) for seed in (1, 2)]
 HALF = BaselineConfig(method="lsh", view="mean", bits=16)  # one of two seeds
@@ -87,3 +96,72 @@ def test_the_audit_says_what_records_there_are(cells, pretend):
     )
     assert found["to_know"][4] == "No measurable difference alone: none of those tried."
     assert list(found["table"].place) == ["10", "3", "6"]
+
+
+def pretend_rows(pretend, experiment, qualities):
+    "Keep a made-up record for each of these rows."
+    for row, quality in qualities.items():
+        pretend(config_of(EXPERIMENTS[experiment].rows[row], "spoken-digits", "smoke", 16, 1), quality)
+
+
+DEPTH_ADDS = {
+    "S5VH" + WITH_DEPTH: 0.8,
+    "S5VH" + WITHOUT_DEPTH: 0.4,
+    "S5VH without alignment" + WITH_DEPTH: 0.7,
+    "S5VH without alignment" + WITHOUT_DEPTH: 0.5,
+    "S5VH with one direction" + WITH_DEPTH: 0.75,
+    "ConMH-style" + WITH_DEPTH: 0.7,
+    "ConMH-style" + WITHOUT_DEPTH: 0.8,
+}
+
+
+def test_gain_is_taken_apart(cells, pretend, capsys):
+    pretend_rows(pretend, "s5vh/gain", DEPTH_ADDS)
+    parts = cells("s5vh/gain")["parts"].set_index(["part", "when"])
+    words = parts["it is"].to_dict()
+    assert words["stochastic depth", "in S5VH"] == "better (one seed)"
+    assert words["stochastic depth", "in ConMH-style"] == "worse (one seed)"
+    assert words["alignment", "without stochastic depth"] == "worse (one seed)"
+    assert ("stochastic depth", "in S5VH with one direction") not in words  # one of its two rows is missing
+    assert ("second direction", "interaction") not in words
+    gains = parts.gain["S5VH instead of ConMH-style"]
+    both = gains["with stochastic depth"] - gains["without stochastic depth"]
+    assert gains["interaction"] == pytest.approx(both)
+    printed = capsys.readouterr().out
+    assert "in 3 networks: spoken-digits" in printed and "(better in 2, worse in 1 of 3)" in printed
+    assert "one of these parts: stochastic depth in 1 of 1 cases" in printed
+
+
+def test_gain_of_some_rows_has_no_parts(cells, pretend, checkout):
+    pretend_rows(pretend, "s5vh/gain", {"ConMH-style" + WITH_DEPTH: 0.5, "ITQ, flattened": 0.5})
+    assert cells("s5vh/gain")["parts"].empty
+    assert not list(checkout.rglob("tables/*.csv")) and list(checkout.rglob("gain.png"))
+
+
+NETWORKS = {name: name + WITH_DEPTH for name in ("S5VH", "ConMH-style", "SSTH-style")}
+ALL = {NETWORKS["S5VH"]: 0.9, NETWORKS["ConMH-style"]: 0.5, NETWORKS["SSTH-style"]: 0.4}
+HALF_OF_THEM = {share_row(NETWORKS["S5VH"], 1 / 2): 0.6, share_row(NETWORKS["ConMH-style"], 1 / 2): 0.5}
+
+
+def test_schedule_and_size(cells, pretend, capsys):
+    shorter = {schedule_row(NETWORKS["SSTH-style"], 15): 0.7}
+    pretend_rows(pretend, "s5vh/schedule", {**ALL, **shorter, **HALF_OF_THEM, "ITQ, flattened": 0.5})
+    found = cells("s5vh/schedule")
+    best = found["best"].iloc[0]
+    assert [best.network, best["best epochs"], best["whole schedule"]] == [NETWORKS["SSTH-style"], 15, 2]
+    assert best["whole less best"] < 0 and best["it is"] == "better (one seed)"
+    points = found["points"]
+    assert set(points.steps[points.network != NETWORKS["SSTH-style"]]) == {2 * 18}
+    leads = found["leads"].set_index("clips").gain
+    trend = found["trends"].set_index("what").loc["S5VH less ConMH-style"]
+    assert trend["per doubling"] == pytest.approx(leads[2250] - leads[1125])
+    reached = leads[2250] + np.log2(9537 / 2250) * trend["per doubling"]
+    assert trend["line at 9537"] == pytest.approx(reached)
+    assert "it is better in 2 and worse in 0 of 2 trainings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows", [["ITQ, flattened"], [NETWORKS["S5VH"]], list(HALF_OF_THEM)[:1]])
+def test_schedule_of_some_rows(cells, pretend, rows):
+    pretend_rows(pretend, "s5vh/schedule", dict.fromkeys(rows, 0.5))
+    found = cells("s5vh/schedule")
+    assert found["best"].empty and found["leads"].empty and found["trends"].empty

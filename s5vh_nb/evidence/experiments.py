@@ -11,6 +11,7 @@ __all__ = ['TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'NO_DEPTH', 'TWO_DIFFERENCES',
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
+from math import ceil
 
 from ..basics.checks import known
 from ..basics.config import PAIR_VARIANTS, VARIANTS, BaselineConfig, TrainConfig, replace
@@ -63,6 +64,7 @@ _VIDEOS = {
     "full": ("spoken-digits", "spoken-pairs", "asl-words"),
 }
 _ABLATED = {"smoke": ("spoken-digits",), "quick": ("spoken-digits",), "full": ("spoken-digits", "asl-words")}
+_ONE_IN_QUICK = {**_VIDEOS, "quick": _VIDEOS["quick"][:1]}
 _FIRST_VIDEOS = {profile: names[:1] for profile, names in _VIDEOS.items()}
 _BOTH_SPOKEN = {profile: ("spoken-digits", "spoken-pairs") for profile in _VIDEOS}
 _MOVING = {profile: ("moving-digits",) for profile in PROFILES}
@@ -189,8 +191,9 @@ _GAIN = {
     "ConMH-style": VARIANTS["conmh"],
 }
 
-SCHEDULES = (15, 40, 100, 350)  # epochs of trainings whose learning rate falls to its end
+SCHEDULES = (15, 40, 100)  # epochs of trainings that are shorter than the profile's
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the training clips, at as many steps as the whole set has
+_CLIPS = {"spoken-digits": 2250, "spoken-pairs": 2250, "asl-words": 1830}  # small: their last batches count
 
 
 def schedule_row(network: str, epochs: int) -> str:
@@ -203,16 +206,29 @@ def share_row(network: str, share: float) -> str:
     return f"{network}, {share:g} of the clips"
 
 
+def _epochs_for_one(config: TrainConfig, share: float) -> float:
+    "How many epochs over a part of the training set have the steps of one over the whole."
+    if config.dataset not in _CLIPS:
+        return 1 / share
+    whole, part = (ceil(round(of * _CLIPS[config.dataset]) / config.batch) for of in (1, share))
+    return whole / part
+
+
 def _part_of_training(share: float, **changes) -> Callable:
-    "A row that learns from a part of the training set, in as many steps as from the whole."
+    "A row that learns from a part of the training set; schedule and warm-up have the steps of the whole."
 
     def row(config):
-        return replace(config, **changes, share=share, epochs=round(config.epochs / share))
+        config, factor = replace(config, **changes), _epochs_for_one(config, share)
+        warmup = getattr(config.objective, "warmup", None)  # of videos
+        if warmup is not None:
+            config = replace(config, warmup=round(factor * warmup))
+        epochs, every = round(factor * config.epochs), round(factor * config.evaluate_every)
+        return replace(config, share=share, epochs=epochs, evaluate_every=every)
 
     return row
 
 
-SIZED = _at_both_depths({"S5VH": {}, **_STYLES})
+SIZED = _at_both_depths({"S5VH": {}, **_STYLES})  # name of a network -> its row at the profile's schedule
 _SCHEDULED = {
     schedule_row(name, epochs): {**row, "epochs": epochs}
     for name, row in SIZED.items()
@@ -220,6 +236,26 @@ _SCHEDULED = {
 }
 _SHARED = {
     share_row(name, share): _part_of_training(share, **row) for name, row in SIZED.items() for share in SHARES
+}
+_SCHEDULE_ROWS = {**SIZED, **_SCHEDULED, **_SHARED, **_ITQ}
+_OURS, _CONMH = "S5VH" + WITH_DEPTH, "ConMH-style" + WITH_DEPTH
+_SSTH = "SSTH-style" + WITH_DEPTH
+_KEPT = {  # profile -> the rows that it runs; the others run all
+    "smoke": [
+        _OURS,
+        _CONMH,
+        _SSTH,
+        schedule_row(_SSTH, 15),
+        share_row(_OURS, 1 / 2),
+        share_row(_CONMH, 1 / 2),
+    ],
+    "quick": [
+        row for name in (_OURS, _CONMH) for row in (name, schedule_row(name, 15), share_row(name, 1 / 8))
+    ],
+}
+_NOT_KEPT = {
+    profile: tuple(row for row in _SCHEDULE_ROWS if row not in [*kept, *_ITQ])
+    for profile, kept in _KEPT.items()
 }
 
 CENTER_KINDS = {  # centers of a training -> what they change
@@ -313,15 +349,18 @@ _PAPER1 = {
         first_set_only=("base", *_AUDITED),
     ),
     "gain": Experiment(
-        _at_both_depths(_GAIN),
+        {**_at_both_depths(_GAIN), "ITQ, flattened": _ITQ["ITQ, flattened"]},
+        datasets=_ONE_IN_QUICK,
         bits=_ABLATION_BITS,
         base="S5VH" + WITH_DEPTH,
     ),
     "schedule": Experiment(
-        {**_SCHEDULED, **_SHARED, **_ITQ},
+        _SCHEDULE_ROWS,
+        datasets=_ONE_IN_QUICK,
         bits=_LONGEST,
         seeds=_THREE_SEEDS,
-        base=schedule_row("S5VH" + WITH_DEPTH, 350),
+        base="S5VH" + WITH_DEPTH,
+        without=_NOT_KEPT,
     ),
     "efficiency": Experiment(bits=_LONGEST),
     "claims": Experiment(),
