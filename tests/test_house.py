@@ -273,6 +273,21 @@ def test_package_needs_no_development_tools():
     assert not needing
 
 
+def test_package_works_without_a_folder_for_compiled_code():
+    "As in a container: the installation is read-only, and the user has no home."
+    code = """
+import importlib, pkgutil
+from numba.core import caching
+caching.CompileResultCacheImpl._locator_classes.clear()  # numba finds no folder
+import s5vh_nb
+for module in pkgutil.walk_packages(s5vh_nb.__path__, "s5vh_nb."):
+    importlib.import_module(module.name)
+"""
+    env = {name: value for name, value in os.environ.items() if name not in ("HOME", "NUMBA_CACHE_DIR")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # Style
 
 

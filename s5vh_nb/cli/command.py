@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 
+import s5vh_nb
 from ..basics.checks import check, known
 from ..basics.files import find_root
 from ..basics.profiles import PROFILES
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Reproduce the tables and figures of S5VH and DMMH from their notebooks.",
         epilog="exit status: 0 all went well, 1 a notebook failed, 2 what was asked for is out of reach",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {s5vh_nb.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="what there is: artefacts, their parameters and outputs")
     help = "run artefact notebooks; runs whose record exists are not run again"
