@@ -41,6 +41,7 @@ def _check_seed(seed: int):
     check(0 <= seed < 2**31, "seed", "0 or more, below 2**31", seed)
 
 
+_MIXERS = ("Mamba", "Mamba2", "LSTM", "RetNet", "RWKV", "Transformer")  # built in `models.mixers`
 _DEPTHS = {"mini": 1, "small": 6, "base": 12}  # the paper's three encoder sizes, in layers
 
 
@@ -75,6 +76,7 @@ class S5VHConfig:
             "'both', 'forward' or 'backward'",
             repr(self.directions),
         )
+        known(self.mixer, _MIXERS, "mixer")
         check(self.relaxation in ("sign", "tanh"), "relaxation", "'sign' or 'tanh'", repr(self.relaxation))
         check(0 <= self.drop_path < 1, "drop_path", "a probability in [0, 1)", self.drop_path)
         check(self.start in ("mamba", "released"), "start", "'mamba' or 'released'", repr(self.start))
@@ -151,6 +153,7 @@ class DMMHConfig:
         check_bits(self.bits)
         for name in ("di", "dt", "width", "image_hidden", "text_hidden", "layers"):
             check(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+        known(self.mixer, (*_MIXERS, "none"), "mixer")
         choices = {
             "modality": ("both", "image", "text"),
             "dilation": ("bit", "bottleneck", "reshape", "none"),
