@@ -421,6 +421,8 @@ def test_artefact_notebook(path):
     assert PARAMETERS <= set(artefact.parameters)
     assert nb.metadata.kernelspec.name == "python3"
     assert not any(cell.get("outputs") for cell in nb.cells), "artefact sources carry no outputs"
+    first = [cell.source for cell in nb.cells if cell.cell_type == "code"][1]
+    assert "open_study(" in first, "its first cell does not check its parameters"
     outputs = artefact.tables + artefact.figures
     assert outputs, "it saves no table and no figure"
     begin = [name == path.stem or name.startswith(f"{path.stem}_") for name in outputs]

@@ -195,8 +195,9 @@ def test_unknown_profile_and_no_notebooks(checkout, capsys):
 def test_results_that_cannot_be_written(make, checkout, capsys):
     make("fine", "print('fine')")
     (checkout / "results").write_text("a file where a folder should be")
-    assert command.main(["reproduce", "fine", "--profile", "smoke"]) == 1
-    assert "expected a folder that can be written to" in capsys.readouterr().err
+    make("other", "print('other')")
+    assert command.main(["reproduce", "--all", "--profile", "smoke"]) == 2
+    assert capsys.readouterr().err.count("expected a folder that can be written to") == 1
 
 
 def test_pack(checkout, capsys, monkeypatch):
@@ -294,3 +295,11 @@ def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(["--version"])
     assert stop.value.code == 0 and capsys.readouterr().out == f"s5vh-nb {s5vh_nb.__version__}\n"
+
+
+def test_an_unknown_parameter_stops_a_notebook_in_its_first_cell(make):
+    "papermill alone takes any name; the command checks names before."
+    artefact = make("odd", "from s5vh_nb.evidence.study import open_study\nopen_study('s5vh/codes', profile)")
+    failure = execute.execute(artefact, {"profile": "smoke", "data_rot": "data"})
+    assert failure.startswith("cell 3, 'from s5vh_nb.evidence.study import open_study': ValueError")
+    assert "found 'data_rot' (did you mean 'data_root'?)" in failure

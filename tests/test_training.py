@@ -239,7 +239,7 @@ def test_a_misspelt_data_set_is_named():
 def test_a_checkpoint_that_cannot_be_written_is_found_at_the_start(
     data, tmp_path, monkeypatch, name, message
 ):
-    monkeypatch.setattr(training, "new_run", None)  # nothing has begun
+    monkeypatch.setattr(training, "fit_objective", None)  # nothing has begun
     (tmp_path / "notes").touch()
     with pytest.raises((OSError, ValueError), match=message):
         train(CONFIG, data, checkpoint=tmp_path / name)

@@ -14,10 +14,10 @@ import time
 
 import s5vh_nb
 from ..basics.checks import check, known
-from ..basics.files import find_root
+from ..basics.files import check_writable, find_root
 from ..basics.profiles import PROFILES
 from .artefacts import Artefact, artefacts, select
-from .execute import environment, execute
+from .execute import environment, execute, executed_path
 from .parameters import parameters_for, parse_pairs
 from ..datasets.asl_source import get_asl_words
 from ..datasets.catalog import DATA_ROOT
@@ -39,6 +39,8 @@ def run_all(
     "Run the notebooks one after the other and print a summary; returns the failures by artefact name."
     profile = known(given["profile"], PROFILES, "profile")
     jobs = [(artefact, parameters_for(artefact.parameters, given, artefact.name)) for artefact in chosen]
+    for artefact in chosen[:1]:
+        check_writable(executed_path(artefact, profile).with_name("copy.ipynb"))
     failures = {}
     for number, (artefact, parameters) in enumerate(jobs, 1):
         progress = f"[{number}/{len(jobs)}] {artefact.name}: "

@@ -318,18 +318,17 @@ def train(
     expected = "a TrainConfig (`train_config` makes one)"
     check(isinstance(config, TrainConfig), "config", expected, type(config).__name__, TypeError)
     check(every >= 1, "every", "a number of epochs, at least 1", every)
-    if checkpoint:
-        check_writable(checkpoint)
     clock = time.perf_counter()
     data, device = data or load(config.dataset, data_root), pick_device(device)
     config, data = resolve(config, data), training_share(data, config.share, config.seed)
     check_trainable(config, data)
-    if resume and checkpoint and Path(checkpoint).exists():
-        run = load_checkpoint(checkpoint, config, data, device)
-    else:
-        run = new_run(config, data, device)
-        if start is not None:
-            start_from(run, start)
+    resumed = resume and checkpoint and Path(checkpoint).exists()
+    run = load_checkpoint(checkpoint, config, data, device) if resumed else new_run(config, data, device)
+    if checkpoint and run.epoch < config.epochs:
+        check_writable(checkpoint)  # now, not after the first epochs
+    if start is not None and not resumed:
+        start_from(run, start)
+    if not resumed:
         fit_objective(run, data, progress)
     if run.epoch < config.epochs:
         inputs = tuple(move_if_it_fits(x, device, config.precision) for x in data.train.arrays)
