@@ -46,8 +46,10 @@ test-artefacts: $(READY)
 	$(BIN)/papermill --log-level ERROR --no-progress-bar -p profile smoke nbs/s5vh/retrieval.ipynb results/smoke/plain.ipynb
 	$(BIN)/s5vh-nb reproduce --all --profile smoke
 
+# tools/lab: no question about news; the hook saves a notebook as it is committed, without what tells of this kernel
 lab: $(READY)  ## JupyterLab for the whole project, opened at the index
-	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" nbs/index.ipynb
+	JUPYTER_CONFIG_PATH="$(CURDIR)/tools/lab$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs/index.ipynb
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py

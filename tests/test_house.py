@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
+from nbdev.clean import clean_jupyter
 
 from s5vh_nb.cli.artefacts import PAPERS, read_artefact
 
@@ -68,7 +69,8 @@ def remade():
             shutil.copy(ROOT / name, copy)
         shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
         shutil.copytree(PACKAGE / "data", copy / "s5vh_nb" / "data")
-        shutil.copy(PACKAGE / "__init__.py", copy / "s5vh_nb")
+        for name in ("__init__.py", "py.typed"):
+            shutil.copy(PACKAGE / name, copy / "s5vh_nb")
         for command in ("nbdev_export", "nbdev_clean"):
             env = {**os.environ, "PYTHONPATH": ""}
             subprocess.run([BIN / command], cwd=copy, check=True, capture_output=True, env=env)
@@ -85,6 +87,17 @@ def test_package_equals_notebooks(remade):
 def test_notebooks_are_clean(remade):
     unclean = [name_of(p) for p in NOTEBOOKS if p.read_bytes() != (remade / p.relative_to(ROOT)).read_bytes()]
     assert not unclean, f"nbdev_clean would change {unclean} (make prepare)"
+
+
+def test_lab_saves_a_notebook_as_it_was_committed():
+    "The hook that `make lab` gives it takes off what Lab writes when a kernel has started."
+    assert "pre_save_hook=nbdev.clean.clean_jupyter" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    for path in (LIBRARY[0], ARTEFACTS[0]):
+        nb = nbformat.read(path, as_version=4)
+        nb.metadata["kernelspec"]["display_name"] = "Python 3 (ipykernel)"
+        nb.metadata["language_info"] = {"name": "python", "version": "3.11.7"}
+        clean_jupyter(str(path), {"type": "notebook", "content": nb})
+        assert nbformat.writes(nb) + "\n" == path.read_text(encoding="utf-8"), name_of(path)
 
 
 def test_wheel_has_everything(remade):
@@ -108,7 +121,7 @@ def test_wheel_has_everything(remade):
         module, function = re.search(r"^s5vh-nb = ([\w.]+):(\w+)$", entry, re.MULTILINE).groups()
         assert f"def {function}(" in wheel.read(module.replace(".", "/") + ".py").decode()
     data = {name_of(path) for path in (PACKAGE / "data").iterdir()}
-    assert data | {name_of(path) for path in PACKAGE.rglob("*.py")} <= names
+    assert data | {name_of(path) for path in PACKAGE.rglob("*.py")} | {"s5vh_nb/py.typed"} <= names
 
 
 def load_tool(name):
