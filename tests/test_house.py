@@ -98,6 +98,8 @@ def test_lab_saves_a_notebook_as_it_was_committed():
         nb.metadata["language_info"] = {"name": "python", "version": "3.11.7"}
         clean_jupyter(str(path), {"type": "notebook", "content": nb})
         assert nbformat.writes(nb) + "\n" == path.read_text(encoding="utf-8"), name_of(path)
+    with_widgets = [name_of(path) for path in NOTEBOOKS if b"widget-view" in path.read_bytes()]
+    assert not with_widgets, "Lab writes the numbers of widgets anew"
 
 
 def test_wheel_has_everything(remade):
