@@ -17,7 +17,7 @@ import numpy as np
 
 import s5vh_nb
 from ..basics.config import BaselineConfig, TrainConfig, replace
-from ..basics.devices import pick_device
+from ..basics.devices import Device, pick_device
 from ..datasets.catalog import Described
 from ..datasets.splits import Dataset
 from .identity import Config, method_name
@@ -97,7 +97,7 @@ def learn(
     config: TrainConfig | BaselineConfig,  # Complete, see `complete`
     data: Dataset,
     checkpoint: Path,  # Of a network: where it is kept; an unfinished one is taken up
-    device: str | None = None,
+    device: Device = None,
     progress: bool = True,
 ) -> Learnt:
     "The trained network or fitted baseline."
@@ -128,7 +128,7 @@ def encode_splits(
 def encode_and_score(
     hasher,
     data: Dataset,
-    device: str | None,
+    device: Device,
     single: bool = False,  # See `encode_splits`
 ) -> dict:
     "What a record keeps of a hash function on a data set: codes, metrics, arrays, columns, seconds."

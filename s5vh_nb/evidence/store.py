@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..basics.checks import check
 from ..basics.config import BaselineConfig, TrainConfig, TransferConfig
-from ..basics.devices import pick_device
+from ..basics.devices import Device, pick_device
 from ..basics.files import check_writable, find_root
 from ..datasets.catalog import Described, describe, load
 from ..datasets.splits import Dataset
@@ -89,7 +89,7 @@ class Store:
         *,
         root: Path | None = None,  # The project's folder; None finds it
         data_root: str | None = None,  # Folder of the papers' files
-        device: str | None = None,  # None takes a GPU when there is one
+        device: Device = None,  # None takes a GPU when there is one
         may_train: bool | None = None,  # None: unless `s5vh-nb report` forbids it
         progress: bool = True,
     ):

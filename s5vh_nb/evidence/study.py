@@ -15,6 +15,7 @@ import pandas as pd
 from IPython import get_ipython
 
 from ..basics.checks import check, known, parse_list
+from ..basics.devices import Device
 from ..basics.profiles import PROFILES
 from ..datasets.catalog import CATALOG, DATA_ROOT, available, is_there
 from .experiments import EXPERIMENTS, Experiment, config_of
@@ -154,7 +155,7 @@ def open_study(
     dataset=None,  # One name, several, or None for those of the profile
     bits=None,  # One code length, several, or None
     seeds=None,  # One, several, or None
-    device: str | None = None,
+    device: Device = None,
     data_root: str | None = None,  # Folder of files that are not bundled; None: that of the environment
     root: Path | None = None,  # The project's folder; None finds it
     may_train: bool | None = None,  # None: unless `s5vh-nb report` forbids it

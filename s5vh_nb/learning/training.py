@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..basics.checks import check
 from ..basics.config import TrainConfig
-from ..basics.devices import as_tensor, pick_device
+from ..basics.devices import Device, as_tensor, pick_device
 from ..basics.files import check_writable
 from ..datasets.catalog import load
 from ..datasets.rows import rows_of, to_tensor
@@ -302,7 +302,7 @@ def train(
     data: Dataset | None = None,  # Loaded by name when None
     *,
     data_root: str | Path | None = None,  # Folder with the papers' files, for official sets
-    device: str | torch.device | None = None,  # "cpu", "cuda", ...; None takes a GPU when there is one
+    device: Device = None,  # None takes a GPU when there is one
     start: HashNetwork | None = None,  # Network to train further; None: weights from the seed
     checkpoint: str | Path | None = None,  # File to save to during training
     every: int = 10,  # Epochs between two checkpoints
