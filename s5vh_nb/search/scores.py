@@ -381,17 +381,21 @@ def _relevant_found(
     cuts: list,  # Each 1..n
     ties: str,  # "expected" | "lowest" | "highest"
 ) -> np.ndarray:  # (nq, cuts) float64
-    "How many relevant items are among the first N."
-    ends, N = counts.cumsum(1), torch.tensor(cuts)  # (nq, k+1), (cuts,)
-    bucket = torch.searchsorted(ends, N.expand(len(ends), -1).contiguous())  # (nq, cuts): the cut is in it
-    m, rho = (of_each.long().gather(1, bucket) for of_each in (counts, relevant_counts))  # (nq, cuts)
-    R, J = relevant_counts.cumsum(1).gather(1, bucket) - rho, N - ends.gather(1, bucket) + m  # (nq, cuts)
-    inside = {
-        "expected": J * rho / m.double(),
-        "lowest": (J - (m - rho)).clamp(min=0),
-        "highest": torch.minimum(rho, J),
-    }
-    return (R + inside[ties]).double().numpy()
+    "How many relevant items are among the first N: a polyline in N, with two corners for each bucket."
+    m, rho = counts.numpy(), relevant_counts.numpy()
+    ends, found = (
+        m.cumsum(1),
+        rho.cumsum(1),
+    )  # (nq, k+1): items and relevant ones up to the end of each bucket
+    bends = {  # a corner inside of each bucket, where its relevant items begin or end
+        "expected": (ends, found),
+        "lowest": (ends - rho, found - rho),
+        "highest": (ends - m + rho, found),
+    }[ties]
+    corners = [np.stack(pair, 2).reshape(len(m), -1) for pair in zip(bends, (ends, found))]  # x, y (nq, 2k+2)
+    start = np.zeros((len(m), 1))
+    x, y = (np.concatenate([start, of_all], 1) for of_all in corners)
+    return np.stack([np.interp(cuts, *line) for line in zip(x, y)])
 
 
 def _hits(
