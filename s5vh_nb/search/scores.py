@@ -86,8 +86,8 @@ def _label_words(
     q, db = as_array(query_labels, "query_labels"), as_array(db_labels, "db_labels")
     for where, labels, size in (("query_labels", q, sizes[0]), ("db_labels", db, sizes[1])):
         whole = labels.dtype.kind in "iu" and labels.max(initial=0) < 2**63
-        fits = labels.shape[1] > 1 if labels.ndim == 2 else labels.ndim == 1 and whole
-        expected = "int (videos,), or multi-hot (videos, classes) of 2 classes or more"
+        fits = labels.ndim == 2 and labels.shape[1] > 0 or labels.ndim == 1 and whole
+        expected = "int (videos,) or multi-hot (videos, classes)"
         check(fits, where, expected, f"{labels.dtype} {labels.shape}")
         check(len(labels) == size, where, f"{size} rows, one a code", len(labels))
     expected = f"shape (videos, *{db.shape[1:]}), as db_labels"
