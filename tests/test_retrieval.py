@@ -375,10 +375,6 @@ BAD = [
     (dict(query_codes=CODES.tolist()), "query_codes: expected packed codes, uint8"),
     (dict(query_codes=[[0], [0, 1]]), "query_codes: expected an array, a tensor, or lists of equal length"),
     (dict(query_labels=[[0], [0, 1]]), "query_labels: expected an array, a tensor, or lists of equal length"),
-    (
-        dict(query_labels=LABELS[:, None], db_labels=LABELS[:, None]),
-        "query_labels: expected int (videos,), or",
-    ),
     (dict(query_labels=np.eye(4)[:, :0], db_labels=np.eye(4)[:, :0]), "query_labels: expected int (videos,)"),
     (dict(query_labels=csr_array(np.eye(4))), "query_labels: expected int (videos,)"),
     (dict(query_labels=2**64 - 1 - LABELS.astype(np.uint64)), "query_labels: expected int (videos,)"),
