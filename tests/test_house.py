@@ -39,7 +39,7 @@ MEGABYTES, FILES = 25, 450  # of tracked files, at most
 PUBLIC = """
     selective_scan Mamba Mamba2 LSTM RetNet RWKV Transformer Bidirectional S5VH S5VHOutput DMMH
     hash_centers HashCenters reconstruction_loss contrastive_loss center_alignment_loss metric_loss
-    hamming_distances hamming_search map_at_k gmap precision_recall load train
+    hamming_distances hamming_search radius_search Within map_at_k gmap precision_recall load train
     Learnt Scores Protocol Study
 """.split()
 

@@ -89,7 +89,7 @@ def evaluate(
     data: Dataset,
 ) -> dict:
     "The main protocol's mAP of a network as it is now: a point of its curve, by which nothing is chosen."
-    found = score(encode_splits(run.model, data), data, run.device).metrics
+    found = score(encode_splits(run.model, data), data, run.device, run.model.bits).metrics
     return {name: found[name] for name in PROTOCOLS[data.kind].columns(len(data.database))}
 
 
@@ -135,7 +135,7 @@ def encode_and_score(
     clock = [time.perf_counter()]
     codes = encode_splits(hasher, data, single)
     clock.append(time.perf_counter())
-    found = score(codes, data, pick_device(device))
+    found = score(codes, data, pick_device(device), hasher.bits)
     clock.append(time.perf_counter())
     seconds = dict(zip(("encode", "score"), np.diff(clock).tolist()))
     return dict(codes=codes, **vars(found), seconds=seconds)
