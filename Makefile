@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce report test test-python test-lib test-artefacts lab readme prepare clean
+.PHONY: help reproduce report test test-python test-lib test-artefacts lab expected readme prepare clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ test-artefacts: $(READY)
 
 lab: $(READY)  ## JupyterLab for the whole project, opened at the index
 	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" nbs/index.ipynb
+
+expected: $(READY)  ## results/expected.csv: what the main job should give, from three seeds of it
+	$(BIN)/python tools/expected.py
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py

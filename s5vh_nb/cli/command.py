@@ -16,7 +16,7 @@ from ..basics.checks import check, known
 from ..basics.files import find_root
 from ..basics.profiles import PROFILES
 from .artefacts import Artefact, artefacts, select
-from .execute import environment, execute
+from .execute import environment, execute, last_words
 from .parameters import parameters_for, parse_pairs
 from ..datasets.asl_source import get_asl_words
 from ..datasets.catalog import DATA_ROOT
@@ -50,6 +50,7 @@ def run_all(
             failures[artefact.name] = failure
         else:
             lines += [f"      {path}" for path in _written(artefact, profile)]
+            lines += last_words(artefact, profile)
         print("\n".join(lines), flush=True)
     for name, failure in failures.items():
         print(f"FAILED {name}: {failure}", file=sys.stderr)
