@@ -52,7 +52,9 @@ class Study:
         if here >= full:
             return ""
         so = (
-            "which row is ahead here, not by how much" if own else "that the notebook runs, not which row is ahead"
+            "which row is ahead here, not by how much"
+            if own
+            else "that the notebook runs, not which row is ahead"
         )
         return f"Small networks, {here} epochs where the full profile has {full}: they show {so}."
 
