@@ -51,12 +51,8 @@ class Study:
         full = train_config(self.datasets[0], "full").epochs
         if here >= full:
             return ""
-        so = (
-            "which row is ahead here, not by how much"
-            if own
-            else "that the notebook runs, not which row is ahead"
-        )
-        return f"Small networks, {here} epochs where the full profile has {full}: they show {so}."
+        shows = "large differences, not small ones" if own else "that the notebook runs, not which row is ahead"
+        return f"Small networks, {here} epochs where the full profile has {full}: they show {shows}."
 
     def configs(self, dataset: str, bits: int, row: str) -> list | None:
         "The configurations of a row, one per seed; None where it is not run."
