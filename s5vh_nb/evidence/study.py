@@ -51,7 +51,9 @@ class Study:
         full = train_config(self.datasets[0], "full").epochs
         if here >= full:
             return ""
-        shows = "large differences, not small ones" if own else "that the notebook runs, not which row is ahead"
+        shows = (
+            "large differences, not small ones" if own else "that the notebook runs, not which row is ahead"
+        )
         return f"Small networks, {here} epochs where the full profile has {full}: they show {shows}."
 
     def configs(self, dataset: str, bits: int, row: str) -> list | None:
