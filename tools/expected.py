@@ -12,7 +12,8 @@ from s5vh_nb.basics.files import atomic_write
 from s5vh_nb.evidence.statistics import interval
 from s5vh_nb.evidence.study import open_study
 
-ARTEFACT, PROFILE, SEEDS = "s5vh/retrieval", "quick", (1, 2, 3)
+ARTEFACT, PROFILE = "s5vh/retrieval", "quick"
+SEEDS = (1, 2, 3)
 
 
 def line_of(dataset, bits, row, records):
