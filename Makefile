@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce report test test-python test-lib test-artefacts lab readme prepare clean
+.PHONY: help reproduce report test test-python test-lib test-artefacts lab expected readme prepare clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ test-artefacts: $(READY)
 lab: $(READY)  ## JupyterLab for the whole project, opened at the index
 	JUPYTER_CONFIG_PATH="$(CURDIR)/tools/lab$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
 	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs/index.ipynb
+
+expected: $(READY)  ## results/expected.csv: what the main job should give, from three seeds of it
+	$(BIN)/python tools/expected.py
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py

@@ -57,13 +57,16 @@ def test_the_kernel_is_this_python(make, tmp_path, monkeypatch):
     assert os.environ["JUPYTER_PATH"] == str(tmp_path / "jupyter")
 
 
-def test_the_kernel_finds_the_project_of_the_runner(make, checkout, monkeypatch):
-    "Both look from the working directory, here a folder inside the project."
+def test_the_kernel_finds_the_project_of_the_runner(make, checkout, monkeypatch, capsys):
+    "Both look from the working directory, here a folder inside the project; the command says what it found."
     (checkout / "notes").mkdir()
-    artefact = make("where", "from s5vh_nb.basics.files import find_root\nprint(find_root().name)")
+    first, last = "print('first')", "from s5vh_nb.basics.files import find_root\nprint(find_root().name)"
+    artefact = make("where", first, last)
     monkeypatch.chdir(checkout / "notes")
     assert command.main(["reproduce", "where", "--profile", "smoke"]) == 0
-    assert outputs(execute.executed_path(artefact, "smoke")) == f"{checkout.name}\n"
+    assert outputs(execute.executed_path(artefact, "smoke")) == f"first\n{checkout.name}\n"
+    *_, done, said = capsys.readouterr().out.splitlines()
+    assert "s5vh/where: done in" in done and said == checkout.name
     assert artefact.root == checkout
 
 

@@ -17,7 +17,7 @@ from ..basics.checks import check, known
 from ..basics.files import check_writable, find_root
 from ..basics.profiles import PROFILES
 from .artefacts import Artefact, artefacts, select
-from .execute import environment, execute, executed_path
+from .execute import environment, execute, executed_path, last_words
 from .parameters import parameters_for, parse_pairs
 from ..datasets.asl_source import get_asl_words
 from ..datasets.catalog import DATA_ROOT
@@ -53,6 +53,7 @@ def run_all(
             failures[artefact.name] = failure
         else:
             lines += [f"      {path}" for path in _written(artefact, profile)]
+            lines += last_words(artefact, profile)
         print("\n".join(lines), flush=True)
     for name, failure in failures.items():
         print(f"FAILED {name}: {failure}", file=sys.stderr)

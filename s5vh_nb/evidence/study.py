@@ -16,9 +16,9 @@ from IPython import get_ipython
 
 from ..basics.checks import check, known, parse_list
 from ..basics.devices import Device
-from ..basics.profiles import PROFILES
+from ..basics.profiles import PROFILES, train_config
 from ..datasets.catalog import CATALOG, DATA_ROOT, available, is_there
-from .experiments import EXPERIMENTS, Experiment, config_of
+from .experiments import EXPERIMENTS, Experiment, Fitted, config_of
 from .report import folder_of, save_figure, save_table, style
 from .store import Store
 
@@ -42,14 +42,30 @@ class Study:
         size = f"{len(self.rows)} rows, " if self.rows else ""
         parts = {"data": self.datasets, "bits": self.bits, "seeds": self.seeds}
         covered = ", ".join(f"{name} {' '.join(map(str, values))}" for name, values in parts.items())
-        return f"{self.name}, profile {self.profile}: {size}{covered}"
+        return "\n".join(filter(None, [f"{self.name}, profile {self.profile}: {size}{covered}", self.short]))
+
+    @property
+    def short(self) -> str:
+        "How short the trainings are beside the full profile's, and what they can show; else empty."
+        if all(isinstance(row, Fitted) for row in self.rows.values()):
+            return ""
+        own = self.experiment.epochs.get(self.profile)
+        here = own or train_config(self.datasets[0], self.profile).epochs
+        full = train_config(self.datasets[0], "full").epochs
+        if here >= full:
+            return ""
+        shows = (
+            "large differences, not small ones" if own else "that the notebook runs, not which row is ahead"
+        )
+        return f"Small networks, {here} epochs where the full profile has {full}: they show {shows}."
 
     def configs(self, dataset: str, bits: int, row: str) -> list | None:
         "The configurations of a row, one per seed; None where it is not run."
         at_this_length = self.experiment.runs_at(row, self.profile, bits, self.bits)
         if not (at_this_length and self.experiment.runs_on(row, dataset, self.datasets)):
             return None
-        found = [config_of(self.rows[row], dataset, self.profile, bits, seed) for seed in self.seeds]
+        place, epochs = (self.rows[row], dataset, self.profile, bits), self.experiment.epochs
+        found = [config_of(*place, seed, epochs.get(self.profile)) for seed in self.seeds]
         return None if None in found else found
 
     def cells(self, rows=None) -> dict:  # Names; None: all
