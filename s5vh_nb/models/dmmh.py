@@ -187,6 +187,7 @@ class DMMH(HashNetwork, library_name="s5vh_nb", tags=["multi-modal-hashing", "ma
         """
         c = self.config
         for name, x, d in (("image", image, c.di), ("text", text, c.dt)):
+            check(x is None or isinstance(x, Tensor), name, "a tensor", type(x).__name__, TypeError)
             fits = x is None or x.ndim == 2 and x.shape[1] == d
             check(fits, name, f"features of shape (b, {d})", x if x is None else tuple(x.shape))
         # (b, tokens, m)

@@ -86,7 +86,7 @@ class _Encoder(nn.Module):
         p = positions(x.shape[1], self.embed.out_features, x.device)  # (t, m)
         if visible is not None:
             x, p = take(x, visible), p[visible]  # (views*b, v, d), (views*b, v, m)
-        z = self.embed(x) + p  # (views*b, v, m)
+        z = self.embed(x) + p.to(x.dtype)  # (views*b, v, m)
         return norm_linear(self.layers(z), self.norm, self.head)
 
 # %% ../../nbs/lib/models/04_s5vh.ipynb #62119514
@@ -124,7 +124,8 @@ class _Decoder(nn.Module):
         visible: Tensor,  # (b, v) their frame numbers
         hidden: Tensor,  # (b, t-v) the other frame numbers
     ) -> Tensor:  # (b, t-v, d)
-        p = positions(visible.shape[1] + hidden.shape[1], len(self.mask_token), codes.device)  # (t, m')
+        p = positions(visible.shape[1] + hidden.shape[1], len(self.mask_token), codes.device)
+        p = p.to(codes.dtype)  # (t, m')
         # (b, t, m')
         z = torch.cat([self.embed(codes) + p[visible], self.mask_token + p[hidden]], dim=1)
         return norm_linear(self.layers(z)[:, visible.shape[1] :], self.norm, self.head)
@@ -174,6 +175,7 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
         normed: bool = True,  # As for `_HashLayer`
     ) -> S5VHOutput:
         "Codes of the visible frames, their mean, the hidden frames; `ValueError` for another shape."
+        check(isinstance(x, Tensor), "frames", "a tensor", type(x).__name__, TypeError)
         fits = x.ndim == 3 and x.shape[2] == self.config.d and x.shape[1] > 0
         check(fits, "frames", f"shape (b, t, {self.config.d}), t at least 1", tuple(x.shape))
         codes = self.hash(self.encoder(x, visible), normed)  # (views*b, v, k)
