@@ -58,7 +58,7 @@ class Mamba(nn.Module):
     ) -> Tensor:  # (b, t, m)
         # (b, d, t), views of (b, t, 2*d)
         u, z = (v.transpose(1, 2) for v in self.in_proj(x).chunk(2, -1))
-        u = causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias)  # (b, d, t)
+        u = causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")  # (b, d, t)
         parts = self.x_proj(u.transpose(1, 2)).split(self.split, -1)  # (b, t, r), (b, t, n), (b, t, n)
         # (b, d, t); the scan adds the bias
         delta = F.linear(parts[0], self.dt_proj.weight).transpose(1, 2)
