@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from scipy.sparse import issparse
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
 from tqdm.auto import tqdm
 
 from ..basics.checks import check
@@ -65,7 +66,7 @@ def pack(
     codes = as_tensor(codes)
     check(codes.ndim == 2, "codes", "two dimensions (b, k)", tuple(codes.shape))
     check(codes.shape[1] % 8 == 0, "bits", "a multiple of 8", codes.shape[1])
-    bits = (codes > 0).view(len(codes), -1, 8)  # (b, k/8, 8)
+    bits = (codes > 0).unflatten(1, (-1, 8))  # (b, k/8, 8)
     return (bits * _bit_values(codes.device)).sum(-1).to(torch.uint8)  # (b, k/8)
 
 
@@ -107,10 +108,12 @@ def check_largest(
 def evaluation_view(
     module: nn.Module,  # In any mode; it is not changed
 ) -> nn.Module:
-    "The module in evaluation mode: a new tree of modules with the same parameters and buffers."
-    parts = {name: m if m is None else evaluation_view(m) for name, m in module._modules.items()}
+    "A new tree of modules in evaluation mode with the same parameters and buffers."
     view = object.__new__(type(module))
-    vars(view).update(vars(module), _modules=parts, training=False)
+    for name, value in vars(module).items():
+        vars(view)[name] = value.copy() if isinstance(value, (dict, list)) else value
+    view._modules = {name: m if m is None else evaluation_view(m) for name, m in module._modules.items()}
+    view.training = False
     return view
 
 
@@ -187,6 +190,18 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
             ends += [end for x in parts if x is not None for end in torch.aminmax(x)]
         check_largest(torch.stack(ends).abs().amax().item())
         return torch.cat(codes).cpu()
+
+    def program_of(
+        self,
+        codes: type,  # Class of a module that is made from a network and returns packed codes
+        *shapes: tuple,  # Of its inputs; None for a size that stays free
+    ) -> ExportedProgram:
+        "The way from features to packed codes as a program of torch's own operations, in evaluation mode."
+        like = next(self.parameters())
+        examples = tuple(like.new_zeros([3 if size is None else size for size in shape]) for shape in shapes)
+        free = tuple({i: Dim.DYNAMIC for i, size in enumerate(shape) if size is None} for shape in shapes)
+        with torch.no_grad():
+            return export(codes(evaluation_view(self)), examples, dynamic_shapes=free)
 
     @classmethod
     def from_pretrained(

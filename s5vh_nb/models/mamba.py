@@ -223,7 +223,7 @@ class Layers(nn.Sequential):
         x: Tensor,  # (b, t, m)
         factors: Tensor | None = None,  # (l, b), see `draw_factors`; None draws them
     ) -> Tensor:  # (b, t, m)
-        factors = self.draw_factors(len(x)) if factors is None else factors
+        factors = self.draw_factors(x.shape[0]) if factors is None else factors
         # layers with a direction switched off have other shapes
         alike = len({layer.directions for layer in self}) == 1
         mamba = alike and all(isinstance(mix, Mamba) for layer in self for _, mix in layer.branches())

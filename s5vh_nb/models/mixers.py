@@ -80,7 +80,7 @@ def _ssd(
     chunk: int = 64,  # Frames of a chunk
 ) -> Tensor:  # (b, t, h, p)
     "State space duality: products in a chunk, a recurrence between chunks (Dao & Gu, 2024, section 6)."
-    S, ys = x.new_zeros(len(x), *x.shape[2:], B.shape[2]), []  # (b, h, p, n)
+    S, ys = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[2]), []  # (b, h, p, n)
     for v, a, Bs, Cs in zip(*(part.split(chunk, 1) for part in (x, log_decay, B, C))):
         total = a.cumsum(1)  # (b, l, h)
         future = torch.ones(a.shape[1], a.shape[1], dtype=torch.bool, device=a.device).triu(1)[..., None]

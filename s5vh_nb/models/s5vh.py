@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram, register_dataclass
 
 from ..basics.checks import check, known
 from ..basics.config import S5VHConfig
@@ -36,13 +37,19 @@ def _sinusoids(
 
 
 @functools.lru_cache(64)
+def _kept_positions(t, m, device):
+    return _sinusoids(torch.arange(t, device=device), m)
+
+
 def positions(
     t: int,  # Frames
     m: int,  # Width
     device=None,  # Where to make them
 ) -> Tensor:
     "Fixed sinusoidal positions, float32 (t, m) (S5VH, encoder). The result is cached: do not write to it."
-    return _sinusoids(torch.arange(t, device=device), m)
+    # a program that torch exports makes its own, for any number of frames
+    make = _kept_positions.__wrapped__ if torch.compiler.is_exporting() else _kept_positions
+    return make(t, m, device)
 
 # %% ../../nbs/lib/models/04_s5vh.ipynb #48f3bd05
 def take(
@@ -163,6 +170,9 @@ class S5VHOutput:
     hidden: Tensor  # (views*b, t-v) numbers of the frames that were not visible
 
 
+register_dataclass(S5VHOutput)  # torch.export may return it
+
+
 class _FirstFrames:
     "Some of the videos, cut to their first frames, when indexed."
 
@@ -207,6 +217,17 @@ class Stream:
         return pack(self.votes).cpu()
 
 
+class _Codes(nn.Module):
+    "Frames (n, t, d) to packed codes (n, k/8)."
+
+    def __init__(self, net: "S5VH"):
+        super().__init__()
+        self.net = net
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return pack(self.net.h(frames))
+
+
 def _start_linears(linears: list):
     "Xavier-uniform weights, no bias."
     for linear in linears:
@@ -248,7 +269,7 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
         codes = self.hash(self.encoder(x, visible), normed)  # (views*b, v, k)
         h = codes.mean(1)  # (views*b, k)
         if visible is None:
-            return S5VHOutput(codes, h, torch.empty(len(x), 0, dtype=torch.long, device=x.device))
+            return S5VHOutput(codes, h, torch.empty(x.shape[0], 0, dtype=torch.long, device=x.device))
         hidden = hidden_frames(visible, x.shape[1])  # (views*b, t-v)
         expected = "at least one hidden frame (pass None to use all)"
         check(hidden.shape[1] > 0, "visible", expected, f"all {x.shape[1]} frames")
@@ -297,6 +318,14 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
         weights change the stream, too.
         """
         return Stream(self, batch_size)
+
+    def export_program(self) -> ExportedProgram:
+        """Frames (n, t, d) to packed codes (n, k/8), n and t free, as a program for `torch.onnx` and others.
+
+        Features are not checked. `ValueError` for a mixer whose chunks would fix the number of frames.
+        """
+        known(self.config.mixer, ("Mamba", "RetNet", "Transformer"), "mixer of an exported network")
+        return self.program_of(_Codes, (None, None, self.config.d))
 
     @classmethod
     def load_released(

@@ -85,8 +85,13 @@ def use_backend(
 
 
 def _pick(backend: str, x: Tensor, backends: dict) -> str:
-    "The backend to use: numba on a CPU, triton on a GPU (torch for float64 or without Triton)."
+    """The backend to use: numba on a CPU, triton on a GPU (torch for float64 or without Triton).
+
+    The reference while torch exports a program, which can hold nothing but torch's own operations.
+    """
     _check_name(backend, backends)
+    if backend == "auto" and torch.compiler.is_exporting():
+        return "reference"
     if backend == "auto" and _AUTO.get() in backends:
         backend = _AUTO.get()
     on_cpu = x.device.type == "cpu"
@@ -126,7 +131,8 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias, reversed_channels, initial_
     allowed = f"shape ({d}, {n}), ({b}, {n}, {t}) or ({b}, g, {n}, {t}) where g divides {d}"
     for name, v in (("B", B), ("C", C)):
         grouped = v.dim() == 4 and v.shape == (b, v.shape[1], n, t) and v.shape[1] > 0 and d % v.shape[1] == 0
-        check(grouped or v.shape in ((d, n), (b, n, t)), name, allowed, tuple(v.shape))
+        fits = grouped or v.shape == ((d, n) if v.dim() == 2 else (b, n, t))
+        check(fits, name, allowed, tuple(v.shape))
     g = max({2: d, 3: 1, 4: v.shape[1]}[v.dim()] for v in (B, C))
     whole = 0 <= reversed_channels <= d and reversed_channels * g % d == 0
     check(whole, "reversed_channels", f"whole groups of {d // g} channels, at most {d}", reversed_channels)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
 from torch.autograd.function import once_differentiable
 
 # %% ../../nbs/lib/ops/01_reference.ipynb #06760521
@@ -21,6 +22,20 @@ def _per_channel(B: Tensor, b: int, d: int, t: int) -> Tensor:
     if B.dim() == 3:
         return B[:, None].expand(-1, d, -1, -1)  # (b, n, t) -> (b, d, n, t)
     return B.repeat_interleave(d // B.shape[1], 1)  # (b, g, n, t) -> (b, d, n, t)
+
+
+def _each_step(advance, state: Tensor, steps: list) -> tuple:
+    """Call `advance(state, step) -> state, y` for each step; the last state, and all `y` (t, ...).
+
+    While torch exports a program, the loop stays a loop in it, so that its length is free.
+    """
+    if torch.compiler.is_exporting():
+        return scan(advance, state, steps)
+    ys = []
+    for step in zip(*steps):
+        state, y = advance(state, step)
+        ys.append(y)
+    return state, torch.stack(ys)
 
 
 def _recurrence(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, initial_state):
@@ -36,12 +51,14 @@ def _recurrence(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last
     if delta_softplus:
         dt = F.softplus(dt)
     h = x.new_zeros(b, d, A.shape[1]) if initial_state is None else initial_state.to(dtype)
-    ys = []
-    for s in range(t):
-        decay = torch.exp(dt[:, :, s, None] * A)  # (b, d, n)
-        h = decay * h + dt[:, :, s, None] * B[..., s] * x[:, :, s, None]  # (b, d, n)
-        ys.append((h * C[..., s]).sum(-1))  # (b, d)
-    y = torch.stack(ys, -1)  # (b, d, t)
+
+    def advance(h, step):  # (b, d, n), and dt, x (b, d), B, C (b, d, n) of the step
+        dt, x = (v[..., None] for v in step[:2])
+        h = torch.exp(dt * A) * h + dt * step[2] * x  # (b, d, n)
+        return h, (h * step[3]).sum(-1)
+
+    h, y = _each_step(advance, h, [v.movedim(-1, 0) for v in (dt, x, B, C)])
+    y = y.movedim(0, -1)  # (b, d, t)
     if D is not None:
         y = y + D[:, None].to(dtype) * x
     if z is not None:
