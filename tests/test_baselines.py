@@ -214,5 +214,8 @@ def test_bad_pair_queries_are_named(method):
     for message, queries in bad.items():
         with pytest.raises(ValueError, match=message):
             hasher.encode(*queries)
-    with pytest.raises(TypeError, match="text: expected a tensor, an array or a row store, found NoneType"):
+    with pytest.raises(
+        TypeError,
+        match="text: expected a tensor, an array or a row store, dense and of real numbers, found NoneType",
+    ):
         hasher.encode(image, None)
