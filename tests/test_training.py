@@ -1,6 +1,7 @@
 "Training: deterministic, exact when killed and resumed, clear when a checkpoint or the data are wrong."
 
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -13,7 +14,12 @@ import torch
 
 from s5vh_nb.basics.config import replace
 from s5vh_nb.basics.profiles import train_config
+from s5vh_nb.datasets import splits
 from s5vh_nb.datasets.catalog import load
+from s5vh_nb.datasets.pair_files import write_official_pairs
+from s5vh_nb.datasets.rows import HDF5Rows
+from s5vh_nb.datasets.synthetic import synthetic_like, synthetic_pairs
+from s5vh_nb.datasets.video_files import write_official
 from s5vh_nb.learning import training
 from s5vh_nb.learning.checkpoints import new_run
 from s5vh_nb.learning.training import fit_objective, is_evaluation_epoch
@@ -188,8 +194,53 @@ def test_more_centers_than_videos_is_an_error(data):
 
 
 def test_a_finished_run_reads_no_features(checkpoint, data, monkeypatch):
-    monkeypatch.setattr(training, "move_if_it_fits", None)
+    monkeypatch.setattr(training, "move_if_they_fit", None)
     assert resume(checkpoint, data).epoch == 1
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    "A small UCF101 and a small MIR-Flickr25K in files that are read when indexed."
+    folder = tmp_path_factory.mktemp("files")
+    write_official(folder, "ucf101", synthetic_like("ucf101", n=(300, 300, 16), d=8))
+    write_official_pairs(folder, "mirflickr25k", synthetic_pairs("mirflickr25k"), "7.3")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*not the sizes of:UserWarning")
+@pytest.mark.parametrize(
+    "name, changes",
+    [("ucf101", {}), ("ucf101", dict(share=0.5)), ("mirflickr25k", {})],
+    ids=["videos", "half of them", "pairs"],
+)
+def test_features_larger_than_memory_are_read_in_batches(files, name, changes, monkeypatch):
+    "They are never read whole, and the network is the same, bit for bit."
+    monkeypatch.setattr(splits, "_CONTENT_LIMIT", 1000)  # a fingerprint of few rows
+    lazy = dataclasses.replace(load(name, files))
+    config, read = train_config(name, "smoke", epochs=2, batch=16, **changes), []
+    fitting = train(config, lazy)
+    monkeypatch.setattr(training, "free_memory", lambda device: 10_000)
+    monkeypatch.setattr(training, "to_tensor", None)
+    part = HDF5Rows.part
+    monkeypatch.setattr(HDF5Rows, "part", lambda self, *at: read.append(part(self, *at)) or read[-1])
+    monkeypatch.setattr(training, "time_means", functools.partial(training.time_means, block=16))
+    read_in_batches = train(config, lazy)
+    assert torch.equal(read_in_batches.weights, fitting.weights)
+    assert read_in_batches.history == fitting.history
+    assert 0 < max(len(x) for x in read) <= 16
+
+
+def test_a_limit_on_memory_is_seen():
+    "That of the process, which is below what the machine has left."
+    code = """
+import resource, torch
+from s5vh_nb.basics.devices import free_memory
+cpu = torch.device("cpu")
+before, used = free_memory(cpu), int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, resource.RLIM_INFINITY))
+assert 0 < free_memory(cpu) <= min(before, 2**30), (before, free_memory(cpu))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_one_training_item_is_an_error(data):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..basics.checks import check
-from .rows import RowStore, check_finite
+from .rows import PickedRows, RowStore, check_finite
 
 # %% ../../nbs/lib/datasets/01_splits.ipynb #cecc631f
 _KINDS = {("frames",): "videos", ("image", "text"): "pairs"}  # names of the inputs -> what the items are
@@ -83,8 +83,9 @@ class Split:
         self,
         rows,  # Index of rows, as for an array
     ) -> "Split":
-        "These rows, read into memory."
-        inputs = {name: x[rows] for name, x in self.inputs.items()}
+        "These rows; those of a row store are read when they are needed."
+        lazy = {name: isinstance(x, RowStore) for name, x in self.inputs.items()}
+        inputs = {name: PickedRows(x, rows) if lazy[name] else x[rows] for name, x in self.inputs.items()}
         columns = [None if x is None else x[rows] for x in (self.labels, self.ids, self.groups)]
         return Split(inputs, columns[0], self.source, *columns[1:])
 
