@@ -233,10 +233,10 @@ def test_features_larger_than_memory_are_read_in_batches(files, name, changes, m
 def test_a_limit_on_memory_is_seen():
     "That of the process, which is below what the machine has left."
     code = """
-import resource, torch
+import psutil, resource, torch
 from s5vh_nb.basics.devices import free_memory
 cpu = torch.device("cpu")
-before, used = free_memory(cpu), int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+before, used = free_memory(cpu), psutil.Process().memory_info().vms
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, resource.RLIM_INFINITY))
 assert 0 < free_memory(cpu) <= min(before, 2**30), (before, free_memory(cpu))
 """
@@ -264,7 +264,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 config = train_config("spoken-digits", "smoke", epochs=1)
 train(config, data, device="cpu", checkpoint={str(checkpoint)!r}, progress=False)
 """
-    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     message = f"{checkpoint}: expected to write the whole file, found: File too large"
     assert failed.returncode != 0 and message in failed.stderr
     assert checkpoint.read_bytes() == before
