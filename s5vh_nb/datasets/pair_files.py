@@ -78,10 +78,14 @@ def _orientation(
     return fitting[0]
 
 # %% ../../nbs/lib/datasets/09_pair_files.ipynb #d46526cd
-def _split_of(matrices: dict, role: str, path: Path) -> Split:
-    parts = {part: matrices[f"{prefix}_{_ROLES[role]}"] for part, prefix in _PARTS.items()}
-    labels = binary_labels(parts.pop("labels"), f"{path}[L_{_ROLES[role]}]")
-    return Split(parts, labels, f"{path.name}, {role}")
+def _splits(matrices: dict, path: Path) -> dict:
+    where = {role: f"{path}[L_{suffix}]" for role, suffix in _ROLES.items()}
+    labels = binary_labels({where[role]: matrices[f"L_{suffix}"] for role, suffix in _ROLES.items()})
+    inputs = {
+        role: {part: matrices[f"{_PARTS[part]}_{suffix}"] for part in ("image", "text")}
+        for role, suffix in _ROLES.items()
+    }
+    return {role: Split(inputs[role], labels[where[role]], f"{path.name}, {role}") for role in _ROLES}
 
 
 def _sizes(
@@ -123,7 +127,7 @@ def load_official_pairs(
     found = read_matrices(path, _keys())
     turned = _orientation({key: x.shape for key, x in found.items()}, f"{path}")
     found = {key: x.T if key[0] in turned else x for key, x in found.items()}
-    splits = {role: _split_of(found, role, path) for role in _ROLES}
+    splits = _splits(found, path)
     train, n_classes = splits["train"], splits["train"].labels.shape[1]
     paper = {role: getattr(layout, role) for role in _ROLES}
     expected = _sizes(paper, layout.n_classes, layout.di, layout.dt)
