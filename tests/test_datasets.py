@@ -1019,6 +1019,46 @@ def test_vgg_features(torchvision, tmp_path):
     np.testing.assert_allclose(found, net.classifier[3](hidden).relu().detach(), rtol=1e-5, atol=1e-6)
 
 
+def half_and_half(levels):
+    "A picture whose left half is dark, (240, 320) numbers of two levels."
+    return np.repeat(np.array([levels], levels.dtype), 160, axis=1)[[0] * 240]
+
+
+def test_sixteen_bits_are_the_same_picture(tmp_path):
+    Image.fromarray(half_and_half(np.uint8([40, 200]))).save(tmp_path / "8.png")
+    Image.fromarray(half_and_half(np.uint16([40 * 257, 200 * 257 + 256]))).save(tmp_path / "16.png")
+    with Image.open(tmp_path / "16.png") as image:
+        assert image.mode.startswith("I;16")
+    assert torch.equal(vgg_input(tmp_path / "16.png"), vgg_input(tmp_path / "8.png"))
+
+
+@pytest.mark.parametrize("orientation, turns", [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_pictures_are_turned_as_the_camera_was(tmp_path, orientation, turns):
+    "A phone stores its sensor's rows and notes how it was held."
+    stored = half_and_half(np.uint8([40, 200]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored).save(tmp_path / "phone.png", exif=exif)
+    Image.fromarray(np.ascontiguousarray(np.rot90(stored, turns))).save(tmp_path / "seen.png")
+    assert torch.equal(vgg_input(tmp_path / "phone.png"), vgg_input(tmp_path / "seen.png"))
+
+
+def test_pictures_of_unknown_range_are_refused(tmp_path):
+    Image.fromarray(half_and_half(np.float32([0.1, 0.9]))).save(tmp_path / "depth.tiff")
+    with pytest.raises(
+        ValueError, match="depth.tiff: expected 8 or 16 bits a colour.*, found pillow's mode F"
+    ):
+        vgg_input(tmp_path / "depth.tiff")
+
+
+def test_a_picture_that_is_cut(tmp_path):
+    noise = np.random.default_rng(0).integers(256, size=(300, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cut.png")
+    os.truncate(tmp_path / "cut.png", 20_000)
+    with pytest.raises(ValueError, match="cut.png: expected an image file, found: "):
+        vgg_input(tmp_path / "cut.png")
+
+
 def test_vgg_weights_that_cannot_be_had(torchvision, tmp_path):
     said = "weights: expected a name that torchvision can download .* found 'IMAGENET1K_V1': no network"
     with pytest.raises(ValueError, match=said):
