@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from s5vh_nb.basics.config import replace
+from s5vh_nb.basics.config import replace, to_dict
 from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.datasets import splits
 from s5vh_nb.datasets.catalog import load
@@ -23,6 +23,8 @@ from s5vh_nb.datasets.video_files import write_official
 from s5vh_nb.learning import training
 from s5vh_nb.learning.checkpoints import new_run
 from s5vh_nb.learning.training import fit_objective, is_evaluation_epoch
+from s5vh_nb.models.dmmh import DMMH
+from s5vh_nb.models.s5vh import S5VH
 
 CONFIG = train_config("spoken-digits", "smoke", epochs=6)
 IMPORTS = """
@@ -247,6 +249,20 @@ def test_one_training_item_is_an_error(data):
     one = dataclasses.replace(data, train=data.train.take(slice(1)), train_ids=None)
     with pytest.raises(ValueError, match="spoken-digits: training items: expected at least 2.* found 1"):
         train(CONFIG, one)
+
+
+def test_a_configuration_as_a_dictionary(data):
+    said = r"config: expected {}, found dict \(`from_dict` makes a configuration of what `to_dict` gave\)"
+    with pytest.raises(TypeError, match=said.format("TrainConfig")):
+        train(to_dict(CONFIG), None)
+    with pytest.raises(TypeError, match=said.format("S5VHConfig")):
+        S5VH(to_dict(CONFIG.model))
+    with pytest.raises(TypeError, match=said.format("DMMHConfig")):
+        DMMH(dict(bits=16))
+    with pytest.raises(TypeError, match="config: expected S5VHConfig, found TrainConfig"):
+        S5VH(CONFIG)
+    with pytest.raises(TypeError, match="config: expected TrainConfig, found S5VHConfig"):
+        train(CONFIG.model, data)
 
 
 def test_a_mask_that_hides_all_frames_is_an_error(data):

@@ -39,9 +39,8 @@ def read_matrices(
         _check_keys(path, keys, found)
         return {key: _as_matrix(found[key], f"{path}[{key}]") for key in keys}
     with open_hdf5(path) as f:
-        groups = [
-            k for k in f if isinstance(f.get(k), h5py.Group) and not k.startswith("#")
-        ]  # not MATLAB's own
+        # names of MATLAB's own groups begin with #
+        groups = [k for k in f if isinstance(f.get(k), h5py.Group) and not k.startswith("#")]
         _check_keys(path, keys, hdf5_keys(f) + groups)
         return {key: _hdf5_matrix(f, key) for key in keys}
 
@@ -70,7 +69,8 @@ def _as_matrix(
     kind = _KINDS.get(kinds.get(x.dtype.kind), f"{x.dtype} of shape {x.shape}")
     fits = x.dtype.kind in "fiub" and x.ndim == 2 and x.size > 0
     check(fits, where, "a matrix of numbers", kind)
-    return np.ascontiguousarray(x, np.float32)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is found
+        return np.ascontiguousarray(x, np.float32)
 
 
 def _hdf5_matrix(

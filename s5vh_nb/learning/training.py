@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..basics.checks import check
-from ..basics.config import TrainConfig
+from ..basics.config import TrainConfig, check_config
 from ..basics.devices import as_tensor, free_memory, pick_device
 from ..datasets.catalog import load
 from ..datasets.rows import rows_of, to_tensor
@@ -314,6 +314,7 @@ def train(
 
     The same configuration on the same machine, with as many threads, gives the same weights, resumed or not.
     """
+    check_config(config, "config", TrainConfig)
     check(every >= 1, "every", "a number of epochs, at least 1", every)
     is_folder = bool(checkpoint) and Path(checkpoint).is_dir()
     check(not is_folder, str(checkpoint), "a file to keep the checkpoint in", "a folder")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..basics.checks import check
+from ..basics.config import check_config
 from ..basics.devices import as_tensor
 from ..basics.files import atomic_write
 from ..ops.streams import GraphedCall
@@ -104,6 +105,7 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         self,
         config,  # A dataclass; a subclass annotates its type, which `from_pretrained` needs
     ):
+        check_config(config, "config", type(self).__init__.__annotations__.get("config", object))
         super().__init__()
         self.config = config
 
