@@ -83,6 +83,20 @@ class Study:
         found = iter(self.store.get_many(asked, label))
         return {place: [next(found) for _ in configs] for place, configs in cells.items()}
 
+    def measured(
+        self,
+        place: tuple,  # (dataset, bits, row)
+        label: str,  # Name of the measurement
+        measure,  # See `Store.measure`
+        seeds: int | None = None,  # How many of the first; None: all
+    ) -> list | None:
+        "The measurements of a row, one per seed; None, and a line that says so, where one may not be made."
+        configs = self.configs(*place)[:seeds]
+        if not self.store.may_train and None in [self.store.find(config, label) for config in configs]:
+            _name_left_out([place], label)
+            return None
+        return [self.store.measure(config, label, measure) for config in configs]
+
     def _paper(self) -> str:
         return self.name.split("/")[0]
 
