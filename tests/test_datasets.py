@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 
 from s5vh_nb.datasets import rows, splits
+from s5vh_nb.datasets.asl_source import get_asl_words
 from s5vh_nb.datasets.catalog import CATALOG, available, load
 from s5vh_nb.datasets.emoji import emoji
 from s5vh_nb.datasets.features import (
@@ -33,7 +34,7 @@ from s5vh_nb.datasets.pair_files import load_official_pairs, write_official_pair
 from s5vh_nb.datasets.rows import HDF5Rows, RowStore, to_tensor
 from s5vh_nb.datasets.splits import Dataset, Split
 from s5vh_nb.datasets.synthetic import synthetic_like, synthetic_pairs
-from s5vh_nb.datasets.video_files import write_official
+from s5vh_nb.datasets.video_files import load_official, write_official
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not the sizes of:UserWarning")  # most sets here are small
 
@@ -725,6 +726,25 @@ def test_folders_below_the_data_root(tmp_path):
     assert load("hmdb51", tmp_path).folder == tmp_path / "hmdb"
     assert load("hmdb51", tmp_path).fingerprint == load("hmdb51", tmp_path / "hmdb").fingerprint
     assert load("mscoco", tmp_path).folder == tmp_path / "mscoco"
+
+
+def test_a_home_folder_in_paths(root, monkeypatch):
+    "Only a shell replaces ~, and not in `-p data_root=~/data` or in quotes."
+    monkeypatch.setenv("HOME", str(root.parent))
+    home = f"~/{root.name}"
+    data = load("ucf101", home)
+    assert data is load("ucf101", root) and data.folder == root
+    assert load_official("ucf101", home).folder == root
+    monkeypatch.setenv("S5VH_NB_DATA", home)
+    assert load("ucf101") is data and available("videos", None) == ["ucf101"]
+    assert HDF5Rows(f"{home}/{FEATS}").path == root / FEATS
+    write_official_pairs(f"{home}/pairs", "mirflickr25k", synthetic_pairs("mirflickr25k"))
+    assert load_official_pairs("mirflickr25k", f"{home}/pairs").folder == root / "pairs"
+    Image.new("RGB", (300, 260)).save(root / "black.png")
+    assert torch.equal(vgg_input(f"{home}/black.png"), vgg_input(root / "black.png"))
+    with pytest.raises(ValueError, match=f"{root}/clone: expected a git clone"):
+        get_asl_words(f"{home}/made", f"{home}/clone")
+    assert (root / "made").is_dir() and not (root / "made" / "asl_words.npz").exists()
 
 
 def test_nothing_available(tmp_path):

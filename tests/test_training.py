@@ -251,18 +251,28 @@ def test_one_training_item_is_an_error(data):
         train(CONFIG, one)
 
 
-def test_a_configuration_as_a_dictionary(data):
+def test_a_checkpoint_in_the_home_folder(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    train(replace(CONFIG, epochs=1), data, checkpoint="~/kept/run.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    before = (tmp_path / "kept" / "run.pt").stat().st_mtime_ns
+    assert resume("~/kept/run.pt", data).epoch == 1
+    assert (tmp_path / "kept" / "run.pt").stat().st_mtime_ns == before  # it was found
+    S5VH(CONFIG.model).save_pretrained("~/kept/net")
+    assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "kept/net").iterdir()}
+    assert S5VH.from_pretrained("~/kept/net").config == CONFIG.model
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_configuration_as_a_dictionary():
     said = r"config: expected {}, found dict \(`from_dict` makes a configuration of what `to_dict` gave\)"
-    with pytest.raises(TypeError, match=said.format("TrainConfig")):
-        train(to_dict(CONFIG), None)
     with pytest.raises(TypeError, match=said.format("S5VHConfig")):
         S5VH(to_dict(CONFIG.model))
     with pytest.raises(TypeError, match=said.format("DMMHConfig")):
         DMMH(dict(bits=16))
     with pytest.raises(TypeError, match="config: expected S5VHConfig, found TrainConfig"):
         S5VH(CONFIG)
-    with pytest.raises(TypeError, match="config: expected TrainConfig, found S5VHConfig"):
-        train(CONFIG.model, data)
 
 
 def test_a_mask_that_hides_all_frames_is_an_error(data):

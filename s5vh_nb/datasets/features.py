@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..basics.checks import check
 from ..basics.devices import pick_device
+from ..basics.files import user_path
 
 # %% ../../nbs/lib/datasets/06_features.ipynb #176d20a8
 def bag_of_words(
@@ -94,7 +95,8 @@ _IMAGENET = np.float32([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
 
 def _upright(path: str | Path) -> Image.Image:
     "The picture in eight bits a colour, turned as the camera's note in the file (EXIF) says."
-    check(Path(path).is_file(), f"{path}", "an image file", "nothing there", FileNotFoundError)
+    path = user_path(path)
+    check(path.is_file(), f"{path}", "an image file", "nothing there", FileNotFoundError)
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -132,11 +134,12 @@ def vgg_fc7(
     except (ImportError, RuntimeError) as e:
         wanted = f"one that fits torch {torch.__version__} (pip install torchvision)"
         raise ImportError(f"torchvision: expected {wanted}, found: {e}") from e
-    local = Path(weights).is_file()
+    file = user_path(weights)
+    local = file.is_file()
     try:
         net = vgg16(weights=None if local else weights)
         if local:
-            net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as e:  # torchvision, its download and unpickling raise many kinds
         wanted = "a name that torchvision can download or a file with VGG-16's state dict"
         raise ValueError(f"weights: expected {wanted}, found {str(weights)!r}: {e}") from e

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..basics.checks import check, known
+from ..basics.files import user_path
 from .paper_files import binary_labels, read_matrices, size_notes, write_matrices
 from .splits import Dataset, Split, find_items
 
@@ -123,7 +124,7 @@ def load_official_pairs(
 ) -> Dataset:
     "The papers' features of an image-text set, read on demand where possible; errors name file and key."
     layout = PAIR_LAYOUTS[known(name, PAIR_LAYOUTS, "dataset")]
-    path = Path(folder) / layout.file
+    path = user_path(folder) / layout.file
     found = read_matrices(path, _keys())
     turned = _orientation({key: x.shape for key, x in found.items()}, f"{path}")
     found = {key: x.T if key[0] in turned else x for key, x in found.items()}
@@ -143,7 +144,7 @@ def load_official_pairs(
         origin=f"features shared by authors of multi-modal hashing papers for {name}; {rights}",
         train_ids=train_ids if train_ids.min() >= 0 else None,
         notes=notes,
-        folder=Path(folder),
+        folder=path.parent,
     )
 
 # %% ../../nbs/lib/datasets/09_pair_files.ipynb #9fa7ec29

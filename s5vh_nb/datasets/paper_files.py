@@ -16,7 +16,7 @@ import scipy.io
 import scipy.sparse
 
 from ..basics.checks import check
-from ..basics.files import atomic_write
+from ..basics.files import atomic_write, user_path
 from .rows import HDF5Rows, hdf5_keys, open_hdf5, write_rows
 from .splits import check_single_column
 
@@ -33,7 +33,8 @@ def read_matrices(
 
     `FileNotFoundError` without a file; `ValueError` naming the file, the key at fault and what it holds.
     """
-    check(Path(path).is_file(), f"{path}", "a file", "nothing there", FileNotFoundError)
+    path = user_path(path)
+    check(path.is_file(), f"{path}", "a file", "nothing there", FileNotFoundError)
     if not h5py.is_hdf5(path):
         found = _load_v5(path)
         _check_keys(path, keys, found)

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..basics.checks import check
 from ..basics.devices import as_tensor
+from ..basics.files import user_path
 
 # %% ../../nbs/lib/datasets/00_rows.ipynb #56f3ccfc
 class RowStore:
@@ -114,7 +115,8 @@ def open_hdf5(
     path: str | Path,  # The file
 ):
     "An open `h5py.File`; `FileNotFoundError` without a file, `ValueError` when it is cut or not HDF5."
-    check(Path(path).is_file(), f"{path}", "a file", "nothing there", FileNotFoundError)
+    path = user_path(path)
+    check(path.is_file(), f"{path}", "a file", "nothing there", FileNotFoundError)
     try:
         with h5py.File(path, "r") as f:
             yield f
@@ -149,9 +151,9 @@ class HDF5Rows(RowStore):
         items_last: bool = False,  # Items lie along the last axis, as in MATLAB's files
         numbers: str = "f",  # Kinds of numbers allowed, numpy's `dtype.kind`: "f" are floating-point numbers
     ):
-        self.path, self.key = Path(path), key
+        self.path, self.key = user_path(path), key
         self.items_last = items_last
-        with open_hdf5(path) as f:
+        with open_hdf5(self.path) as f:
             found = hdf5_array(f, key)
             shape, dtype = found.shape, found.dtype
         where, named = f"{path}[{key}]", {2: "(n, width)", 3: "(n, t, d)"}

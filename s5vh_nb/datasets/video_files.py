@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 
 from ..basics.checks import check, known
-from ..basics.files import atomic_write
+from ..basics.files import atomic_write, user_path
 from .paper_files import binary_labels, read_matrices, size_notes, write_matrices
 from .rows import HDF5Rows, write_rows
 from .splits import Dataset, Split
@@ -126,7 +126,7 @@ def load_official(
     folder: str | Path,  # With the set's files
 ) -> Dataset:
     "S5VH's own features, read on demand; errors name the file at fault."
-    layout, folder = OFFICIAL[known(name, OFFICIAL, "dataset")], Path(folder)
+    layout, folder = OFFICIAL[known(name, OFFICIAL, "dataset")], user_path(folder)
     each = dict.fromkeys(layout.roles.values())  # each split once, in order
     onehot = _read_labels(folder, [files for files in each if files.labels])
     labels = _class_labels(onehot)

@@ -22,8 +22,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..basics.checks import check
-from ..basics.config import TrainConfig, check_config
+from ..basics.config import TrainConfig
 from ..basics.devices import as_tensor, free_memory, pick_device
+from ..basics.files import user_path
 from ..datasets.catalog import load
 from ..datasets.rows import rows_of, to_tensor
 from ..datasets.splits import Dataset
@@ -314,12 +315,12 @@ def train(
 
     The same configuration on the same machine, with as many threads, gives the same weights, resumed or not.
     """
-    check_config(config, "config", TrainConfig)
     check(every >= 1, "every", "a number of epochs, at least 1", every)
     is_folder = bool(checkpoint) and Path(checkpoint).is_dir()
     check(not is_folder, str(checkpoint), "a file to keep the checkpoint in", "a folder")
     clock = time.perf_counter()
     data, device = data or load(config.dataset, data_root), pick_device(device)
+    checkpoint = checkpoint and user_path(checkpoint)
     config, data = resolve(config, data), training_share(data, config.share, config.seed)
     n, expected = len(data.train), "at least 2: they are contrasted with each other"
     check(n > 1, f"{data.name}: training items", expected, n)

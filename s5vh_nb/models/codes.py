@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..basics.checks import check
 from ..basics.config import check_config
 from ..basics.devices import as_tensor
-from ..basics.files import atomic_write
+from ..basics.files import atomic_write, user_path
 from ..ops.streams import GraphedCall
 
 # %% ../../nbs/lib/models/00_codes.ipynb #33ef2b62
@@ -159,14 +159,23 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         **options,  # Of the Hub's mixin
     ) -> "HashNetwork":
         "The network that was saved or published; `ValueError` naming a file that is missing or damaged."
-        folder = Path(pretrained_model_name_or_path)
+        folder = user_path(pretrained_model_name_or_path)
         if folder.is_dir():
             _check_config(folder / "config.json", cls)
+            pretrained_model_name_or_path = folder
         return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     def _save_pretrained(self, save_directory: Path):
         with atomic_write(Path(save_directory) / "model.safetensors") as tmp:
             save_file(self.state_dict(), tmp)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,  # A folder; made when missing
+        **options,  # Of the Hub's mixin
+    ):
+        "Save the configuration and the weights."
+        return super().save_pretrained(user_path(save_directory), **options)
 
     @classmethod
     def _load_as_safetensor(cls, model, model_file, map_location, strict):
