@@ -9,9 +9,11 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
+from s5vh_nb.basics import devices
 from s5vh_nb.basics.config import replace, to_dict
 from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.datasets import splits
@@ -243,6 +245,15 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, resource.RLIM_INFINITY))
 assert 0 < free_memory(cpu) <= min(before, 2**30), (before, free_memory(cpu))
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="containers of Linux")
+@pytest.mark.parametrize("allowed, seen", [("max", False), ("{}", True), ("1", True)])
+def test_the_limit_of_a_container_is_seen(tmp_path, monkeypatch, allowed, seen):
+    cpu, file = torch.device("cpu"), tmp_path / "memory.max"
+    file.write_text(allowed.format(psutil.Process().memory_info().rss + 2**28) + "\n", encoding="utf-8")
+    monkeypatch.setattr(devices, "_CONTAINER", (str(tmp_path / "missing"), str(file)))
+    assert (0 <= devices.free_memory(cpu) <= 2**28) == seen
 
 
 def test_one_training_item_is_an_error(data):
