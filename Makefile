@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce report test test-python test-lib test-artefacts lab readme prepare clean
+.PHONY: help reproduce report test test-python test-lib test-artefacts lab expected readme prepare clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,8 +46,13 @@ test-artefacts: $(READY)
 	$(BIN)/papermill --log-level ERROR --no-progress-bar -p profile smoke nbs/s5vh/retrieval.ipynb results/smoke/plain.ipynb
 	$(BIN)/s5vh-nb reproduce --all --profile smoke
 
+# tools/lab: no question about news; the hook saves a notebook as it is committed, without what tells of this kernel
 lab: $(READY)  ## JupyterLab for the whole project, opened at the index
-	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" nbs/index.ipynb
+	JUPYTER_CONFIG_PATH="$(CURDIR)/tools/lab$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs/index.ipynb
+
+expected: $(READY)  ## results/expected.csv: what the main job should give, from three seeds of it
+	$(BIN)/python tools/expected.py
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py

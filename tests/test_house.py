@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
+from nbdev.clean import clean_jupyter
 
 from s5vh_nb.cli.artefacts import PAPERS, read_artefact
 
@@ -38,7 +39,7 @@ MEGABYTES, FILES = 25, 450  # of tracked files, at most
 PUBLIC = """
     selective_scan Mamba Mamba2 LSTM RetNet RWKV Transformer Bidirectional S5VH S5VHOutput DMMH
     hash_centers HashCenters reconstruction_loss contrastive_loss center_alignment_loss metric_loss
-    hamming_distances hamming_search map_at_k gmap precision_recall load train
+    hamming_distances hamming_search radius_search Within map_at_k gmap precision_recall load train
     Learnt Scores Protocol Study
 """.split()
 
@@ -68,7 +69,8 @@ def remade():
             shutil.copy(ROOT / name, copy)
         shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
         shutil.copytree(PACKAGE / "data", copy / "s5vh_nb" / "data")
-        shutil.copy(PACKAGE / "__init__.py", copy / "s5vh_nb")
+        for name in ("__init__.py", "py.typed"):
+            shutil.copy(PACKAGE / name, copy / "s5vh_nb")
         for command in ("nbdev_export", "nbdev_clean"):
             env = {**os.environ, "PYTHONPATH": ""}
             subprocess.run([BIN / command], cwd=copy, check=True, capture_output=True, env=env)
@@ -85,6 +87,19 @@ def test_package_equals_notebooks(remade):
 def test_notebooks_are_clean(remade):
     unclean = [name_of(p) for p in NOTEBOOKS if p.read_bytes() != (remade / p.relative_to(ROOT)).read_bytes()]
     assert not unclean, f"nbdev_clean would change {unclean} (make prepare)"
+
+
+def test_lab_saves_a_notebook_as_it_was_committed():
+    "The hook that `make lab` gives it takes off what Lab writes when a kernel has started."
+    assert "pre_save_hook=nbdev.clean.clean_jupyter" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    for path in (LIBRARY[0], ARTEFACTS[0]):
+        nb = nbformat.read(path, as_version=4)
+        nb.metadata["kernelspec"]["display_name"] = "Python 3 (ipykernel)"
+        nb.metadata["language_info"] = {"name": "python", "version": "3.11.7"}
+        clean_jupyter(str(path), {"type": "notebook", "content": nb})
+        assert nbformat.writes(nb) + "\n" == path.read_text(encoding="utf-8"), name_of(path)
+    with_widgets = [name_of(path) for path in NOTEBOOKS if b"widget-view" in path.read_bytes()]
+    assert not with_widgets, "Lab writes the numbers of widgets anew"
 
 
 def test_wheel_has_everything(remade):
@@ -108,7 +123,7 @@ def test_wheel_has_everything(remade):
         module, function = re.search(r"^s5vh-nb = ([\w.]+):(\w+)$", entry, re.MULTILINE).groups()
         assert f"def {function}(" in wheel.read(module.replace(".", "/") + ".py").decode()
     data = {name_of(path) for path in (PACKAGE / "data").iterdir()}
-    assert data | {name_of(path) for path in PACKAGE.rglob("*.py")} <= names
+    assert data | {name_of(path) for path in PACKAGE.rglob("*.py")} | {"s5vh_nb/py.typed"} <= names
 
 
 def load_tool(name):
@@ -273,6 +288,21 @@ def test_package_needs_no_development_tools():
     assert not needing
 
 
+def test_package_works_without_a_folder_for_compiled_code():
+    "As in a container: the installation is read-only, and the user has no home."
+    code = """
+import importlib, pkgutil
+from numba.core import caching
+caching.CompileResultCacheImpl._locator_classes.clear()  # numba finds no folder
+import s5vh_nb
+for module in pkgutil.walk_packages(s5vh_nb.__path__, "s5vh_nb."):
+    importlib.import_module(module.name)
+"""
+    env = {name: value for name, value in os.environ.items() if name not in ("HOME", "NUMBA_CACHE_DIR")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # Style
 
 
@@ -406,6 +436,8 @@ def test_artefact_notebook(path):
     assert PARAMETERS <= set(artefact.parameters)
     assert nb.metadata.kernelspec.name == "python3"
     assert not any(cell.get("outputs") for cell in nb.cells), "artefact sources carry no outputs"
+    first = [cell.source for cell in nb.cells if cell.cell_type == "code"][1]
+    assert "open_study(" in first, "its first cell does not check its parameters"
     outputs = artefact.tables + artefact.figures
     assert outputs, "it saves no table and no figure"
     begin = [name == path.stem or name.startswith(f"{path.stem}_") for name in outputs]

@@ -1,5 +1,7 @@
 "Paper 1's tables from made-up records: retrieval, gain, schedule; a claim about the lead over rivals."
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,8 +16,10 @@ from s5vh_nb.evidence.experiments import (
     schedule_row,
     share_row,
 )
+from s5vh_nb.evidence.report import expected
 
 LSH = [BaselineConfig(method="lsh", view="flat", bits=16, seed=seed) for seed in (1, 2)]
+ROOT = Path(__file__).resolve().parent.parent
 HALF = BaselineConfig(method="lsh", view="mean", bits=16)  # one of two seeds
 
 
@@ -54,6 +58,38 @@ def test_a_method_without_all_seeds_is_named_and_left_out(tables, capsys):
 
 def test_a_table_without_a_pair_to_compare_has_no_verdict(tables):
     assert set(tables(*LSH)) == {"s5vh_retrieval"}
+
+
+def test_a_short_run_stands_beside_what_is_expected(cells, pretend, checkout, capsys):
+    pretend_rows(pretend, "s5vh/retrieval", {"S5VH": 0.8, "ConMH-style": 0.2})
+    places = (f"s5vh/retrieval,smoke,spoken-digits,16,{row}" for row in ("S5VH,0,.01", "ConMH-style,.5,.6"))
+    lines = "\n".join(["artefact,profile,dataset,bits,row,GmAP,tolerance", *places])
+    (checkout / "results" / "expected.csv").write_text(lines, encoding="utf-8")
+    cells("s5vh/retrieval")
+    *_, as_expected, better, short = capsys.readouterr().out.splitlines()
+    assert as_expected == "Not as expected: the GmAP of S5VH."
+    assert (
+        better == "S5VH is better than 1 of 1 rivals here."
+    )  # no record of the full profile in this project
+    assert short.endswith("they show that the notebook runs, not which row is ahead.")
+
+
+def test_expected_values_are_those_of_the_main_job():
+    main, rows = EXPERIMENTS["s5vh/retrieval"], pd.read_csv(ROOT / "results" / "expected.csv")
+    names, lengths = main.datasets["quick"], main.bits["quick"]
+    places = [(name, bits, row) for name in names for bits in lengths for row in main.rows_in("quick")]
+    assert rows[["dataset", "bits", "row"]].apply(tuple, axis=1).tolist() == places
+    assert set(rows.epochs.dropna()) == {main.epochs["quick"]}
+
+
+def test_quick_is_long_enough_to_stand_where_the_full_profile_does():
+    "S5VH's expected lead over ITQ lies in the interval that the full profile has for it."
+    scores = expected("s5vh/retrieval", "quick", ROOT).GmAP
+    lead = scores["spoken-digits", 64, "S5VH"] - scores["spoken-digits", 64, "ITQ, flattened"]
+    details = pd.read_csv(ROOT / "results" / "full" / "tables" / "s5vh_claims_details.csv")
+    known = details.set_index(["claim", "data", "setting"])
+    there = known.loc[("S5VH beats ITQ, flattened", "spoken-digits", "64 bits")]
+    assert there.low < lead < there.high
 
 
 def test_a_table_without_records_is_refused(tables):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def checkpoint(data, tmp_path_factory):
 
 
 def resume(path, data, **changes):
-    return train(replace(CONFIG, epochs=1, **changes), data, checkpoint=path, resume=True)
+    return train(replace(CONFIG, **{"epochs": 1, **changes}), data, checkpoint=path, resume=True)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(evaluate_every=5)], ids=["as it was", "other evaluations"])
@@ -139,13 +140,14 @@ def test_a_checkpoint_with_code_in_it_is_not_run(data, tmp_path):
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(checkpoint, data):
-    with pytest.raises(ValueError, match="expected a checkpoint of TrainConfig"):
-        resume(checkpoint, data, lr=1e-3)
+    "Only the fields that differ are named, those of the parts, too."
+    with pytest.raises(ValueError, match="a run with lr 0.001, beta 0.5, found lr 0.0005, beta 0.1$"):
+        resume(checkpoint, data, lr=1e-3, beta=0.5)
 
 
-def test_a_checkpoint_of_other_data_is_refused(checkpoint):
+def test_a_checkpoint_of_other_data_is_refused(checkpoint, data):
     with pytest.raises(ValueError, match="data with fingerprint"):
-        resume(checkpoint, load("spoken-pairs"))
+        resume(checkpoint, dataclasses.replace(data, query=data.query.take(slice(100))))
 
 
 @pytest.mark.parametrize("schema", [2, 99])
@@ -168,7 +170,7 @@ def test_a_checkpoint_of_another_schema_is_refused(checkpoint, data, tmp_path, s
         (dict(epochs=0), "epochs"),
         (dict(tau_plus=1.0), "tau_plus"),
         (dict(mask_ratio=1.0), "mask_ratio"),
-        (dict(bits=20), "bits: expected a positive multiple of 8"),
+        (dict(bits=0), "bits: expected a positive whole number"),
         (dict(mixer="Mamba3"), "mixer"),
     ],
 )
@@ -198,9 +200,85 @@ def test_one_training_item_is_an_error(data):
         train(CONFIG, one)
 
 
-def test_a_mask_that_hides_all_frames_is_an_error(data):
-    with pytest.raises(ValueError, match="mask_ratio"):
+def test_a_mask_that_hides_no_frame_is_an_error(data, monkeypatch):
+    "Before the centers are made."
+    monkeypatch.setattr(training, "fit_objective", None)
+    with pytest.raises(ValueError, match="mask_ratio: expected one that hides and shows at least one of"):
         train(replace(CONFIG, mask_ratio=0.01), data)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"seed": 1}, "config: expected a TrainConfig .*, found dict"),
+        (
+            train_config("emoji", "smoke"),
+            "data: expected pairs, for DMMHConfig, found 'spoken-digits', a set",
+        ),
+        (train_config("spoken-pairs", "smoke"), "dataset: expected 'spoken-digits', the data given, found"),
+    ],
+)
+def test_a_configuration_of_something_else_is_refused(data, config, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        train(config, data)
+
+
+def test_a_misspelt_data_set_is_named():
+    with pytest.raises(ValueError, match="found 'spoken-digts' .did you mean 'spoken-digits'"):
+        train(train_config("spoken-digts", "smoke"), None)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("notes/run.pt", "run.pt: expected a folder that can be written to"),
+        ("long" * 80, "found: File name too long"),
+        ("", "expected the name of a file, found a folder"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_is_found_at_the_start(
+    data, tmp_path, monkeypatch, name, message
+):
+    monkeypatch.setattr(training, "fit_objective", None)  # nothing has begun
+    (tmp_path / "notes").touch()
+    with pytest.raises((OSError, ValueError), match=message):
+        train(CONFIG, data, checkpoint=tmp_path / name)
+
+
+def test_an_evaluation_may_return_nothing(data):
+    "It has looked, or written a picture; training goes on."
+    seen = []
+    config = replace(CONFIG, epochs=2, evaluate_every=1)
+    run = train(config, data, evaluate=lambda run: seen.append(run.epoch))
+    assert seen == [1, 2] and run.epoch == 2
+    with pytest.raises(TypeError, match="result of evaluate: expected a dict of scores, or nothing, found f"):
+        train(config, data, evaluate=lambda run: 0.5)
+
+
+def test_a_finished_run_goes_on_for_more_epochs(checkpoint, data, tmp_path):
+    before, path = torch.load(checkpoint, weights_only=True), tmp_path / "run.pt"
+    shutil.copy(checkpoint, path)
+    run = resume(path, data, epochs=3)
+    assert [h["epoch"] for h in run.history] == [0, 1, 2] and run.history[:1] == before["history"]
+    with pytest.raises(ValueError, match="with epochs 1, found epochs 3"):
+        resume(path, data)
+
+
+def test_a_network_is_trained_further(data):
+    "Only its weights are taken; they are those that learn, and the network itself stays as it is."
+    first = train(replace(CONFIG, epochs=1), data).model
+    before = {name: value.clone() for name, value in first.state_dict().items()}
+    config = replace(CONFIG, epochs=1, seed=2, lr=1e-12, lr_end=1e-12, weight_decay=0.0)
+    tuned = train(config, data, start=first)
+    for name, value in tuned.model.state_dict().items():
+        torch.testing.assert_close(value, before[name])
+        assert torch.equal(first.state_dict()[name], before[name])
+
+
+def test_a_run_is_shown_in_one_line(data):
+    run = train(replace(CONFIG, epochs=1), data)
+    assert repr(run).startswith("S5VH, 64 bits, spoken-digits, seed 1: 1 of 1 epochs, loss ")
+    assert len(repr(run).splitlines()) == 1
 
 
 def test_a_write_that_fails_keeps_the_old_checkpoint(checkpoint, data):

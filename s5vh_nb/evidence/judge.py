@@ -211,6 +211,11 @@ def plot_gains(
 ) -> plt.Figure:
     "Gain of every row over the base with its interval, one panel per data set and code length."
     others = table[table.row != base]
+    if others.empty:
+        fig, ax = plt.subplots(figsize=(4, 1))
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, f"no row but {base} has been run with all seeds", ha="center")
+        return fig
     panels, names = list(others.groupby(["dataset", "bits"], sort=False)), list(dict.fromkeys(others.row))
     size = 2.2 + 2.7 * len(panels), 0.9 + 0.27 * len(names)
     fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)

@@ -6,16 +6,19 @@
 __all__ = ['Study', 'open_study']
 
 # %% ../../nbs/lib/evidence/10_study.ipynb #c43cb3e0
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from IPython import get_ipython
 
 from ..basics.checks import check, known, parse_list
-from ..basics.profiles import PROFILES
+from ..basics.devices import Device
+from ..basics.profiles import PROFILES, train_config
 from ..datasets.catalog import CATALOG, DATA_ROOT, available, is_there
-from .experiments import EXPERIMENTS, Experiment, config_of
+from .experiments import EXPERIMENTS, Experiment, Fitted, config_of
 from .report import folder_of, save_figure, save_table, style
 from .store import Store
 
@@ -39,14 +42,30 @@ class Study:
         size = f"{len(self.rows)} rows, " if self.rows else ""
         parts = {"data": self.datasets, "bits": self.bits, "seeds": self.seeds}
         covered = ", ".join(f"{name} {' '.join(map(str, values))}" for name, values in parts.items())
-        return f"{self.name}, profile {self.profile}: {size}{covered}"
+        return "\n".join(filter(None, [f"{self.name}, profile {self.profile}: {size}{covered}", self.short]))
+
+    @property
+    def short(self) -> str:
+        "How short the trainings are beside the full profile's, and what they can show; else empty."
+        if all(isinstance(row, Fitted) for row in self.rows.values()):
+            return ""
+        own = self.experiment.epochs.get(self.profile)
+        here = own or train_config(self.datasets[0], self.profile).epochs
+        full = train_config(self.datasets[0], "full").epochs
+        if here >= full:
+            return ""
+        shows = (
+            "large differences, not small ones" if own else "that the notebook runs, not which row is ahead"
+        )
+        return f"Small networks, {here} epochs where the full profile has {full}: they show {shows}."
 
     def configs(self, dataset: str, bits: int, row: str) -> list | None:
         "The configurations of a row, one per seed; None where it is not run."
         at_this_length = self.experiment.runs_at(row, self.profile, bits, self.bits)
         if not (at_this_length and self.experiment.runs_on(row, dataset, self.datasets)):
             return None
-        found = [config_of(self.rows[row], dataset, self.profile, bits, seed) for seed in self.seeds]
+        place, epochs = (self.rows[row], dataset, self.profile, bits), self.experiment.epochs
+        found = [config_of(*place, seed, epochs.get(self.profile)) for seed in self.seeds]
         return None if None in found else found
 
     def cells(self, rows=None) -> dict:  # Names; None: all
@@ -83,6 +102,20 @@ class Study:
         found = iter(self.store.get_many(asked, label))
         return {place: [next(found) for _ in configs] for place, configs in cells.items()}
 
+    def measured(
+        self,
+        place: tuple,  # (dataset, bits, row)
+        label: str,  # Name of the measurement
+        measure,  # See `Store.measure`
+        seeds: int | None = None,  # How many of the first; None: all
+    ) -> list | None:
+        "The measurements of a row, one per seed; None, and a line that says so, where one may not be made."
+        configs = self.configs(*place)[:seeds]
+        if not self.store.may_train and None in [self.store.find(config, label) for config in configs]:
+            _name_left_out([place], label)
+            return None
+        return [self.store.measure(config, label, measure) for config in configs]
+
     def _paper(self) -> str:
         return self.name.split("/")[0]
 
@@ -117,18 +150,35 @@ def _name_left_out(places, label):
         print(f"{what}, not all seeds run: {'; '.join(rows)} ({dataset}, {bits} bits)")
 
 # %% ../../nbs/lib/evidence/10_study.ipynb #0b8b4b68
+def _assigned(cells: list) -> list:  # Code
+    "The names that cells assign at the beginning of a line."
+    return [name for cell in cells for name in re.findall(r"^(\w+) *=(?!=)", cell, re.MULTILINE)]
+
+
+def _check_injected(
+    cells: list,  # Code that the kernel has run, in order
+):
+    "`ValueError` for a name that papermill set and no cell before did: the notebook would ignore it."
+    for number, cell in enumerate(cells):
+        if cell.startswith("# Parameters\n"):  # written by papermill, below the notebook's own parameters
+            for name in _assigned([cell]):
+                known(name, _assigned(cells[:number]), "parameter of this notebook")
+
+
 def open_study(
     name: str,  # e.g. "s5vh/losses"; "dmmh/ablations/mixers" for a second experiment of one notebook
     profile: str,  # "smoke", "quick", "full" or "paper"
     dataset=None,  # One name, several, or None for those of the profile
     bits=None,  # One code length, several, or None
     seeds=None,  # One, several, or None
-    device: str | None = None,
+    device: Device = None,
     data_root: str | None = None,  # Folder of files that are not bundled; None: that of the environment
     root: Path | None = None,  # The project's folder; None finds it
     may_train: bool | None = None,  # None: unless `s5vh-nb report` forbids it
 ) -> Study:
     "The experiment as these parameters ask for it; sets the style of figures; errors name the parameter."
+    if shell := get_ipython():
+        _check_injected(shell.user_ns["In"])
     experiment = EXPERIMENTS[known(name, EXPERIMENTS, "experiment")]
     known(profile, PROFILES, "profile")
     artefact = "/".join(name.split("/")[:2])

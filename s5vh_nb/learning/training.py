@@ -23,13 +23,15 @@ from tqdm.auto import tqdm
 
 from ..basics.checks import check
 from ..basics.config import TrainConfig
-from ..basics.devices import as_tensor, pick_device
+from ..basics.devices import Device, as_tensor, pick_device
+from ..basics.files import check_writable
 from ..datasets.catalog import load
 from ..datasets.rows import rows_of, to_tensor
 from ..datasets.splits import Dataset
-from .checkpoints import TrainedRun, load_checkpoint, new_run, save_checkpoint
+from .checkpoints import TrainedRun, load_checkpoint, new_run, save_checkpoint, start_from
 from .objectives import MetricObjective
-from .resolve import centers_from_file, resolve
+from .resolve import centers_from_file, check_trainable, resolve
+from ..models.codes import HashNetwork
 from ..ops.streams import GraphedCall
 
 # %% ../../nbs/lib/learning/06_training.ipynb #fe2b9b02
@@ -249,7 +251,9 @@ def _evaluate_during_training(
     with torch.no_grad(), matmul_precision("float32"), torch.random.fork_rng(gpus):
         scores = evaluate(run)
     run.model.train()
-    return _six_digits(scores)
+    expected = "a dict of scores, or nothing"
+    check(isinstance(scores, dict | None), "result of evaluate", expected, type(scores).__name__, TypeError)
+    return _six_digits(scores or {})
 
 # %% ../../nbs/lib/learning/06_training.ipynb #d7403c6d
 def fit_objective(
@@ -298,29 +302,33 @@ def train(
     data: Dataset | None = None,  # Loaded by name when None
     *,
     data_root: str | Path | None = None,  # Folder with the papers' files, for official sets
-    device: str | None = None,  # "cpu", "cuda", ...; None takes a GPU when there is one
+    device: Device = None,  # None takes a GPU when there is one
+    start: HashNetwork | None = None,  # Network to train further; None: weights from the seed
     checkpoint: str | Path | None = None,  # File to save to during training
     every: int = 10,  # Epochs between two checkpoints
     resume: bool = False,  # Go on from `checkpoint` when it exists
-    evaluate=None,  # Called with the run at each evaluation; returns a dict of scores for the history
+    evaluate=None,  # Called with the run at each evaluation; may return a dict of scores for the history
     progress: bool = True,  # Show a bar
 ) -> TrainedRun:
     """A trained S5VH or DMMH, in evaluation mode.
 
     The same configuration on the same machine, with as many threads, gives the same weights, resumed or not.
+    A finished checkpoint of fewer epochs is trained further, which is not the same as all epochs at once.
     """
+    expected = "a TrainConfig (`train_config` makes one)"
+    check(isinstance(config, TrainConfig), "config", expected, type(config).__name__, TypeError)
     check(every >= 1, "every", "a number of epochs, at least 1", every)
-    is_folder = bool(checkpoint) and Path(checkpoint).is_dir()
-    check(not is_folder, str(checkpoint), "a file to keep the checkpoint in", "a folder")
     clock = time.perf_counter()
     data, device = data or load(config.dataset, data_root), pick_device(device)
     config, data = resolve(config, data), training_share(data, config.share, config.seed)
-    n, expected = len(data.train), "at least 2: they are contrasted with each other"
-    check(n > 1, f"{data.name}: training items", expected, n)
-    if resume and checkpoint and Path(checkpoint).exists():
-        run = load_checkpoint(checkpoint, config, data, device)
-    else:
-        run = new_run(config, data, device)
+    check_trainable(config, data)
+    resumed = resume and checkpoint and Path(checkpoint).exists()
+    run = load_checkpoint(checkpoint, config, data, device) if resumed else new_run(config, data, device)
+    if checkpoint and run.epoch < config.epochs:
+        check_writable(checkpoint)  # now, not after the first epochs
+    if start is not None and not resumed:
+        start_from(run, start)
+    if not resumed:
         fit_objective(run, data, progress)
     if run.epoch < config.epochs:
         inputs = tuple(move_if_it_fits(x, device, config.precision) for x in data.train.arrays)

@@ -179,6 +179,11 @@ class Hasher:
     directions: np.ndarray  # (width, k)
     lift: Pipeline | None = None  # Applied before the mean is subtracted
 
+    @property
+    def bits(self) -> int:
+        "k, the length of its codes."
+        return self.directions.shape[1]
+
     def encode(
         self,
         *arrays,  # (n, ...) features of any kind, one per input: `split.arrays`
@@ -222,7 +227,7 @@ def _check_sizes(method: str, train: Split, bits: int):
 def fit_baseline(
     method: str,  # One of METHODS for these items
     train: Split,  # Training items
-    bits: int,  # k, a multiple of 8
+    bits: int,  # k
     view: str = "mean",  # "mean" over time or frames "flat" for videos, "pair" for pairs
     seed: int = 0,  # Same seed, same codes
 ) -> Hasher:

@@ -22,6 +22,7 @@ from torch.export import Dim, ExportedProgram, export
 from tqdm.auto import tqdm
 
 from ..basics.checks import check
+from ..basics.config import bits_of
 from ..basics.devices import as_tensor, pick_device
 from ..basics.files import atomic_write
 from ..ops.streams import GraphedCall
@@ -40,19 +41,19 @@ class _StraightThroughSign(torch.autograd.Function):
 
 
 def sign_ste(
-    x: Tensor,  # Real numbers, any shape
+    x: Tensor | np.ndarray,  # Real numbers, any shape
 ) -> Tensor:
     "sign(x) in {-1, +1}, -1 at 0; the gradient is that of clip(x, -1, 1) (S5VH, hash layer, as released)."
-    return _StraightThroughSign.apply(x)
+    return _StraightThroughSign.apply(as_tensor(x))
 
 # %% ../../nbs/lib/models/00_codes.ipynb #a5dacd43
 def relax(
-    x: Tensor,  # The hash layer's output, any shape
+    x: Tensor | np.ndarray,  # The hash layer's output, any shape
     how: str,  # "sign" or "tanh"
 ) -> Tensor:
     "Codes for training: the straight-through sign, or tanh(x) (S5VH, hash layer, as written)."
     check(how in ("sign", "tanh"), "relaxation", "'sign' or 'tanh'", repr(how))
-    return sign_ste(x) if how == "sign" else torch.tanh(x)
+    return sign_ste(x) if how == "sign" else torch.tanh(as_tensor(x))
 
 # %% ../../nbs/lib/models/00_codes.ipynb #76ae974c
 def _bit_values(device):
@@ -62,23 +63,24 @@ def _bit_values(device):
 def pack(
     codes: Tensor | np.ndarray,  # (b, k) numbers; a positive one becomes bit 1
 ) -> Tensor:
-    "Packed codes, uint8 (b, k/8), in the order of `numpy.packbits`."
+    "Packed codes, uint8 (b, k/8) with k/8 rounded up, in the order of `numpy.packbits`."
     codes = as_tensor(codes)
-    check(codes.ndim == 2, "codes", "two dimensions (b, k)", tuple(codes.shape))
-    check(codes.shape[1] % 8 == 0, "bits", "a multiple of 8", codes.shape[1])
-    bits = (codes > 0).unflatten(1, (-1, 8))  # (b, k/8, 8)
-    return (bits * _bit_values(codes.device)).sum(-1).to(torch.uint8)  # (b, k/8)
+    fits = codes.ndim == 2 and codes.shape[1] > 0
+    check(fits, "codes", "shape (b, k), k at least 1", tuple(codes.shape))
+    bits = nn.functional.pad(codes > 0, (0, -codes.shape[1] % 8))  # (b, k and the zeros after it)
+    return (bits.unflatten(1, (-1, 8)) * _bit_values(codes.device)).sum(-1).to(torch.uint8)  # (b, k/8)
 
 
 def unpack(
     packed: Tensor | np.ndarray,  # uint8 (b, k/8)
+    bits: int | None = None,  # k, where it is no multiple of 8
 ) -> Tensor:
     "The codes in {-1, +1} that `pack` was given, float32 (b, k)."
     packed = as_tensor(packed)
     found = f"{packed.dtype} {tuple(packed.shape)}"
     check(packed.dtype == torch.uint8 and packed.ndim == 2, "packed codes", "uint8 (b, k/8)", found)
-    bits = packed[:, :, None].long() & _bit_values(packed.device)  # (b, k/8, 8)
-    return (bits > 0).flatten(1) * 2.0 - 1  # (b, k)
+    ones = packed[:, :, None].long() & _bit_values(packed.device)  # (b, k/8, 8)
+    return (ones > 0).flatten(1)[:, : bits_of(packed.shape[1], bits)] * 2.0 - 1  # (b, k)
 
 # %% ../../nbs/lib/models/00_codes.ipynb #9458c619
 def check_array(
@@ -149,6 +151,11 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
     ):
         super().__init__()
         self.config = config
+
+    @property
+    def bits(self) -> int:
+        "k, the length of its codes."
+        return self.config.bits
 
     def h(
         self,

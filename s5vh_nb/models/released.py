@@ -78,6 +78,8 @@ def released_state(
     complete = isinstance(stored, dict) and "model_state_dict" in stored
     check(complete, where, "the key model_state_dict", list(stored)[:8], KeyError)
     stored = stored["model_state_dict"]
+    if all(name.startswith("module.") for name in stored):
+        stored = {name.removeprefix("module."): tensor for name, tensor in stored.items()}
     state = {ours: tensor for name, tensor in stored.items() if (ours := _our_name(name))}
     if "decoder.mask_token" in state:
         state["decoder.mask_token"] = state["decoder.mask_token"].flatten()

@@ -20,6 +20,7 @@ from numba import njit, types
 from numba.extending import overload
 from torch.autograd.function import once_differentiable
 
+from ..basics.devices import jit
 from .reference import scan_by_passes
 
 # %% ../../nbs/lib/ops/02_compiled.ipynb #9bc3b684
@@ -270,10 +271,7 @@ def _compiled(
     outputs = [types.Array(number, rank, "C") for rank in output_ranks]
     whole_numbers, booleans = [types.int64] * 6, [types.boolean] * (1 + flags)
     signature = types.void(*whole_numbers, *booleans, *tensors, *inputs, *outputs)
-    try:
-        return njit(signature, cache=True, **_FAST)(kernel)
-    except RuntimeError:
-        return njit(signature, **_FAST)(kernel)  # no folder for a cache
+    return jit(kernel, signature, **_FAST)
 
 
 class _Task(NamedTuple):
