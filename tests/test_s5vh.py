@@ -8,7 +8,7 @@ import torch
 
 from s5vh_nb.basics.config import S5VHConfig
 from s5vh_nb.models.codes import sign_ste, unpack
-from s5vh_nb.models.s5vh import S5VH
+from s5vh_nb.models.s5vh import S5VH, positions
 
 SIZES = dict(d=40, m=32, k=16, decoder=24, depth=2, classes=7)  # of a small checkpoint
 SMALL = S5VHConfig(d=13, bits=16, m=16, depth=1, decoder_m=16)
@@ -211,3 +211,13 @@ def test_frames_that_are_not_numbers_or_missing_are_refused():
         model.encode(x[:0])
     with pytest.raises(ValueError, match="t at least 1"):
         model.encode(x[:, :0])
+
+
+def test_positions_follow_the_default_dtype():
+    "They are kept between calls, but not from one dtype to another."
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        torch.set_default_dtype(dtype)
+        try:
+            assert positions(6, 16).dtype == dtype
+        finally:
+            torch.set_default_dtype(torch.float32)

@@ -164,6 +164,27 @@ def test_scans_with_states_need_a_backend_that_has_them():
     assert dispatch._pick("auto", on_gpu, dispatch._SCANS) == ("triton" if find_spec("triton") else "torch")
 
 
+def test_the_original_kernels_get_the_arguments_of_their_function(monkeypatch):
+    "Which a machine without a GPU can only look at."
+    calls, name = [], "mamba_ssm.ops.selective_scan_interface"
+
+    def selective_scan_fn(
+        u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+    ):
+        calls.append(delta_softplus)
+        return scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(selective_scan_fn=selective_scan_fn))
+    monkeypatch.setattr(dispatch, "_check_gpu_backend", lambda *_: None)
+    given = {key: v.detach() for key, v in arguments(groups=(2, 2)).items()}
+    options = dict(delta_softplus=True, return_last_state=True, reversed_channels=3)
+    for mine, theirs in zip(
+        *(selective_scan(**given, **options, backend=b) for b in ("mamba_ssm", "reference"))
+    ):
+        assert torch.equal(mine, theirs)
+    assert calls == [True]
+
+
 def relayout(v, kind):
     "The same numbers in another memory layout."
     if v is None or v.dim() < 3:

@@ -30,15 +30,15 @@ def _sinusoids(
     frames: Tensor,  # Frame numbers (v,)
     m: int,  # Width
 ) -> Tensor:
-    "Their positions, float32 (v, m)."
+    "Their positions (v, m) in torch's default dtype."
     j = torch.arange(m, device=frames.device)
     angle = frames[:, None] / 10000 ** (2 * (j // 2) / m)  # (v, m)
     return torch.where(j % 2 == 0, angle.sin(), angle.cos())
 
 
 @functools.lru_cache(64)
-def _kept_positions(t, m, device):
-    return _sinusoids(torch.arange(t, device=device), m)
+def _kept_positions(t, m, device, dtype):
+    return _sinusoids(torch.arange(t, device=device, dtype=dtype), m)
 
 
 def positions(
@@ -46,10 +46,13 @@ def positions(
     m: int,  # Width
     device=None,  # Where to make them
 ) -> Tensor:
-    "Fixed sinusoidal positions, float32 (t, m) (S5VH, encoder). The result is cached: do not write to it."
+    """Fixed sinusoidal positions (t, m) in torch's default dtype, float32 (S5VH, encoder).
+
+    The result is cached: do not write to it.
+    """
     # a program that torch exports makes its own, for any number of frames
     make = _kept_positions.__wrapped__ if torch.compiler.is_exporting() else _kept_positions
-    return make(t, m, device)
+    return make(t, m, device, torch.get_default_dtype())
 
 # %% ../../nbs/lib/models/04_s5vh.ipynb #48f3bd05
 def take(

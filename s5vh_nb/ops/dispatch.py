@@ -37,11 +37,11 @@ def _scan_triton(u, *arguments):
 
 @by_flipping
 def _scan_mamba_ssm(u, *arguments):
-    "The original GPU kernels, from the optional package mamba-ssm."
+    "The original GPU kernels, from the optional package mamba-ssm; `initial_state`, the last one, is None."
     _check_gpu_backend("mamba_ssm", u)
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    return selective_scan_fn(u, *arguments)
+    return selective_scan_fn(u, *arguments[:-1])
 
 
 def _conv_triton(x, *arguments):
