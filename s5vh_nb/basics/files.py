@@ -67,8 +67,9 @@ def check_writable(
     path: str | Path,  # A file to be written later; its folder is made when missing
 ):
     "`OSError` naming `path` unless it can be written, `ValueError` for a folder: known before hours of work."
-    _temporary_beside(Path(path)).unlink()
-    check(not Path(path).is_dir(), str(path), "the name of a file", "a folder")
+    path = user_path(path)
+    _temporary_beside(path).unlink()
+    check(not path.is_dir(), str(path), "the name of a file", "a folder")
 
 # %% ../../nbs/lib/basics/01_files.ipynb #2570f6fa
 def write_text(

@@ -25,6 +25,7 @@ from ..basics.checks import check
 from ..basics.config import bits_of, check_config
 from ..basics.devices import as_tensor, pick_device
 from ..basics.files import atomic_write, user_path
+from ..datasets.rows import LARGEST
 from ..ops.streams import GraphedCall
 
 # %% ../../nbs/lib/models/00_codes.ipynb #33ef2b62
@@ -103,8 +104,8 @@ def check_largest(
     largest: float,  # The largest absolute value of some features; NaN where one is NaN
 ):
     "`ValueError` for NaN, infinity and numbers so large that sums of their squares may overflow float32."
-    expected, found = "finite numbers of at most 1e15", "NaN, infinity or larger ones"
-    check(largest <= 1e15, "features", expected, found)
+    expected, found = f"finite numbers of at most {LARGEST:g}", "NaN, infinity or larger ones"
+    check(largest <= LARGEST, "features", expected, found)
 
 
 def evaluation_view(
