@@ -299,7 +299,7 @@ for module in pkgutil.walk_packages(s5vh_nb.__path__, "s5vh_nb."):
     importlib.import_module(module.name)
 """
     env = {name: value for name, value in os.environ.items() if name not in ("HOME", "NUMBA_CACHE_DIR")}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
 
 
