@@ -184,9 +184,9 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_training(store, monk
 
 def test_what_is_no_configuration_is_named(store):
     for ask in (store.find, store.get, lambda config: store.get_many([config])):
-        with pytest.raises(TypeError, match="configuration: expected a TrainConfig or .*, found dict"):
+        with pytest.raises(TypeError, match="config: expected TrainConfig or .*, found dict"):
             ask(to_dict(CONFIG))
-    with pytest.raises(TypeError, match="a TrainConfig or a BaselineConfig, found TransferConfig"):
+    with pytest.raises(TypeError, match="TrainConfig or BaselineConfig, found TransferConfig"):
         store.transfer(TransferConfig("spoken-pairs", ITQ), "spoken-pairs")
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..basics.checks import check
-from ..basics.config import BaselineConfig, TrainConfig, TransferConfig
+from ..basics.config import BaselineConfig, TrainConfig, TransferConfig, check_config
 from ..basics.devices import Device, pick_device
 from ..basics.files import check_writable, find_root
 from ..datasets.catalog import Described, describe, load
@@ -73,12 +73,6 @@ def _about(data: Dataset) -> dict:
     return {"name": data.name, "fingerprint": data.fingerprint, **sizes, **notes}
 
 
-def _check_config(config, kinds=Config):
-    "`TypeError` unless a configuration of one of these kinds."
-    names = " or a ".join(kind.__name__ for kind in kinds.__args__)
-    check(isinstance(config, kinds), "configuration", f"a {names}", type(config).__name__, TypeError)
-
-
 class Store:
     "Runs of one profile on behalf of one artefact."
 
@@ -117,7 +111,7 @@ class Store:
         label: str = "",  # Of a measurement or repetition
     ) -> RunRecord | None:
         "The record, or None where there is none; `ValueError` when it was made from other data."
-        _check_config(config)
+        check_config(config, "config", TrainConfig, BaselineConfig, TransferConfig)
         if isinstance(config, TransferConfig):
             return self._find_transfer(config)
         data = self._described(config.dataset)
@@ -228,7 +222,7 @@ class Store:
         dataset: str,  # Whose database and queries are encoded: items with inputs of the same widths
     ) -> RunRecord:
         "The record of what was learnt on one data set and scored on another, read or made."
-        _check_config(config, TrainConfig | BaselineConfig)
+        check_config(config, "config", TrainConfig, BaselineConfig)
         home, away = self.data(config.dataset), self.data(dataset)
         check(
             home.widths == away.widths,

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..basics.checks import check
-from ..basics.config import TrainConfig
+from ..basics.config import TrainConfig, check_config
 from ..basics.devices import Device, as_tensor, free_memory, pick_device
 from ..basics.files import check_writable, user_path
 from ..datasets.catalog import load
@@ -320,8 +320,7 @@ def train(
     The same configuration on the same machine, with as many threads, gives the same weights, resumed or not.
     A finished checkpoint of fewer epochs is trained further, which is not the same as all epochs at once.
     """
-    expected = "a TrainConfig (`train_config` makes one)"
-    check(isinstance(config, TrainConfig), "config", expected, type(config).__name__, TypeError)
+    check_config(config, "config", TrainConfig)
     check(every >= 1, "every", "a number of epochs, at least 1", every)
     clock = time.perf_counter()
     data, device = data or load(config.dataset, data_root), pick_device(device)
