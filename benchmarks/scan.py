@@ -26,6 +26,7 @@ from s5vh_nb.evidence.records import RunRecord, device_name, git_commit
 from s5vh_nb.measure.efficiency import ceilings, replayed, seconds_per_call
 from s5vh_nb.ops.dispatch import causal_conv1d, selective_scan
 
+CONVOLUTION = functools.partial(causal_conv1d, activation="silu")
 D, N = 512, 16
 WIDTH = 4
 PARITY = (8, 512, 13, 16), (2, 33, 29, 5), (2, 512, 301, 16)  # b, d, t, n
@@ -81,7 +82,7 @@ def work(shape, device, dtype):
     row = b * t * D * given["u"].element_size()
     return {
         f"{b} x t {t}, scan": (scan, given, (4 * row, 11 * row)),
-        f"{b} x t {t}, convolution": (causal_conv1d, conv, (2 * row, 5 * row)),
+        f"{b} x t {t}, convolution": (CONVOLUTION, conv, (2 * row, 5 * row)),
     }
 
 
@@ -100,7 +101,7 @@ def times(function, given, backend, device, graph, limit) -> dict:
 
 def too_slow(backend, function, shape, device) -> bool:
     "What a backend does not have, or takes minutes for."
-    absent = backend == "mamba_ssm" and function is causal_conv1d
+    absent = backend == "mamba_ssm" and function is CONVOLUTION
     return absent or (backend == "torch" and device.type == "cuda" and shape[1] > 100)
 
 

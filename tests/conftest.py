@@ -107,7 +107,8 @@ def pretend(store, keep):
 @pytest.fixture
 def cells(checkout, monkeypatch):
     "A function that runs a notebook's cells in smoke, where no run may be made; returns their variables."
-    shutil.copytree(ROOT / "results" / "published", checkout / "results" / "published")
+    for given in ("published", "earlier"):
+        shutil.copytree(ROOT / "results" / given, checkout / "results" / given)
     monkeypatch.setenv(NO_TRAINING, "1")
     monkeypatch.setenv("MPLBACKEND", "agg")
 

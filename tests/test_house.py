@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
+from nbdev.clean import clean_jupyter
 
 from s5vh_nb.cli.artefacts import PAPERS, read_artefact
 
@@ -38,7 +39,7 @@ MEGABYTES, FILES = 25, 450  # of tracked files, at most
 PUBLIC = """
     selective_scan Mamba Mamba2 LSTM RetNet RWKV Transformer Bidirectional S5VH S5VHOutput DMMH
     hash_centers HashCenters reconstruction_loss contrastive_loss center_alignment_loss metric_loss
-    hamming_distances hamming_search map_at_k gmap precision_recall load train
+    hamming_distances hamming_search radius_search Within map_at_k gmap precision_recall load train
     Learnt Scores Protocol Study
 """.split()
 
@@ -52,7 +53,7 @@ def name_of(path):
 def tracked():
     "The files under version control."
     words = ["git", "ls-files", "-z"]
-    listed = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    listed = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, encoding="utf-8").stdout
     return [path for name in listed.split("\0") if (path := ROOT / name).is_file()]
 
 
@@ -68,7 +69,8 @@ def remade():
             shutil.copy(ROOT / name, copy)
         shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
         shutil.copytree(PACKAGE / "data", copy / "s5vh_nb" / "data")
-        shutil.copy(PACKAGE / "__init__.py", copy / "s5vh_nb")
+        for name in ("__init__.py", "py.typed"):
+            shutil.copy(PACKAGE / name, copy / "s5vh_nb")
         for command in ("nbdev_export", "nbdev_clean"):
             env = {**os.environ, "PYTHONPATH": ""}
             subprocess.run([BIN / command], cwd=copy, check=True, capture_output=True, env=env)
@@ -85,6 +87,19 @@ def test_package_equals_notebooks(remade):
 def test_notebooks_are_clean(remade):
     unclean = [name_of(p) for p in NOTEBOOKS if p.read_bytes() != (remade / p.relative_to(ROOT)).read_bytes()]
     assert not unclean, f"nbdev_clean would change {unclean} (make prepare)"
+
+
+def test_lab_saves_a_notebook_as_it_was_committed():
+    "The hook that `make lab` gives it takes off what Lab writes when a kernel has started."
+    assert "pre_save_hook=nbdev.clean.clean_jupyter" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    for path in (LIBRARY[0], ARTEFACTS[0]):
+        nb = nbformat.read(path, as_version=4)
+        nb.metadata["kernelspec"]["display_name"] = "Python 3 (ipykernel)"
+        nb.metadata["language_info"] = {"name": "python", "version": "3.11.7"}
+        clean_jupyter(str(path), {"type": "notebook", "content": nb})
+        assert nbformat.writes(nb) + "\n" == path.read_text(encoding="utf-8"), name_of(path)
+    with_widgets = [name_of(path) for path in NOTEBOOKS if b"widget-view" in path.read_bytes()]
+    assert not with_widgets, "Lab writes the numbers of widgets anew"
 
 
 def test_wheel_has_everything(remade):
@@ -108,7 +123,7 @@ def test_wheel_has_everything(remade):
         module, function = re.search(r"^s5vh-nb = ([\w.]+):(\w+)$", entry, re.MULTILINE).groups()
         assert f"def {function}(" in wheel.read(module.replace(".", "/") + ".py").decode()
     data = {name_of(path) for path in (PACKAGE / "data").iterdir()}
-    assert data | {name_of(path) for path in PACKAGE.rglob("*.py")} <= names
+    assert data | {name_of(path) for path in PACKAGE.rglob("*.py")} | {"s5vh_nb/py.typed"} <= names
 
 
 def load_tool(name):
@@ -273,6 +288,21 @@ def test_package_needs_no_development_tools():
     assert not needing
 
 
+def test_package_works_without_a_folder_for_compiled_code():
+    "As in a container: the installation is read-only, and the user has no home."
+    code = """
+import importlib, pkgutil
+from numba.core import caching
+caching.CompileResultCacheImpl._locator_classes.clear()  # numba finds no folder
+import s5vh_nb
+for module in pkgutil.walk_packages(s5vh_nb.__path__, "s5vh_nb."):
+    importlib.import_module(module.name)
+"""
+    env = {name: value for name, value in os.environ.items() if name not in ("HOME", "NUMBA_CACHE_DIR")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # Style
 
 
@@ -295,7 +325,9 @@ def code(notebooks=(), scripts=()):
 @pytest.mark.parametrize("words", [["check"], ["format", "--check"]], ids=["lint", "format"])
 def test_ruff(words):
     "Lines of at most 110 characters, one statement a line, sorted imports, no unused names; one layout."
-    done = subprocess.run([BIN / "ruff", *words, "--quiet", "."], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [BIN / "ruff", *words, "--quiet", "."], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -321,11 +353,10 @@ def test_assignments_are_short():
 
 
 def test_text_files_are_utf8():
-    "Code that others run names the encoding of a text file, else it depends on their machine."
-    package = [path for path in PACKAGE.rglob("*.py") if path.name != "_modidx.py"]
+    "Code names the encoding of a text file or of a process, else it depends on the machine."
     silent = [
         f"{where}, line {node.lineno}: {ast.unparse(node)}"
-        for where, tree in code(scripts=package + SCRIPTS)
+        for where, tree in code(NOTEBOOKS, SCRIPTS + TESTS)
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and opens_text(node)
@@ -334,8 +365,44 @@ def test_text_files_are_utf8():
     assert not silent, "\n".join(silent)
 
 
+def test_nothing_depends_on_the_locale(checkout):
+    "Where it says ASCII, the package is imported, and it writes and reads what is not ASCII."
+    code = """
+import pathlib, pkgutil
+import pandas as pd
+import s5vh_nb
+from s5vh_nb.basics.files import find_root
+from s5vh_nb.evidence.archive import Archive
+from s5vh_nb.evidence.records import RunRecord, git_commit
+from s5vh_nb.evidence.report import save_table
+for module in pkgutil.walk_packages(s5vh_nb.__path__, "s5vh_nb."):
+    __import__(module.name)
+root, told = find_root(), "0.5 \\u00b1 0.1"
+assert git_commit(root) is None
+kept = RunRecord({"kind": "benchmark"}, {"row": told}, {}, "none", {}, "tests", commit="none")
+Archive(root, "smoke").save(kept, {})
+assert Archive(root, "smoke").find(kept.name).metrics == {"row": told}
+saved = save_table(pd.DataFrame({"a": [told]}), root / "t.csv")
+assert all(told.encode("utf-8") in path.read_bytes() for path in (saved, saved.with_suffix(".md")))
+"""
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [sys.executable, "-X", "warn_default_encoding", "-c", code]
+    here = checkout / "r\u00e9sum\u00e9"
+    shutil.copytree(checkout / "nbs", here / "nbs")
+    shutil.copy(checkout / "settings.ini", here)
+    done = subprocess.run(words, cwd=here, env=env, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    ours = [line for line in done.stderr.splitlines() if "EncodingWarning" in line and f"{PACKAGE}/" in line]
+    assert not ours, ours
+
+
 def opens_text(call):
-    "Whether a call is `open` in text mode, or a path's `read_text` or `write_text` without an encoding."
+    """Whether a call exchanges text and no argument by place is an encoding.
+
+    That is `open` in text mode, a path's `read_text` or `write_text`, or a process with `text=True`.
+    """
+    if any(k.arg in ("text", "universal_newlines") and ast.unparse(k.value) == "True" for k in call.keywords):
+        return True
     if isinstance(call.func, ast.Attribute):
         before = {"read_text": 0, "write_text": 1}  # arguments that come before the encoding
         return len(call.args) <= before.get(call.func.attr, -1)
@@ -406,6 +473,8 @@ def test_artefact_notebook(path):
     assert PARAMETERS <= set(artefact.parameters)
     assert nb.metadata.kernelspec.name == "python3"
     assert not any(cell.get("outputs") for cell in nb.cells), "artefact sources carry no outputs"
+    first = [cell.source for cell in nb.cells if cell.cell_type == "code"][1]
+    assert "open_study(" in first, "its first cell does not check its parameters"
     outputs = artefact.tables + artefact.figures
     assert outputs, "it saves no table and no figure"
     begin = [name == path.stem or name.startswith(f"{path.stem}_") for name in outputs]
@@ -442,7 +511,7 @@ def test_readme_script_runs(tmp_path):
     script = re.search(r"```python\n(.+?)```", readme, re.DOTALL)[1]
     assert '"quick"' in script
     words = [sys.executable, "-c", script.replace('"quick"', '"smoke"')]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("(750, 8) torch.uint8")
 

@@ -1,6 +1,7 @@
 "The runner where a notebook cell can't test it: other kernels on the machine, kills, interrupts, tracebacks."
 
 import base64
+import errno
 import functools
 import io
 import json
@@ -12,8 +13,10 @@ import time
 
 import nbformat
 import pytest
+from papermill.iorw import LocalHandler
 from PIL import Image
 
+import s5vh_nb
 from s5vh_nb.cli import command, execute
 from s5vh_nb.cli.artefacts import read_artefact
 
@@ -46,7 +49,7 @@ def test_the_kernel_is_this_python(make, tmp_path, monkeypatch):
     other = tmp_path / "jupyter" / "kernels" / "python3"
     other.mkdir(parents=True)
     spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "other", "language": "python"}
-    (other / "kernel.json").write_text(json.dumps(spec))
+    (other / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     artefact = make("kernel", f"import sys\nprint(sys.executable == {sys.executable!r})")
     assert execute.execute(artefact, {"profile": "smoke"}) is None
@@ -124,7 +127,7 @@ def start(*words):
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     program = "import sys; from s5vh_nb.cli.command import main; sys.exit(main(sys.argv[1:]))"
     words = [sys.executable, "-c", program, *words]
-    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    return subprocess.Popen(words, stderr=subprocess.PIPE, encoding="utf-8", preexec_fn=listen)
 
 
 def wait_for(path, process):
@@ -135,7 +138,7 @@ def wait_for(path, process):
 
 def test_killed_runner_leaves_nothing_half_written(make, checkout, tmp_path):
     pid = tmp_path / "pid"
-    tell = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))"
+    tell = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()), 'utf-8')"
     artefact = make("long", f"{tell}\ntime.sleep(600 if device == 'slow' else 0)")
     process = start("reproduce", "long", "--profile", "smoke", "--device", "slow")
     wait_for(pid, process)
@@ -143,7 +146,7 @@ def test_killed_runner_leaves_nothing_half_written(make, checkout, tmp_path):
     process.wait()
     assert not list(checkout.rglob("executed/*"))
     for _ in range(100):  # the orphaned kernel notices and ends by itself
-        if not os.path.exists(f"/proc/{pid.read_text()}"):
+        if not os.path.exists(f"/proc/{pid.read_text(encoding='utf-8')}"):
             break
         time.sleep(0.1)
     else:
@@ -186,16 +189,18 @@ def test_unknown_profile_and_no_notebooks(checkout, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(["reproduce", "--profile", "fast"])
     assert stop.value.code == 2 and "'fast'" in capsys.readouterr().err
-    assert command.main(["reproduce"]) == 2
     said = "expected artefact notebooks in one of the folders s5vh, dmmh, beyond, found none"
-    assert said in capsys.readouterr().err
+    for word in ("reproduce", "list"):
+        assert command.main([word]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_results_that_cannot_be_written(make, checkout, capsys):
     make("fine", "print('fine')")
-    (checkout / "results").write_text("a file where a folder should be")
-    assert command.main(["reproduce", "fine", "--profile", "smoke"]) == 1
-    assert "expected a folder that can be written to" in capsys.readouterr().err
+    (checkout / "results").write_text("a file where a folder should be", encoding="utf-8")
+    make("other", "print('other')")
+    assert command.main(["reproduce", "--all", "--profile", "smoke"]) == 2
+    assert capsys.readouterr().err.count("expected a folder that can be written to") == 1
 
 
 def test_pack(checkout, capsys, monkeypatch):
@@ -235,3 +240,69 @@ def test_a_relative_data_folder_leaves_the_notebook_whole(checkout, tmp_path, mo
     text = execute.shareable(nbformat.v4.new_notebook(cells=[cell]), checkout, "data")
     nbformat.validate(nbformat.reads(text, 4))
     assert "'data', '<data_root>'" in text
+
+
+def test_a_full_temporary_disk_costs_only_its_own_artefact(make, capsys, monkeypatch):
+    "papermill's copy is cut off in the middle; the reason is what the disk said."
+    make("first", "print('first')")
+    second, write = make("second", "print('second')"), LocalHandler.write
+
+    def full(self, text, path):
+        write(self, text[:100] if path.endswith("first.ipynb") else text, path)
+        if path.endswith("first.ipynb"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(LocalHandler, "write", full)
+    assert command.main(["reproduce", "--all", "--profile", "smoke"]) == 1
+    assert "FAILED s5vh/first: OSError: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert outputs(execute.executed_path(second, "smoke")) == "second\n"
+
+
+def test_no_temporary_folder_at_all(make, capsys, monkeypatch):
+    make("fine", "print('fine')")
+
+    def refuse(*options, **more):
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(execute.tempfile, "TemporaryDirectory", refuse)
+    assert command.main(["reproduce", "fine", "--profile", "smoke"]) == 1
+    assert "FAILED s5vh/fine: [Errno 2] No usable temporary directory found" in capsys.readouterr().err
+
+
+def test_braces_in_the_path(make, checkout, monkeypatch, tmp_path):
+    "papermill would fill them in: in the project's path, and in that of temporary files."
+    make("fine", "print('fine')")
+    project, scratch = checkout / "a {b} {}", tmp_path / "{c"
+    scratch.mkdir()
+    for part in ("nbs", "settings.ini"):
+        (project / part).parent.mkdir(exist_ok=True)
+        (checkout / part).rename(project / part)
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(execute.tempfile, "tempdir", str(scratch))
+    assert command.main(["reproduce", "fine", "--profile", "smoke"]) == 0
+    assert outputs(project / "results/smoke/executed/s5vh_fine.ipynb") == "fine\n"
+
+
+@pytest.mark.parametrize("words", [["list"], ["reproduce"], ["report"], ["pack"], ["forget", "a"]])
+def test_outside_of_a_checkout(tmp_path, capsys, monkeypatch, words):
+    "A package installed from a wheel does not lie in one either."
+    monkeypatch.setattr(s5vh_nb, "__file__", str(tmp_path / "lib" / "s5vh_nb" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    assert command.main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and f"{tmp_path}: expected a checkout of s5vh_nb" in said.err
+    assert "clone the project and `cd` into it" in said.err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"s5vh-nb {s5vh_nb.__version__}\n"
+
+
+def test_an_unknown_parameter_stops_a_notebook_in_its_first_cell(make):
+    "papermill alone takes any name; the command checks names before."
+    artefact = make("odd", "from s5vh_nb.evidence.study import open_study\nopen_study('s5vh/codes', profile)")
+    failure = execute.execute(artefact, {"profile": "smoke", "data_rot": "data"})
+    assert failure.startswith("cell 3, 'from s5vh_nb.evidence.study import open_study': ValueError")
+    assert "found 'data_rot' (did you mean 'data_root'?)" in failure

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from s5vh_nb.basics.config import BaselineConfig, TransferConfig, replace
+from s5vh_nb.basics.config import BaselineConfig, TransferConfig, replace, to_dict
 from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.datasets.catalog import load
 from s5vh_nb.evidence import runs
@@ -74,7 +74,7 @@ def test_a_checkpoint_belongs_to_the_code_that_made_it(tmp_path, monkeypatch):
         for name, text in modules.items():
             path = tmp_path.joinpath(*name.split("_")).with_suffix(".py")
             path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
         return runs.training_digest.__wrapped__()
 
     training = "from .losses import a\nfrom s5vh_nb.ops.scan import (\n    b,\n)\n"
@@ -148,22 +148,46 @@ def test_codes_that_are_kept_no_more_are_made_again(store):
 # Many runs
 
 
-def test_processes_side_by_side_finish_and_name_the_run_that_failed(store):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_failure_is_named_when_the_others_are_done(store, workers):
     good = [BaselineConfig(bits=16, method=method) for method in ("itq", "lsh")]
     bad = train_config("spoken-digits", "smoke", bits=16, n_centers=5000)
     name = run_name(runs.complete(bad, store.data(bad.dataset)))
     with pytest.raises(RuntimeError, match=f"1 of 3 runs failed: {name}: .*n_centers"):
-        store.get_many([bad, *good], workers=2)
+        store.get_many([bad, *good], workers=workers)
     assert len(store.archive.records()) == 2
-    found = store.get_many(good, workers=2)
+    found = store.get_many(good, workers=workers)
     assert [record.configuration.method for record in found] == ["itq", "lsh"]
 
 
 def test_a_run_asked_for_twice_is_made_once(store, monkeypatch):
-    monkeypatch.setattr(store_module, "side_by_side", None)  # two processes would train it twice
+    monkeypatch.setattr(Store, "_quiet", None)  # two processes would train it twice
     one, again = store.get_many([CONFIG, replace(CONFIG, evaluate_every=0)], workers=2)
     assert one.name == again.name
     assert len(store.archive.records()) == 1
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_training(store, monkeypatch):
+    "As in a read-only checkout; it is said once for many runs."
+    monkeypatch.setattr(store_module, "learn", None)
+    store.archive.runs.parent.mkdir(parents=True)
+    store.archive.runs.touch()  # a file where the folder should be
+    for ask in (
+        lambda: store.get(CONFIG),
+        lambda: store.get_many([CONFIG, replace(CONFIG, seed=2)]),
+        lambda: store.measure(CONFIG, "size", size),
+        lambda: store.transfer(CONFIG, "spoken-pairs"),
+    ):
+        with pytest.raises(OSError, match="expected a folder that can be written to"):
+            ask()
+
+
+def test_what_is_no_configuration_is_named(store):
+    for ask in (store.find, store.get, lambda config: store.get_many([config])):
+        with pytest.raises(TypeError, match="configuration: expected a TrainConfig or .*, found dict"):
+            ask(to_dict(CONFIG))
+    with pytest.raises(TypeError, match="a TrainConfig or a BaselineConfig, found TransferConfig"):
+        store.transfer(TransferConfig("spoken-pairs", ITQ), "spoken-pairs")
 
 
 def test_arrays_of_another_run_are_refused(store):

@@ -8,7 +8,7 @@ import torch
 
 from s5vh_nb.basics.config import S5VHConfig
 from s5vh_nb.models.codes import sign_ste, unpack
-from s5vh_nb.models.s5vh import S5VH
+from s5vh_nb.models.s5vh import S5VH, positions
 
 SIZES = dict(d=40, m=32, k=16, decoder=24, depth=2, classes=7)  # of a small checkpoint
 SMALL = S5VHConfig(d=13, bits=16, m=16, depth=1, decoder_m=16)
@@ -153,7 +153,7 @@ def test_a_tensor_of_another_shape_is_named(state, tmp_path):
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.pt"):
         S5VH.load_released(tmp_path / "nothing.pt")
-    (tmp_path / "text.pt").write_text("not a checkpoint")
+    (tmp_path / "text.pt").write_text("not a checkpoint", encoding="utf-8")
     with pytest.raises(ValueError, match="text.pt: expected a PyTorch checkpoint"):
         S5VH.load_released(tmp_path / "text.pt")
     torch.save({"weights": {}}, tmp_path / "other.pt")
@@ -181,7 +181,8 @@ def test_a_truncated_model_file_is_named(saved):
 def test_weights_of_another_network_are_refused(saved):
     "They would leave some of the weights as they were drawn."
     config = saved / "config.json"
-    config.write_text(config.read_text().replace('"depth": 1', '"depth": 2'))
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace('"depth": 1', '"depth": 2'), encoding="utf-8")
     with pytest.raises(ValueError, match="model.safetensors: expected .*the weights of S5VH"):
         S5VH.from_pretrained(saved)
 
@@ -210,3 +211,13 @@ def test_frames_that_are_not_numbers_or_missing_are_refused():
         model.encode(x[:0])
     with pytest.raises(ValueError, match="t at least 1"):
         model.encode(x[:, :0])
+
+
+def test_positions_follow_the_default_dtype():
+    "They are kept between calls, but not from one dtype to another."
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        torch.set_default_dtype(dtype)
+        try:
+            assert positions(6, 16).dtype == dtype
+        finally:
+            torch.set_default_dtype(torch.float32)

@@ -7,12 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import s5vh_nb
+from s5vh_nb.ops import dispatch
 from s5vh_nb.ops.dispatch import (
     causal_conv1d,
     frame_error,
@@ -21,7 +25,7 @@ from s5vh_nb.ops.dispatch import (
     selective_scan,
     use_backend,
 )
-from s5vh_nb.ops.reference import scan_reference
+from s5vh_nb.ops.reference import conv_torch, scan_reference
 
 PACKAGE = Path(s5vh_nb.__file__).parent
 
@@ -49,12 +53,12 @@ def arguments(b=3, d=6, t=5, n=4, groups=(None, None), dtype=torch.float64, abse
 
 
 def outcome(backend, args, softplus=True, **options):
-    "Output, last state, and the gradient of every argument."
+    "Output, last state, and the gradient of every argument, which reaches it through both."
     given = [v for v in args.values() if v is not None]
     options = dict(options, delta_softplus=softplus, return_last_state=True, backend=backend)
     out, last = selective_scan(**args, **options)
-    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
-    return [out.detach(), last, *torch.autograd.grad((out * weights).sum(), given)]
+    total = sum((v * torch.linspace(-1, 1, v.numel()).to(v).view(v.shape)).sum() for v in (out, last))
+    return [out.detach(), last.detach(), *torch.autograd.grad(total, given)]
 
 
 def agree(args, softplus=True, backends=("torch", "numba"), rtol=1e-9, **options):
@@ -95,6 +99,90 @@ def test_absent_parts(absent, softplus):
 def test_the_reference_is_the_reference_backend():
     args = arguments()
     assert torch.equal(scan_reference(**args), selective_scan(**args, backend="reference"))
+
+
+@pytest.mark.parametrize(
+    "groups,reversed_channels", [((None, None), 0), ((2, 1), 0), ((2, 2), 3), ((6, 6), 1)]
+)
+def test_initial_state(groups, reversed_channels):
+    for b, t in ((3, 5), (40, 1)):
+        args = arguments(b, t=t, groups=groups)
+        args["initial_state"] = torch.randn(b, 6, 4, dtype=torch.float64).requires_grad_()
+        agree(args, reversed_channels=reversed_channels)
+        strided = args["initial_state"].detach().transpose(1, 2).contiguous().transpose(1, 2)
+        agree({**args, "initial_state": strided.requires_grad_()}, reversed_channels=reversed_channels)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "numba"])
+@pytest.mark.parametrize("used", ["output", "state"])
+def test_gradients_through_one_of_the_two_results(backend, used):
+    args = arguments()
+    args["initial_state"] = torch.randn(3, 6, 4, dtype=torch.float64).requires_grad_()
+    out, last = selective_scan(**args, delta_softplus=True, return_last_state=True, backend=backend)
+    alone = selective_scan(**args, delta_softplus=True, return_last_state=True, backend="reference")
+    places = 0 if used == "output" else 1
+    given = [v for name, v in args.items() if used == "output" or name not in ("C", "D", "z")]
+    mine, theirs = ((out, last)[places], alone[places])
+    grads = [torch.autograd.grad(v.sin().sum(), given) for v in (mine, theirs)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "numba"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_pieces_make_the_whole_to_the_bit(backend, dtype):
+    "Also one step at a time, from a state that is kept in float32 where the inputs are in half precision."
+    args = {name: v.detach().to(dtype) for name, v in arguments(b=9, d=70, t=12, n=16).items()}
+    options = dict(delta_softplus=True, return_last_state=True, backend=backend)
+    whole, last = selective_scan(**args, **options)
+    for size in (1, 5):
+        state, outs = None, []
+        for start in range(0, 12, size):
+            by_step = ("u", "delta", "B", "C", "z")
+            piece = {k: v[..., start : start + size] if k in by_step else v for k, v in args.items()}
+            out, state = selective_scan(**piece, **options, initial_state=state)
+            outs.append(out)
+        if backend == "numba":
+            assert torch.equal(torch.cat(outs, -1), whole) and torch.equal(state, last)
+        torch.testing.assert_close(torch.cat(outs, -1), whole)
+        torch.testing.assert_close(state, last)
+
+
+def test_scans_with_states_need_a_backend_that_has_them():
+    "On a GPU `auto` is then torch, also where Triton or mamba_ssm is asked for by `use_backend`."
+    args = arguments()
+    for name in ("triton", "mamba_ssm"):
+        with pytest.raises(
+            ValueError, match="backend: expected 'auto' or one of 'reference', 'torch', 'numba'"
+        ):
+            selective_scan(**args, return_last_state=True, backend=name)
+        with use_backend(name):
+            out, last = selective_scan(**args, return_last_state=True)
+            assert out.requires_grad and last.requires_grad
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), is_cuda=True, dtype=torch.float32)
+    assert dispatch._pick("auto", on_gpu, dispatch._SCANS_WITH_STATES) == "torch"
+    assert dispatch._pick("auto", on_gpu, dispatch._SCANS) == ("triton" if find_spec("triton") else "torch")
+
+
+def test_the_original_kernels_get_the_arguments_of_their_function(monkeypatch):
+    "Which a machine without a GPU can only look at."
+    calls, name = [], "mamba_ssm.ops.selective_scan_interface"
+
+    def selective_scan_fn(
+        u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+    ):
+        calls.append(delta_softplus)
+        return scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(selective_scan_fn=selective_scan_fn))
+    monkeypatch.setattr(dispatch, "_check_gpu_backend", lambda *_: None)
+    given = {key: v.detach() for key, v in arguments(groups=(2, 2)).items()}
+    options = dict(delta_softplus=True, return_last_state=True, reversed_channels=3)
+    for mine, theirs in zip(
+        *(selective_scan(**given, **options, backend=b) for b in ("mamba_ssm", "reference"))
+    ):
+        assert torch.equal(mine, theirs)
+    assert calls == [True]
 
 
 def relayout(v, kind):
@@ -158,7 +246,8 @@ def conv_outcome(backend, x, width=4, bias=True, activation="silu", reversed_cha
     x, r = x.detach().requires_grad_(), torch.Generator().manual_seed(1)
     shapes = (x.shape[1], width), (x.shape[1],)
     W, beta = (torch.randn(*shape, generator=r).to(x.dtype).requires_grad_() for shape in shapes)
-    out = causal_conv1d(x, W, beta if bias else None, activation, reversed_channels, backend=backend)
+    options = dict(activation=activation, reversed_channels=reversed_channels, backend=backend)
+    out = causal_conv1d(x, W, beta if bias else None, **options)
     given = [x, W, beta][: 2 + bias]
     return out.detach(), *torch.autograd.grad((out * out.detach().cos()).sum(), given)
 
@@ -185,7 +274,12 @@ BAD = [
     (dict(delta=None), "delta: expected a tensor, found NoneType"),
     (dict(u=torch.zeros(3, 6)), "u: expected shape"),
     (dict(delta=torch.zeros(3, 6, 4)), "delta: expected shape"),
-    (dict(A=torch.zeros(6, 4, dtype=torch.complex64)), "A: expected real"),
+    (dict(A=torch.zeros(6, 4, dtype=torch.complex64)), "A: expected floating-point numbers"),
+    (dict(A=torch.tensor(-1.0)), r"A: expected shape \(6, n\), found \(\)"),
+    (dict(A=-1.0), "A: expected a tensor, found float"),
+    (dict(D=[1.0] * 6), "D: expected a tensor, found list"),
+    (dict(z=np.zeros((3, 6, 5))), "z: expected a tensor, found ndarray"),
+    (dict(initial_state=torch.zeros(3, 4, 6)), r"initial_state: expected shape \(3, 6, 4\)"),
     (dict(C=torch.zeros(3, 4, 4, 5)), "C: expected shape"),
     (dict(D=torch.zeros(5)), "D: expected shape"),
     (dict(z=torch.zeros(3, 6, 1)), "z: expected shape"),
@@ -201,10 +295,50 @@ def test_bad_arguments_are_named(change, message):
         selective_scan(**{**arguments(), **change})
 
 
+@pytest.mark.parametrize("name", arguments())
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_numbers_that_are_no_floats_are_refused(name, dtype):
+    "Whole numbers would be cut off: the output has the type of `u`."
+    args = {key: v.detach() for key, v in arguments().items()}
+    with pytest.raises(ValueError, match=f"^{name}: expected floating-point numbers .*found {dtype}"):
+        selective_scan(**{**args, name: args[name].to(dtype)})
+
+
+def test_bad_arguments_of_the_convolution_are_named():
+    good = dict(x=torch.zeros(2, 6, 5), weight=torch.zeros(6, 4), bias=torch.zeros(6))
+    bad = {
+        "x": (np.zeros((2, 6, 5)), torch.zeros(6, 5), torch.zeros(2, 6, 5, dtype=torch.int32)),
+        "weight": ([[1.0]], torch.zeros(5, 4), torch.zeros(6, 4, dtype=torch.int64)),
+        "bias": ([0.0] * 6, torch.zeros(()), torch.zeros(6, dtype=torch.bool)),
+    }
+    for name, values in bad.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{name}: expected"):
+                causal_conv1d(**{**good, name: value})
+
+
+def test_the_convolution_begins_like_the_original_function():
+    "`causal_conv1d_fn(x, weight, bias)`: no activation; further arguments go by name."
+    x, weight, bias = torch.randn(2, 6, 5), torch.randn(6, 4), torch.randn(6)
+    plain = torch.nn.functional.conv1d(x, weight[:, None], bias, padding=3, groups=6)[..., :5]
+    torch.testing.assert_close(causal_conv1d(x, weight, bias), plain)
+    for name in ("silu", "swish"):
+        expected = torch.nn.functional.silu(plain)
+        torch.testing.assert_close(causal_conv1d(x, weight, bias, activation=name), expected)
+    with pytest.raises(TypeError):
+        causal_conv1d(x, weight, bias, "silu")  # the original has seq_idx there
+
+
+def test_the_reference_backend_reaches_the_convolution():
+    x, weight = torch.randn(2, 6, 5), torch.randn(6, 4)
+    with use_backend("reference"):
+        assert torch.equal(causal_conv1d(x, weight), conv_torch(x, weight))
+
+
 @pytest.mark.parametrize("backend", ["triton", "mamba_ssm"])
 def test_gpu_backends_say_what_is_missing(backend):
     with pytest.raises((ImportError, ValueError), match=f"backend='{backend}': expected"):
-        selective_scan(**arguments(), backend=backend)
+        selective_scan(**{k: v.detach() for k, v in arguments().items()}, backend=backend)
 
 
 def test_fused_layers_are_the_plain_ones_on_a_cpu():
@@ -240,7 +374,7 @@ def cache_hits(home, package_root):
     env = {**os.environ, **folders, "PYTHONDONTWRITEBYTECODE": "1"}
     env.pop("NUMBA_CACHE_DIR", None)
     command = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(command, env=env, cwd=home, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, cwd=home, check=True, capture_output=True, encoding="utf-8")
     return done.stdout.split()
 
 

@@ -1,22 +1,33 @@
 "Training: deterministic, exact when killed and resumed, clear when a checkpoint or the data are wrong."
 
 import dataclasses
+import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
-from s5vh_nb.basics.config import replace
+from s5vh_nb.basics import devices
+from s5vh_nb.basics.config import replace, to_dict
 from s5vh_nb.basics.profiles import train_config
+from s5vh_nb.datasets import splits
 from s5vh_nb.datasets.catalog import load
+from s5vh_nb.datasets.pair_files import write_official_pairs
+from s5vh_nb.datasets.rows import HDF5Rows
+from s5vh_nb.datasets.synthetic import synthetic_like, synthetic_pairs
+from s5vh_nb.datasets.video_files import write_official
 from s5vh_nb.learning import training
 from s5vh_nb.learning.checkpoints import new_run
 from s5vh_nb.learning.training import fit_objective, is_evaluation_epoch
+from s5vh_nb.models.dmmh import DMMH
+from s5vh_nb.models.s5vh import S5VH
 
 CONFIG = train_config("spoken-digits", "smoke", epochs=6)
 IMPORTS = """
@@ -107,7 +118,7 @@ def checkpoint(data, tmp_path_factory):
 
 
 def resume(path, data, **changes):
-    return train(replace(CONFIG, epochs=1, **changes), data, checkpoint=path, resume=True)
+    return train(replace(CONFIG, **{"epochs": 1, **changes}), data, checkpoint=path, resume=True)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(evaluate_every=5)], ids=["as it was", "other evaluations"])
@@ -139,13 +150,14 @@ def test_a_checkpoint_with_code_in_it_is_not_run(data, tmp_path):
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(checkpoint, data):
-    with pytest.raises(ValueError, match="expected a checkpoint of TrainConfig"):
-        resume(checkpoint, data, lr=1e-3)
+    "Only the fields that differ are named, those of the parts, too."
+    with pytest.raises(ValueError, match="a run with lr 0.001, beta 0.5, found lr 0.0005, beta 0.1$"):
+        resume(checkpoint, data, lr=1e-3, beta=0.5)
 
 
-def test_a_checkpoint_of_other_data_is_refused(checkpoint):
+def test_a_checkpoint_of_other_data_is_refused(checkpoint, data):
     with pytest.raises(ValueError, match="data with fingerprint"):
-        resume(checkpoint, load("spoken-pairs"))
+        resume(checkpoint, dataclasses.replace(data, query=data.query.take(slice(100))))
 
 
 @pytest.mark.parametrize("schema", [2, 99])
@@ -168,7 +180,7 @@ def test_a_checkpoint_of_another_schema_is_refused(checkpoint, data, tmp_path, s
         (dict(epochs=0), "epochs"),
         (dict(tau_plus=1.0), "tau_plus"),
         (dict(mask_ratio=1.0), "mask_ratio"),
-        (dict(bits=20), "bits: expected a positive multiple of 8"),
+        (dict(bits=0), "bits: expected a positive whole number"),
         (dict(mixer="Mamba3"), "mixer"),
     ],
 )
@@ -188,8 +200,62 @@ def test_more_centers_than_videos_is_an_error(data):
 
 
 def test_a_finished_run_reads_no_features(checkpoint, data, monkeypatch):
-    monkeypatch.setattr(training, "move_if_it_fits", None)
+    monkeypatch.setattr(training, "move_if_they_fit", None)
     assert resume(checkpoint, data).epoch == 1
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    "A small UCF101 and a small MIR-Flickr25K in files that are read when indexed."
+    folder = tmp_path_factory.mktemp("files")
+    write_official(folder, "ucf101", synthetic_like("ucf101", n=(300, 300, 16), d=8))
+    write_official_pairs(folder, "mirflickr25k", synthetic_pairs("mirflickr25k"), "7.3")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*not the sizes of:UserWarning")
+@pytest.mark.parametrize(
+    "name, changes",
+    [("ucf101", {}), ("ucf101", dict(share=0.5)), ("mirflickr25k", {})],
+    ids=["videos", "half of them", "pairs"],
+)
+def test_features_larger_than_memory_are_read_in_batches(files, name, changes, monkeypatch):
+    "They are never read whole, and the network is the same, bit for bit."
+    monkeypatch.setattr(splits, "_CONTENT_LIMIT", 1000)  # a fingerprint of few rows
+    lazy = dataclasses.replace(load(name, files))
+    config, read = train_config(name, "smoke", epochs=2, batch=16, **changes), []
+    fitting = train(config, lazy)
+    monkeypatch.setattr(training, "free_memory", lambda device: 10_000)
+    monkeypatch.setattr(training, "to_tensor", None)
+    part = HDF5Rows.part
+    monkeypatch.setattr(HDF5Rows, "part", lambda self, *at: read.append(part(self, *at)) or read[-1])
+    monkeypatch.setattr(training, "time_means", functools.partial(training.time_means, block=16))
+    read_in_batches = train(config, lazy)
+    assert torch.equal(read_in_batches.weights, fitting.weights)
+    assert read_in_batches.history == fitting.history
+    assert 0 < max(len(x) for x in read) <= 16
+
+
+def test_a_limit_on_memory_is_seen():
+    "That of the process, which is below what the machine has left."
+    code = """
+import psutil, resource, torch
+from s5vh_nb.basics.devices import free_memory
+cpu = torch.device("cpu")
+before, used = free_memory(cpu), psutil.Process().memory_info().vms
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, resource.RLIM_INFINITY))
+assert 0 < free_memory(cpu) <= min(before, 2**30), (before, free_memory(cpu))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="containers of Linux")
+@pytest.mark.parametrize("allowed, seen", [("max", False), ("{}", True), ("1", True)])
+def test_the_limit_of_a_container_is_seen(tmp_path, monkeypatch, allowed, seen):
+    cpu, file = torch.device("cpu"), tmp_path / "memory.max"
+    file.write_text(allowed.format(psutil.Process().memory_info().rss + 2**28) + "\n", encoding="utf-8")
+    monkeypatch.setattr(devices, "_CONTAINER", (str(tmp_path / "missing"), str(file)))
+    assert (0 <= devices.free_memory(cpu) <= 2**28) == seen
 
 
 def test_one_training_item_is_an_error(data):
@@ -198,9 +264,109 @@ def test_one_training_item_is_an_error(data):
         train(CONFIG, one)
 
 
-def test_a_mask_that_hides_all_frames_is_an_error(data):
-    with pytest.raises(ValueError, match="mask_ratio"):
+def test_a_checkpoint_in_the_home_folder(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    train(replace(CONFIG, epochs=1), data, checkpoint="~/kept/run.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    before = (tmp_path / "kept" / "run.pt").stat().st_mtime_ns
+    assert resume("~/kept/run.pt", data).epoch == 1
+    assert (tmp_path / "kept" / "run.pt").stat().st_mtime_ns == before  # it was found
+    S5VH(CONFIG.model).save_pretrained("~/kept/net")
+    assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "kept/net").iterdir()}
+    assert S5VH.from_pretrained("~/kept/net").config == CONFIG.model
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_configuration_as_a_dictionary():
+    said = r"config: expected {}, found dict \(`from_dict` makes a configuration of what `to_dict` gave\)"
+    with pytest.raises(TypeError, match=said.format("S5VHConfig")):
+        S5VH(to_dict(CONFIG.model))
+    with pytest.raises(TypeError, match=said.format("DMMHConfig")):
+        DMMH(dict(bits=16))
+    with pytest.raises(TypeError, match="config: expected S5VHConfig, found TrainConfig"):
+        S5VH(CONFIG)
+
+
+def test_a_mask_that_hides_no_frame_is_an_error(data, monkeypatch):
+    "Before the centers are made."
+    monkeypatch.setattr(training, "fit_objective", None)
+    with pytest.raises(ValueError, match="mask_ratio: expected one that hides and shows at least one of"):
         train(replace(CONFIG, mask_ratio=0.01), data)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"seed": 1}, "config: expected a TrainConfig .*, found dict"),
+        (
+            train_config("emoji", "smoke"),
+            "data: expected pairs, for DMMHConfig, found 'spoken-digits', a set",
+        ),
+        (train_config("spoken-pairs", "smoke"), "dataset: expected 'spoken-digits', the data given, found"),
+    ],
+)
+def test_a_configuration_of_something_else_is_refused(data, config, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        train(config, data)
+
+
+def test_a_misspelt_data_set_is_named():
+    with pytest.raises(ValueError, match="found 'spoken-digts' .did you mean 'spoken-digits'"):
+        train(train_config("spoken-digts", "smoke"), None)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("notes/run.pt", "run.pt: expected a folder that can be written to"),
+        ("long" * 80, "found: File name too long"),
+        ("", "expected the name of a file, found a folder"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_is_found_at_the_start(
+    data, tmp_path, monkeypatch, name, message
+):
+    monkeypatch.setattr(training, "fit_objective", None)  # nothing has begun
+    (tmp_path / "notes").touch()
+    with pytest.raises((OSError, ValueError), match=message):
+        train(CONFIG, data, checkpoint=tmp_path / name)
+
+
+def test_an_evaluation_may_return_nothing(data):
+    "It has looked, or written a picture; training goes on."
+    seen = []
+    config = replace(CONFIG, epochs=2, evaluate_every=1)
+    run = train(config, data, evaluate=lambda run: seen.append(run.epoch))
+    assert seen == [1, 2] and run.epoch == 2
+    with pytest.raises(TypeError, match="result of evaluate: expected a dict of scores, or nothing, found f"):
+        train(config, data, evaluate=lambda run: 0.5)
+
+
+def test_a_finished_run_goes_on_for_more_epochs(checkpoint, data, tmp_path):
+    before, path = torch.load(checkpoint, weights_only=True), tmp_path / "run.pt"
+    shutil.copy(checkpoint, path)
+    run = resume(path, data, epochs=3)
+    assert [h["epoch"] for h in run.history] == [0, 1, 2] and run.history[:1] == before["history"]
+    with pytest.raises(ValueError, match="with epochs 1, found epochs 3"):
+        resume(path, data)
+
+
+def test_a_network_is_trained_further(data):
+    "Only its weights are taken; they are those that learn, and the network itself stays as it is."
+    first = train(replace(CONFIG, epochs=1), data).model
+    before = {name: value.clone() for name, value in first.state_dict().items()}
+    config = replace(CONFIG, epochs=1, seed=2, lr=1e-12, lr_end=1e-12, weight_decay=0.0)
+    tuned = train(config, data, start=first)
+    for name, value in tuned.model.state_dict().items():
+        torch.testing.assert_close(value, before[name])
+        assert torch.equal(first.state_dict()[name], before[name])
+
+
+def test_a_run_is_shown_in_one_line(data):
+    run = train(replace(CONFIG, epochs=1), data)
+    assert repr(run).startswith("S5VH, 64 bits, spoken-digits, seed 1: 1 of 1 epochs, loss ")
+    assert len(repr(run).splitlines()) == 1
 
 
 def test_a_write_that_fails_keeps_the_old_checkpoint(checkpoint, data):
@@ -213,7 +379,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 config = train_config("spoken-digits", "smoke", epochs=1)
 train(config, data, device="cpu", checkpoint={str(checkpoint)!r}, progress=False)
 """
-    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     message = f"{checkpoint}: expected to write the whole file, found: File too large"
     assert failed.returncode != 0 and message in failed.stderr
     assert checkpoint.read_bytes() == before

@@ -98,7 +98,7 @@ def read_artefact(
         path=path,
         title=title,
         summary=summary,
-        parameters={name: found["default"] for name, found in pm.inspect_notebook(path).items()},
+        parameters={name: found["default"] for name, found in pm.inspect_notebook(nb).items()},
         default="default" in tags,
         tables=_outputs(code, "save_table"),
         figures=_outputs(code, "save_figure"),
@@ -108,9 +108,11 @@ def read_artefact(
 def artefacts(
     root: str | Path | None = None,  # The project's folder; see `find_root`
 ) -> list:
-    "All artefacts of the project, paper by paper."
+    "All artefacts of the project, paper by paper; `FileNotFoundError` when there is none."
     notebooks = find_root(root) / "nbs"
     paths = [path for paper in PAPERS for path in sorted((notebooks / paper).glob("*.ipynb"))]
+    folders = f"artefact notebooks in one of the folders {', '.join(PAPERS)}"
+    check(bool(paths), str(notebooks), folders, "none", FileNotFoundError)
     paths.sort(key=lambda path: (PAPERS.index(path.parent.name), path.stem == "claims"))
     return [read_artefact(path) for path in paths]
 
@@ -122,8 +124,6 @@ def select(
 ) -> list:
     "The chosen artefacts in the order of `artefacts`; an unknown name is a `ValueError`."
     found = artefacts(root)
-    folders = f"artefact notebooks in one of the folders {', '.join(PAPERS)}"
-    check(bool(found), str(find_root(root) / "nbs"), folders, "none", FileNotFoundError)
     for name in names:
         known(name, [a.name if "/" in name else a.stem for a in found], "artefact")
     if everything:

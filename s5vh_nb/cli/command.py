@@ -12,11 +12,12 @@ import shlex
 import sys
 import time
 
+import s5vh_nb
 from ..basics.checks import check, known
-from ..basics.files import find_root
+from ..basics.files import check_writable, find_root
 from ..basics.profiles import PROFILES
 from .artefacts import Artefact, artefacts, select
-from .execute import environment, execute, last_words
+from .execute import environment, execute, executed_path, last_words
 from .parameters import parameters_for, parse_pairs
 from ..datasets.asl_source import get_asl_words
 from ..datasets.catalog import DATA_ROOT
@@ -38,6 +39,8 @@ def run_all(
     "Run the notebooks one after the other and print a summary; returns the failures by artefact name."
     profile = known(given["profile"], PROFILES, "profile")
     jobs = [(artefact, parameters_for(artefact.parameters, given, artefact.name)) for artefact in chosen]
+    for artefact in chosen[:1]:
+        check_writable(executed_path(artefact, profile).with_name("copy.ipynb"))
     failures = {}
     for number, (artefact, parameters) in enumerate(jobs, 1):
         progress = f"[{number}/{len(jobs)}] {artefact.name}: "
@@ -93,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Reproduce the tables and figures of S5VH and DMMH from their notebooks.",
         epilog="exit status: 0 all went well, 1 a notebook failed, 2 what was asked for is out of reach",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {s5vh_nb.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="what there is: artefacts, their parameters and outputs")
     help = "run artefact notebooks; runs whose record exists are not run again"

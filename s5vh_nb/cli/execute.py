@@ -19,7 +19,7 @@ import nbformat
 import papermill as pm
 from PIL import Image
 
-from ..basics.files import write_text
+from ..basics.files import user_path, write_text
 from .artefacts import Artefact
 from ..evidence.report import folder_of
 
@@ -27,14 +27,14 @@ from ..evidence.report import folder_of
 def _places(root: Path, data_root: str | None) -> dict:
     "This machine's folders and the names that replace them, longest first."
     # a relative data folder says nothing about this machine, its absolute path does
-    named = {str(Path(data_root).resolve()): "<data_root>"} if data_root else {}
+    named = {str(user_path(data_root).resolve()): "<data_root>"} if data_root else {}
     if data_root and Path(data_root).is_absolute():
         named[str(data_root)] = "<data_root>"
     named |= {
         str(root.resolve()): ".",
         sys.prefix: "<python>",
         tempfile.gettempdir(): "<tmp>",
-        str(Path.home()): "~",
+        os.path.expanduser("~"): "~",  # a user without a home stays as it is
     }
     return {folder: named[folder] for folder in sorted(named, key=len, reverse=True) if folder != "/"}
 
@@ -111,13 +111,18 @@ _KERNEL_ARGUMENTS = [
 ]
 
 
+def _literal(path: Path) -> str:
+    "A path as papermill reads it."
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def _run(source: Path, copy: Path, parameters: dict):
     "Execute the notebook `source` as `copy`; raises what papermill raises."
     jupyter = os.pathsep.join(filter(None, [f"{sys.prefix}/share/jupyter", os.environ.get("JUPYTER_PATH")]))
     with environment(JUPYTER_PATH=jupyter, TQDM_MININTERVAL="1"):
         pm.execute_notebook(
-            source,
-            copy,
+            _literal(source),
+            _literal(copy),
             parameters,
             kernel_name="python3",
             language="python",
@@ -151,6 +156,32 @@ def executed_path(artefact: Artefact, profile: str) -> Path:
     return folder / f"{artefact.paper}_{artefact.stem}.ipynb"
 
 
+def _as_far_as_written(
+    copy: Path,  # A copy that papermill was writing when it failed
+):
+    "The copy; without cells where there is none, or only a part, as on a disk that is full."
+    try:
+        return nbformat.read(copy, 4)
+    except (OSError, ValueError):
+        return nbformat.v4.new_notebook()
+
+
+def _executed(artefact: Artefact, parameters: dict) -> tuple:
+    "The executed notebook and what failed in it, None where nothing did."
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / artefact.path.name
+        try:
+            _run(artefact.path, copy, parameters)
+        except Exception as error:
+            executed = _as_far_as_written(copy)
+            return executed, _first_failure(executed, nbformat.read(artefact.path, 4), error)
+        executed = nbformat.read(copy, 4)
+    for cell in executed.cells:
+        if cell.cell_type == "code":  # without progress bars
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    return executed, None
+
+
 def last_words(artefact: Artefact, profile: str) -> list:
     "The lines that the last cell of the executed copy printed."
     code = [c for c in nbformat.read(executed_path(artefact, profile), 4).cells if c.cell_type == "code"]
@@ -165,22 +196,11 @@ def execute(
 
     Returns None when all went well, else one line on what failed; a copy that can't be written counts, too.
     """
-    out = executed_path(artefact, parameters["profile"])
-    failed, failure = out.with_suffix(".failed.ipynb"), None
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / artefact.path.name
-        try:
-            _run(artefact.path, copy, parameters)
-        except Exception as error:
-            executed = nbformat.read(copy, 4) if copy.exists() else nbformat.v4.new_notebook()
-            failure = _first_failure(executed, nbformat.read(artefact.path, 4), error)
-        else:
-            executed = nbformat.read(copy, 4)
-            for cell in executed.cells:
-                if cell.cell_type == "code":  # without progress bars
-                    cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
-    _shrink_pictures(executed)
+    out, failure = executed_path(artefact, parameters["profile"]), None
+    failed = out.with_suffix(".failed.ipynb")
     try:
+        executed, failure = _executed(artefact, parameters)
+        _shrink_pictures(executed)
         text = shareable(executed, artefact.root, parameters.get("data_root"))
         write_text(failed if failure else out, text)
     except OSError as error:

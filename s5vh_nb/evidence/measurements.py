@@ -62,7 +62,7 @@ def centers_in(
 ) -> np.ndarray:
     "The hash centers, (c, k) of -1 and +1."
     packed = store.archive.arrays(record)[f"centers {known(kind, CENTER_KINDS, 'kind of centers')}"]
-    return 2 * np.unpackbits(packed, axis=1).astype(int) - 1
+    return 2 * np.unpackbits(packed, axis=1, count=record.configuration.model.bits).astype(int) - 1
 
 
 def cluster_cosines(record: RunRecord, store: Store) -> np.ndarray:  # Of `measure_centers`

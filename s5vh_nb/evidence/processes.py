@@ -43,7 +43,33 @@ def side_by_side(
     workers: int,
     done=lambda: None,  # Called after each item
 ):
-    "Call for every item in a process; `RuntimeError` naming those that failed, after the others are done."
+    """Call for every item, in processes where there are several workers.
+
+    `RuntimeError` naming those that failed, after the others are done; of a single item its own error.
+    """
+    several = min(workers, len(items)) > 1
+    failed = _in_processes(call, items, workers, done) if several else _in_turn(call, items, done)
+    reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
+    for error in failed.values():
+        if len(items) == 1:
+            raise error
+        raise RuntimeError(f"{len(failed)} of {len(items)} runs failed: {reasons}") from error
+
+
+def _in_turn(call, items, done) -> dict:
+    "The errors by item's name."
+    failed = {}
+    for name, item in items.items():
+        try:
+            call(item)
+        except Exception as error:
+            failed[name] = error
+        done()
+    return failed
+
+
+def _in_processes(call, items, workers, done) -> dict:
+    "The errors by item's name."
     context, workers = multiprocessing.get_context("spawn"), min(workers, len(items))
     share = context.Value("i", 0), max(1, torch.get_num_threads() // workers)
     failed = {}
@@ -57,6 +83,4 @@ def side_by_side(
         except BaseException:  # Ctrl-C: what waits is not begun any more
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
-    if failed:
-        raise RuntimeError(f"{len(failed)} of {len(items)} runs failed: {reasons}")
+    return failed

@@ -17,7 +17,7 @@ import numpy as np
 
 import s5vh_nb
 from ..basics.config import BaselineConfig, TrainConfig, replace
-from ..basics.devices import pick_device
+from ..basics.devices import Device, pick_device
 from ..datasets.catalog import Described
 from ..datasets.splits import Dataset
 from .identity import Config, method_name
@@ -89,7 +89,7 @@ def evaluate(
     data: Dataset,
 ) -> dict:
     "The main protocol's mAP of a network as it is now: a point of its curve, by which nothing is chosen."
-    found = score(encode_splits(run.model, data), data, run.device).metrics
+    found = score(encode_splits(run.model, data), data, run.device, run.model.bits).metrics
     return {name: found[name] for name in PROTOCOLS[data.kind].columns(len(data.database))}
 
 
@@ -97,7 +97,7 @@ def learn(
     config: TrainConfig | BaselineConfig,  # Complete, see `complete`
     data: Dataset,
     checkpoint: Path,  # Of a network: where it is kept; an unfinished one is taken up
-    device: str | None = None,
+    device: Device = None,
     progress: bool = True,
 ) -> Learnt:
     "The trained network or fitted baseline."
@@ -128,14 +128,14 @@ def encode_splits(
 def encode_and_score(
     hasher,
     data: Dataset,
-    device: str | None,
+    device: Device,
     single: bool = False,  # See `encode_splits`
 ) -> dict:
     "What a record keeps of a hash function on a data set: codes, metrics, arrays, columns, seconds."
     clock = [time.perf_counter()]
     codes = encode_splits(hasher, data, single)
     clock.append(time.perf_counter())
-    found = score(codes, data, pick_device(device))
+    found = score(codes, data, pick_device(device), hasher.bits)
     clock.append(time.perf_counter())
     seconds = dict(zip(("encode", "score"), np.diff(clock).tolist()))
     return dict(codes=codes, **vars(found), seconds=seconds)

@@ -55,6 +55,7 @@ def score(
     codes: dict,
     data: Dataset,
     device="cpu",  # Where to count distances
+    bits: int | None = None,  # k, where it is no multiple of 8
 ) -> Scores:
     "The scores of the queries by their protocol; `ValueError` for a database below the smallest cut."
     protocol, n = PROTOCOLS[data.kind], len(codes["database"])
@@ -65,7 +66,7 @@ def score(
         if part not in codes:
             continue
         labels = data.query.labels, data.database.labels
-        counts = distance_histograms(codes[part], codes["database"], *labels, device)  # 2 x (nq, k+1)
+        counts = distance_histograms(codes[part], codes["database"], *labels, device, bits)  # 2 x (nq, k+1)
         ap = _average_precisions(counts, columns, protocol)
         arrays[f"ap{suffix}"] = to_fractions(ap["expected"])  # (nq, cuts)
         for name, value in zip(columns, ap["expected"].mean(0)):

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 from ..basics.checks import check
+from ..basics.devices import as_array
 
 # %% ../../nbs/lib/evidence/04_statistics.ipynb #237bac24
 class Interval(NamedTuple):
@@ -24,7 +25,7 @@ class Interval(NamedTuple):
 
 def interval(values) -> Interval:  # One value per seed
     "Mean and Student's 95 % t-interval over seeds."
-    x = np.asarray(values, float)
+    x = as_array(values, "values", float)
     check(x.ndim == 1 and len(x) > 0, "values", "a list with one number per seed", f"shape {x.shape}")
     if len(x) == 1:
         return Interval(float(x[0]), np.nan, np.nan)
@@ -64,7 +65,8 @@ def paired_bootstrap(
     seed: int = 0,  # Of the resampling
 ) -> Interval:
     "Mean of a - b and its 95 % percentile interval; seeds and queries are resampled, few seeds widen it."
-    a, b = np.atleast_2d(np.asarray(a, float)), np.atleast_2d(np.asarray(b, float))
+    a, b = np.atleast_2d(as_array(a, "a", float)), np.atleast_2d(as_array(b, "b", float))
+    check(a.ndim == 2 and a.size > 0, "a", "(seeds, queries), at least one of each", a.shape)
     check(a.shape == b.shape, "b", f"the shape of a, {a.shape} (seeds, queries)", b.shape)
     delta, rng = a - b, np.random.default_rng(seed)
     seeds, queries = delta.shape
@@ -79,8 +81,8 @@ def paired_bootstrap(
 
 # %% ../../nbs/lib/evidence/04_statistics.ipynb #723468f8
 def near(
-    sizes,
-) -> np.ndarray:  # (n,) how far each of the things to draw reaches from zero; the result is bool (n,)
+    sizes,  # (n,) how far each of the things to draw reaches from zero
+) -> np.ndarray:  # (n,) bool
     "Which of them share a scale: those of at most five times the lower quartile."
-    x = np.abs(np.asarray(sizes, float))
+    x = np.abs(as_array(sizes, "sizes", float))
     return x <= 5 * np.quantile(x[x > 0], 0.25) if (x > 0).any() else np.ones(len(x), bool)

@@ -16,9 +16,9 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..basics.checks import check
-from ..basics.config import TrainConfig, TransferConfig
-from ..basics.devices import pick_device
-from ..basics.files import find_root
+from ..basics.config import BaselineConfig, TrainConfig, TransferConfig
+from ..basics.devices import Device, pick_device
+from ..basics.files import check_writable, find_root
 from ..datasets.catalog import Described, describe, load
 from ..datasets.splits import Dataset
 from .archive import Archive
@@ -73,6 +73,12 @@ def _about(data: Dataset) -> dict:
     return {"name": data.name, "fingerprint": data.fingerprint, **sizes, **notes}
 
 
+def _check_config(config, kinds=Config):
+    "`TypeError` unless a configuration of one of these kinds."
+    names = " or a ".join(kind.__name__ for kind in kinds.__args__)
+    check(isinstance(config, kinds), "configuration", f"a {names}", type(config).__name__, TypeError)
+
+
 class Store:
     "Runs of one profile on behalf of one artefact."
 
@@ -83,7 +89,7 @@ class Store:
         *,
         root: Path | None = None,  # The project's folder; None finds it
         data_root: str | None = None,  # Folder of the papers' files
-        device: str | None = None,  # None takes a GPU when there is one
+        device: Device = None,  # None takes a GPU when there is one
         may_train: bool | None = None,  # None: unless `s5vh-nb report` forbids it
         progress: bool = True,
     ):
@@ -111,6 +117,7 @@ class Store:
         label: str = "",  # Of a measurement or repetition
     ) -> RunRecord | None:
         "The record, or None where there is none; `ValueError` when it was made from other data."
+        _check_config(config)
         if isinstance(config, TransferConfig):
             return self._find_transfer(config)
         data = self._described(config.dataset)
@@ -171,7 +178,7 @@ class Store:
         label: str = "",  # As for `get`
         workers: int | None = None,  # Processes side by side; None: as many as the machine bears
     ) -> list:
-        "The records of several runs, in order; where they run side by side, failures are named at the end."
+        "The records of several runs, in order; failures are named when the others are done."
         missing = {}  # each run once
         for config in configs:
             if self.find(config, label) is None:
@@ -187,21 +194,14 @@ class Store:
             unit="run",
             disable=not self.progress,
         ) as bar:
-            if workers == 1 or len(missing) < 2:
-                for config in missing.values():
-                    self.get(config, label)
-                    bar.update()
-            else:
-                quiet = Store(
-                    self.artefact,
-                    self.profile,
-                    root=self.root,
-                    data_root=self.data_root,
-                    device=self.device,
-                    progress=False,
-                )
-                side_by_side(functools.partial(quiet.get, label=label), missing, workers, bar.update)
+            asker = self if min(workers, len(missing)) < 2 else self._quiet()
+            side_by_side(functools.partial(asker.get, label=label), missing, workers, bar.update)
         return [self.find(config, label) for config in configs]
+
+    def _quiet(self) -> "Store":
+        "The same store without bars, for another process."
+        options = dict(root=self.root, data_root=self.data_root, device=self.device)
+        return Store(self.artefact, self.profile, **options, progress=False)
 
     def measure(
         self,
@@ -228,6 +228,7 @@ class Store:
         dataset: str,  # Whose database and queries are encoded: items with inputs of the same widths
     ) -> RunRecord:
         "The record of what was learnt on one data set and scored on another, read or made."
+        _check_config(config, TrainConfig | BaselineConfig)
         home, away = self.data(config.dataset), self.data(dataset)
         check(
             home.widths == away.widths,
@@ -257,6 +258,8 @@ class Store:
         expected = f"the records {', '.join(names)} (new runs are forbidden; `s5vh-nb reproduce` makes them)"
         where = f"results/{self.profile}"
         check(self.may_train or not names, where, expected, "none of them", FileNotFoundError)
+        if names:
+            check_writable(self.archive.path_of(names[0]))  # now, not after the training
 
     def _learn(self, config, data, label=""):
         folder = self.root / "results" / "checkpoints"

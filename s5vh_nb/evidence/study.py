@@ -6,13 +6,16 @@
 __all__ = ['Study', 'open_study']
 
 # %% ../../nbs/lib/evidence/10_study.ipynb #c43cb3e0
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from IPython import get_ipython
 
 from ..basics.checks import check, known, parse_list
+from ..basics.devices import Device
 from ..basics.profiles import PROFILES, train_config
 from ..datasets.catalog import CATALOG, DATA_ROOT, available, is_there
 from .experiments import EXPERIMENTS, Experiment, Fitted, config_of
@@ -147,18 +150,35 @@ def _name_left_out(places, label):
         print(f"{what}, not all seeds run: {'; '.join(rows)} ({dataset}, {bits} bits)")
 
 # %% ../../nbs/lib/evidence/10_study.ipynb #0b8b4b68
+def _assigned(cells: list) -> list:  # Code
+    "The names that cells assign at the beginning of a line."
+    return [name for cell in cells for name in re.findall(r"^(\w+) *=(?!=)", cell, re.MULTILINE)]
+
+
+def _check_injected(
+    cells: list,  # Code that the kernel has run, in order
+):
+    "`ValueError` for a name that papermill set and no cell before did: the notebook would ignore it."
+    for number, cell in enumerate(cells):
+        if cell.startswith("# Parameters\n"):  # written by papermill, below the notebook's own parameters
+            for name in _assigned([cell]):
+                known(name, _assigned(cells[:number]), "parameter of this notebook")
+
+
 def open_study(
     name: str,  # e.g. "s5vh/losses"; "dmmh/ablations/mixers" for a second experiment of one notebook
     profile: str,  # "smoke", "quick", "full" or "paper"
     dataset=None,  # One name, several, or None for those of the profile
     bits=None,  # One code length, several, or None
     seeds=None,  # One, several, or None
-    device: str | None = None,
+    device: Device = None,
     data_root: str | None = None,  # Folder of files that are not bundled; None: that of the environment
     root: Path | None = None,  # The project's folder; None finds it
     may_train: bool | None = None,  # None: unless `s5vh-nb report` forbids it
 ) -> Study:
     "The experiment as these parameters ask for it; sets the style of figures; errors name the parameter."
+    if shell := get_ipython():
+        _check_injected(shell.user_ns["In"])
     experiment = EXPERIMENTS[known(name, EXPERIMENTS, "experiment")]
     known(profile, PROFILES, "profile")
     artefact = "/".join(name.split("/")[:2])

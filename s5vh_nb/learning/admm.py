@@ -6,14 +6,16 @@
 __all__ = ['merit', 'ADMM', 'improve_center_reference', 'improve_center']
 
 # %% ../../nbs/lib/learning/00_admm.ipynb #5272735b
+from functools import partial
 from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from ..basics.devices import jit
 
 # %% ../../nbs/lib/learning/00_admm.ipynb #3e7cd61a
-@njit(cache=True)
+@jit
 def merit(
     x,  # (k,) signs
     Ho,  # (c-1, k) the other centers
@@ -91,7 +93,7 @@ def improve_center_reference(
     return min([H[i], *corners], key=lambda x: merit(x, *problem, a))
 
 # %% ../../nbs/lib/learning/00_admm.ipynb #e1a59593
-@njit(cache=True, fastmath=True)
+@partial(jit, fastmath=True)
 def _dot(A, i, u):
     total = 0.0
     for l in range(len(u)):
@@ -99,13 +101,13 @@ def _dot(A, i, u):
     return total
 
 
-@njit(cache=True, fastmath=True)
+@partial(jit, fastmath=True)
 def _add(pull, scale, A, i):
     for l in range(len(pull)):
         pull[l] += scale * A[i, l]
 
 
-@njit(cache=True, fastmath=True)
+@partial(jit, fastmath=True)
 def _times(A, u, out):
     "out = A u, four rows at a time."
     fours = len(A) // 4 * 4
@@ -122,7 +124,7 @@ def _times(A, u, out):
         out[i] = _dot(A, i, u)
 
 
-@njit(cache=True, fastmath=True)
+@partial(jit, fastmath=True)
 def _add_times(pull, w, A):
     "pull += w A, four rows at a time."
     fours = len(A) // 4 * 4
@@ -135,7 +137,7 @@ def _add_times(pull, w, A):
         _add(pull, w[i], A, i)
 
 # %% ../../nbs/lib/learning/00_admm.ipynb #015f7e6b
-@njit(cache=True, fastmath=True)
+@partial(jit, fastmath=True)
 def _advance(pull, q, lam, Q, a, gamma, rho, rho_next, u, x, y1, y2, w):
     """One step without constraints; returns how far x moved.
 
@@ -161,7 +163,7 @@ def _advance(pull, q, lam, Q, a, gamma, rho, rho_next, u, x, y1, y2, w):
     return sqrt(moved)
 
 
-@njit(cache=True, fastmath=True)
+@partial(jit, fastmath=True)
 def _constrain(u, P, y3, due, moved, delta, gamma, rho, rho_next, pull):
     """The slack of H_o x = P u: updates the multipliers y3, and adds what active rows contribute to `pull`.
 
@@ -181,7 +183,7 @@ def _constrain(u, P, y3, due, moved, delta, gamma, rho, rho_next, pull):
         _add(pull, rho_next * (slack - z3) - y3[i], P, i)
 
 # %% ../../nbs/lib/learning/00_admm.ipynb #3141e556
-@njit(cache=True, nogil=True)
+@partial(jit, nogil=True)
 def _solve(x, Ho, s, delta, a, Q, lam, p):
     """The best corner (k,) among `x` and the rounded iterates of all rounds.
 

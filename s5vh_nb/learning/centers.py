@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from ..basics.checks import check, known
+from ..basics.config import check_bits
 from ..datasets.rows import hdf5_array, open_hdf5
 from .admm import ADMM, improve_center
 
@@ -88,7 +89,7 @@ def start_centers(
     H = hadamard(bits) if init == "hadamard" else np.empty((0, bits))
     rows = list(np.concatenate([H, -H])[:n_centers])
     balanced = init == "hadamard" and n_centers <= comb(bits, bits // 2)  # there must be enough of them
-    half = np.repeat([-1.0, 1.0], bits // 2)
+    half = np.where(np.arange(bits) < bits // 2, -1.0, 1.0)  # of an odd length one more is +1
     taken = {row.tobytes() for row in rows}
     while len(rows) < n_centers:
         row = rng.permutation(half) if balanced else rng.choice([-1.0, 1.0], bits)
@@ -262,7 +263,7 @@ class HashCenters:
 def hash_centers(
     features,  # (n, d) time means, or (n, t, d) frame features
     n_centers: int,  # c: 2 to n, at most 2^k
-    bits: int,  # k, a multiple of 8
+    bits: int,  # k
     *,
     init: str = "hadamard",  # Start: "hadamard" or "random"
     semantic: bool = True,  # Follow the similarity of the clusters; False: only keep the distance
@@ -274,7 +275,7 @@ def hash_centers(
     progress: bool = True,  # Show a bar over the sweeps
 ) -> HashCenters:
     "One center per k-means cluster of the features (S5VH, hash centers); `ValueError` for unfit input."
-    check(bits > 0 and bits % 8 == 0, "bits", "a positive multiple of 8", bits)
+    check_bits(bits)
     check(n_centers <= 2**bits, "n_centers", f"at most 2^{bits}, the number of codes", n_centers)
     known(init, ("hadamard", "random"), "init")
     if given is not None:

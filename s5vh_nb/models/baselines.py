@@ -22,7 +22,7 @@ from ..basics.checks import check, known
 from ..basics.config import check_bits
 from ..datasets.rows import row_blocks
 from ..datasets.splits import Split
-from .codes import check_array
+from .codes import check_array, check_largest
 
 # %% ../../nbs/lib/models/06_baselines.ipynb #37e4f8d0
 _VIEWS = {"mean": "videos", "flat": "videos", "pair": "pairs"}  # a view -> the kind of items that it is for
@@ -33,10 +33,9 @@ def _vectors(
     arrays: list,  # The inputs of b items: (b, t, d) frames, or (b, di) images and (b, dt) texts
     view: str,  # A key of _VIEWS
 ) -> np.ndarray:
-    "One vector per item, (b, width) float32; `ValueError` for NaN and infinity."
+    "One vector per item, (b, width) float32; `ValueError` for NaN, infinity and numbers above 1e15."
     arrays = [np.asarray(x, np.float32) for x in arrays]
-    finite = all(np.isfinite(x).all() for x in arrays)
-    check(finite, "features", "finite numbers", "NaN or infinity")
+    check_largest(np.max([np.abs(x).max() for x in arrays]))
     if view == "mean":
         return arrays[0].mean(1)
     return np.concatenate([x.reshape(len(x), -1) for x in arrays], axis=1)
@@ -65,6 +64,7 @@ def fit_lsh(
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     "Random hyperplanes through the mean: the mean (width,) and directions (width, k) (Charikar 2002)."
+    x = np.asarray(x)
     rotation = faiss.RandomRotationMatrix(x.shape[1], bits)
     rotation.init(seed)
     return x.mean(0), faiss.vector_to_array(rotation.A).reshape(bits, -1).T
@@ -76,6 +76,7 @@ def itq_rotation(
     steps: int = 50,  # Alternations; 0 gives the random start
 ) -> np.ndarray:
     "The rotation (k, k) that brings `v` closest to a cube's corners (Gong & Lazebnik 2011, section 2.2)."
+    v = np.asarray(v)
     rotation = ortho_group.rvs(v.shape[1], random_state=seed)  # (k, k)
     for _ in range(steps):
         rotation, _ = orthogonal_procrustes(v, np.where(v @ rotation > 0, 1.0, -1.0))
@@ -178,6 +179,11 @@ class Hasher:
     directions: np.ndarray  # (width, k)
     lift: Pipeline | None = None  # Applied before the mean is subtracted
 
+    @property
+    def bits(self) -> int:
+        "k, the length of its codes."
+        return self.directions.shape[1]
+
     def encode(
         self,
         *arrays,  # (n, ...) features of any kind, one per input: `split.arrays`
@@ -221,11 +227,12 @@ def _check_sizes(method: str, train: Split, bits: int):
 def fit_baseline(
     method: str,  # One of METHODS for these items
     train: Split,  # Training items
-    bits: int,  # k, a multiple of 8
+    bits: int,  # k
     view: str = "mean",  # "mean" over time or frames "flat" for videos, "pair" for pairs
     seed: int = 0,  # Same seed, same codes
 ) -> Hasher:
     "A baseline fitted on training items; ITQ lifts videos narrower than `bits`. `ValueError` if unfit."
+    check(isinstance(train, Split), "train", "a Split (`datasets.splits`)", type(train).__name__, TypeError)
     known(view, _VIEWS, "view")
     check(_VIEWS[view] == train.kind, "view", f"one for {train.kind}", repr(view))
     known(method, METHODS[train.kind], "method")

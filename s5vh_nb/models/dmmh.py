@@ -8,10 +8,11 @@ __all__ = ['DMMH']
 # %% ../../nbs/lib/models/05_dmmh.ipynb #a3defc22
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from ..basics.checks import check, known
 from ..basics.config import DMMHConfig
-from .codes import HashNetwork, check_array
+from .codes import HashNetwork, check_array, pack
 from .mamba import Bidirectional
 from .mixers import MIXERS, mlp
 from .s5vh import positions
@@ -147,7 +148,7 @@ class _BitCNN(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         wide = self.conv(z.flatten(1)[..., None])  # (b, tokens*hidden, 1)
-        return torch.tanh(self.norm(wide)).view(len(z), self.tokens, -1)
+        return torch.tanh(self.norm(wide))[..., 0].unflatten(1, (self.tokens, -1))
 
 
 class _BitHash(nn.Module):
@@ -164,6 +165,17 @@ class _BitHash(nn.Module):
         return torch.tanh(self.conv(z.flatten(1)[..., None]))[..., 0]
 
 # %% ../../nbs/lib/models/05_dmmh.ipynb #27c7b85c
+class _Codes(nn.Module):
+    "Images (n, di) and texts (n, dt) to packed codes (n, k/8)."
+
+    def __init__(self, net: "DMMH"):
+        super().__init__()
+        self.net = net
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        return pack(self.net.h(image, text))
+
+
 class DMMH(HashNetwork, library_name="s5vh_nb", tags=["multi-modal-hashing", "mamba"]):
     "Deep Mamba multi-modal hashing (DMMH, section 2)."
 
@@ -187,6 +199,7 @@ class DMMH(HashNetwork, library_name="s5vh_nb", tags=["multi-modal-hashing", "ma
         """
         c = self.config
         for name, x, d in (("image", image, c.di), ("text", text, c.dt)):
+            check(x is None or isinstance(x, Tensor), name, "a tensor", type(x).__name__, TypeError)
             fits = x is None or x.ndim == 2 and x.shape[1] == d
             check(fits, name, f"features of shape (b, {d})", x if x is None else tuple(x.shape))
         # (b, tokens, m)
@@ -220,3 +233,10 @@ class DMMH(HashNetwork, library_name="s5vh_nb", tags=["multi-modal-hashing", "ma
         check(len(sizes) > 0, "encode", "image, text or both", "neither")
         check(sizes[0] == sizes[-1], "text", f"{sizes[0]} rows, as many as images", sizes[-1])
         return self.packed((image, text), batch, progress)
+
+    def export_program(self) -> ExportedProgram:
+        """Images (n, di) and texts (n, dt) to packed codes (n, k/8), n free, as a program as S5VH has it.
+
+        Features are not checked.
+        """
+        return self.program_of(_Codes, (None, self.config.di), (None, self.config.dt))

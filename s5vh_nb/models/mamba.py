@@ -56,17 +56,47 @@ class Mamba(nn.Module):
         self,
         x: Tensor,  # (b, t, m)
     ) -> Tensor:  # (b, t, m)
-        # (b, d, t), views of (b, t, 2*d)
-        u, z = (v.transpose(1, 2) for v in self.in_proj(x).chunk(2, -1))
-        u = causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias)  # (b, d, t)
+        u, z = (v.transpose(1, 2) for v in self.in_proj(x).chunk(2, -1))  # (b, d, t), views of (b, t, 2*d)
+        y = self._scan(self._convolve(u), z)
+        return self.out_proj(y.transpose(1, 2))  # (b, t, m)
+
+    def _convolve(self, u):
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        return causal_conv1d(u, weight, bias, activation="silu")  # (b, d, t)
+
+    def _scan(self, u, z, **options):
         parts = self.x_proj(u.transpose(1, 2)).split(self.split, -1)  # (b, t, r), (b, t, n), (b, t, n)
         # (b, d, t); the scan adds the bias
         delta = F.linear(parts[0], self.dt_proj.weight).transpose(1, 2)
         B, C = (part.transpose(1, 2) for part in parts[1:])  # (b, n, t)
-        y = selective_scan(
-            u, delta, -torch.exp(self.A_log), B, C, self.D, z, self.dt_proj.bias, delta_softplus=True
-        )
-        return self.out_proj(y.transpose(1, 2))  # (b, t, m)
+        A, bias = -torch.exp(self.A_log), self.dt_proj.bias
+        return selective_scan(u, delta, A, B, C, self.D, z, bias, delta_softplus=True, **options)
+
+    def allocate_inference_cache(
+        self,
+        batch_size: int,  # Sequences, b
+    ) -> tuple[Tensor, Tensor]:
+        "The states before the first frame, zeros: `conv_state` (b, d, d_conv) and `ssm_state` (b, d, n)."
+        d, n = self.A_log.shape
+        conv_state = self.D.new_zeros(batch_size, d, self.conv1d.kernel_size[0])
+        exact = torch.promote_types(self.D.dtype, torch.float32)  # the scan's own
+        return conv_state, self.D.new_zeros(batch_size, d, n, dtype=exact)
+
+    def step(
+        self,
+        hidden_states: Tensor,  # The next frame (b, 1, m)
+        conv_state: Tensor,  # The last signals (b, d, d_conv)
+        ssm_state: Tensor,  # The state of the scan (b, d, n)
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (b, 1, m), and the two states after the frame
+        """One more frame, as in `mamba_ssm.Mamba.step`: what `forward` gives for the last frame so far.
+
+        The given states stay as they are; gradients flow through the new ones.
+        """
+        u, z = (v.transpose(1, 2) for v in self.in_proj(hidden_states).chunk(2, -1))  # (b, d, 1)
+        conv_state = torch.cat([conv_state[..., 1:], u], -1)  # (b, d, d_conv)
+        u = self._convolve(conv_state)[..., -1:]  # (b, d, 1)
+        y, ssm_state = self._scan(u, z, initial_state=ssm_state, return_last_state=True)
+        return self.out_proj(y.transpose(1, 2)), conv_state, ssm_state
 
 # %% ../../nbs/lib/models/01_mamba.ipynb #2eabc976
 class Bidirectional(nn.Module):
@@ -193,7 +223,7 @@ class Layers(nn.Sequential):
         x: Tensor,  # (b, t, m)
         factors: Tensor | None = None,  # (l, b), see `draw_factors`; None draws them
     ) -> Tensor:  # (b, t, m)
-        factors = self.draw_factors(len(x)) if factors is None else factors
+        factors = self.draw_factors(x.shape[0]) if factors is None else factors
         # layers with a direction switched off have other shapes
         alike = len({layer.directions for layer in self}) == 1
         mamba = alike and all(isinstance(mix, Mamba) for layer in self for _, mix in layer.branches())
@@ -206,3 +236,28 @@ class Layers(nn.Sequential):
         for i, layer in enumerate(self):
             x = layer(x, None if factors is None else factors[i])
         return x
+
+    def allocate_inference_cache(
+        self,
+        batch_size: int,  # Sequences, b
+    ) -> list:
+        "The states of all layers before the first frame; `ValueError` unless all are Mamba, forward."
+        streams = all(
+            layer.directions == "forward" and isinstance(layer.mix_forward, Mamba) for layer in self
+        )
+        found = f"{self[0].directions!r} with {type(self[0].branches()[0][1]).__name__}"
+        check(streams, "frame by frame", "layers with directions='forward' and the mixer Mamba", found)
+        return [layer.mix_forward.allocate_inference_cache(batch_size) for layer in self]
+
+    def step(
+        self,
+        x: Tensor,  # The next frame (b, 1, m)
+        states: list,  # Of the layers, as from `allocate_inference_cache`
+    ) -> tuple[Tensor, list]:  # (b, 1, m), the states after the frame
+        "One more frame, in evaluation mode: what `forward` gives for the last frame so far."
+        after = []
+        for layer, state in zip(self, states):
+            added, *state = layer.mix_forward.step(layer.norm_forward(x), *state)
+            x = x + added
+            after.append(state)
+        return x, after

@@ -80,7 +80,7 @@ def _ssd(
     chunk: int = 64,  # Frames of a chunk
 ) -> Tensor:  # (b, t, h, p)
     "State space duality: products in a chunk, a recurrence between chunks (Dao & Gu, 2024, section 6)."
-    S, ys = x.new_zeros(len(x), *x.shape[2:], B.shape[2]), []  # (b, h, p, n)
+    S, ys = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[2]), []  # (b, h, p, n)
     for v, a, Bs, Cs in zip(*(part.split(chunk, 1) for part in (x, log_decay, B, C))):
         total = a.cumsum(1)  # (b, l, h)
         future = torch.ones(a.shape[1], a.shape[1], dtype=torch.bool, device=a.device).triu(1)[..., None]
@@ -120,7 +120,8 @@ class Mamba2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (b, t, m) -> (b, t, m)
         parts = self.in_proj(x).split(self.split, -1)  # (b, t, d), (b, t, d + 2*n), (b, t, h)
         z, u = parts[0], parts[1].transpose(1, 2)
-        u = causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias).transpose(1, 2)
+        u = causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
+        u = u.transpose(1, 2)
         v, *BC = u.split(self.inner, -1)  # (b, t, d), (b, t, n), (b, t, n)
         v = v.unflatten(-1, (len(self.D), -1))  # (b, t, h, p)
         step = F.softplus(parts[2] + self.dt_bias)  # (b, t, h)

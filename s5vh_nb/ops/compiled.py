@@ -20,6 +20,7 @@ from numba import njit, types
 from numba.extending import overload
 from torch.autograd.function import once_differentiable
 
+from ..basics.devices import jit
 from .reference import scan_by_passes
 
 # %% ../../nbs/lib/ops/02_compiled.ipynb #9bc3b684
@@ -141,13 +142,32 @@ def _gate_backward(z, y, dy, dz):
 
 # %% ../../nbs/lib/ops/02_compiled.ipynb #79003b90
 def _scan_forward_kernel(
-    first, stride, group, block, c, e, backward, softplus, gated, u, delta, z, B, C, A, D, bias, out, last
+    first,
+    stride,
+    group,
+    block,
+    c,
+    e,
+    backward,
+    softplus,
+    gated,
+    u,
+    delta,
+    z,
+    B,
+    C,
+    A,
+    D,
+    bias,
+    initial,
+    out,
+    last,
 ):
     m, A, D, bias = e - c, A[c:e].T.copy(), D[c:e].copy(), bias[c:e].copy()
     dt, du, y = np.empty(m, A.dtype), np.empty(m, A.dtype), np.empty(m, A.dtype)
     h = np.empty(A.shape, A.dtype)
     for i in range(first, len(out), stride):
-        h[:] = 0
+        h[:] = initial[i, c:e].T
         for step in range(out.shape[1]):
             s = _position(step, out.shape[1], backward)
             us = _row(u, i, s, c, e)
@@ -180,6 +200,8 @@ def _scan_backward_kernel(
     A,
     D,
     bias,
+    initial,
+    dlast,
     gu,
     gdelta,
     gz,
@@ -188,23 +210,25 @@ def _scan_backward_kernel(
     gA,
     gD,
     gbias,
+    ginitial,
 ):
     m, steps, A, D, bias = e - c, gu.shape[1], A[c:e].T.copy(), D[c:e].copy(), bias[c:e].copy()
     n, one = len(A), A.dtype.type(1)
     dt, du, y = np.empty((steps, m), A.dtype), np.empty((steps, m), A.dtype), np.empty((steps, m), A.dtype)
     h, carried = np.empty((n, m), A.dtype), np.empty((n, m), A.dtype)
-    states = np.zeros((steps + 1, n, m), A.dtype)
+    states = np.empty((steps + 1, n, m), A.dtype)
     dy, ddt, ddu = np.empty(m, A.dtype), np.empty(m, A.dtype), np.empty(m, A.dtype)
     dA, dD, dbias = np.zeros((n, m), A.dtype), np.zeros(m, A.dtype), np.zeros(m, A.dtype)
     for i in range(first, len(gu), stride):
-        h[:] = 0
+        h[:] = initial[i, c:e].T
+        states[0] = h
         for step in range(steps):
             s = _position(step, steps, backward)
             _step_sizes(_row(delta, i, s, c, e), bias, softplus, _row(u, i, s, c, e), dt[step], du[step])
             _advance(A, B[i, s, group], C[i, s, group], dt[step], du[step], h, y[step])
             for r in range(n):
                 _copy(h[r], states[step + 1, r])
-        carried[:] = 0
+        carried[:] = dlast[i, c:e].T
         for step in range(steps - 1, -1, -1):
             s = _position(step, steps, backward)
             us, raw, ys, dts, dus = _row(u, i, s, c, e), _row(delta, i, s, c, e), y[step], dt[step], du[step]
@@ -227,6 +251,7 @@ def _scan_backward_kernel(
                 dbias[j] += ddt[j]
             _copy(ddu, gu[i, s, c:e])
             _copy(ddt, gdelta[i, s, c:e])
+        ginitial[i, c:e] = carried.T
     gA[first, c:e], gD[first, c:e], gbias[first, c:e] = dA.T, dD, dbias
 
 # %% ../../nbs/lib/ops/02_compiled.ipynb #7acbe383
@@ -246,10 +271,7 @@ def _compiled(
     outputs = [types.Array(number, rank, "C") for rank in output_ranks]
     whole_numbers, booleans = [types.int64] * 6, [types.boolean] * (1 + flags)
     signature = types.void(*whole_numbers, *booleans, *tensors, *inputs, *outputs)
-    try:
-        return njit(signature, cache=True, **_FAST)(kernel)
-    except RuntimeError:
-        return njit(signature, **_FAST)(kernel)  # no folder for a cache
+    return jit(kernel, signature, **_FAST)
 
 
 class _Task(NamedTuple):
@@ -315,21 +337,21 @@ def _as_numpy(*tensors) -> list:
     return [v.detach().numpy() for v in tensors]
 
 
-def _numba_forward(softplus, reversed_channels, u, delta, A, B, C, D, z, bias):
+def _numba_forward(softplus, reversed_channels, u, delta, A, B, C, D, z, bias, initial):
     "Output (b, t, d) and last state (b, d, n)."
     b, d = u.shape[0], u.shape[2]
     gated = z is not None
     out, last = u.new_empty(u.shape), u.new_empty(b, *A.shape)
     tensors = [_strided(v) for v in (u, delta, z if gated else u)]
-    inputs, outputs = _as_numpy(B, C, A, D, bias), _as_numpy(out, last)
-    kernel = _compiled(_scan_forward_kernel, outputs[0].dtype, 2, 3, (4, 4, 2, 1, 1), (3, 3))
+    inputs, outputs = _as_numpy(B, C, A, D, bias, initial), _as_numpy(out, last)
+    kernel = _compiled(_scan_forward_kernel, outputs[0].dtype, 2, 3, (4, 4, 2, 1, 1, 3), (3, 3))
     tasks = _tasks(b, d, B.shape[2], reversed_channels)
     _run(kernel, tasks, softplus, gated, *tensors, *inputs, *outputs)
     return out, last
 
 
-def _numba_backward(dout, softplus, reversed_channels, u, delta, A, B, C, D, z, bias):
-    "Gradients of u, delta, A, B, C, D, z, bias."
+def _numba_backward(dout, dlast, softplus, reversed_channels, u, delta, A, B, C, D, z, bias, initial):
+    "Gradients of u, delta, A, B, C, D, z, bias and the initial state."
     b, d = u.shape[0], u.shape[2]
     gated = z is not None
     tasks = _tasks(b, d, B.shape[2], reversed_channels)
@@ -340,19 +362,33 @@ def _numba_backward(dout, softplus, reversed_channels, u, delta, A, B, C, D, z, 
     gA = u.new_empty(parts, *A.shape)
     gD, gbias = u.new_empty(parts, d), u.new_empty(parts, d)
     tensors = [_strided(v) for v in (u, delta, z if gated else u, dout)]
-    inputs, outputs = _as_numpy(B, C, A, D, bias), _as_numpy(gu, gdelta, gz, gB, gC, gA, gD, gbias)
+    ginitial = u.new_empty(initial.shape)
+    inputs = _as_numpy(B, C, A, D, bias, initial, dlast)
+    outputs = _as_numpy(gu, gdelta, gz, gB, gC, gA, gD, gbias, ginitial)
     ranks = tuple(v.ndim for v in outputs)
-    kernel = _compiled(_scan_backward_kernel, outputs[0].dtype, 2, 4, (4, 4, 2, 1, 1), ranks)
+    kernel = _compiled(_scan_backward_kernel, outputs[0].dtype, 2, 4, (4, 4, 2, 1, 1, 3, 3), ranks)
     _run(kernel, tasks, softplus, gated, *tensors, *inputs, *outputs)
-    return gu, gdelta, gA.sum(0), gB.sum(0), gC.sum(0), gD.sum(0), gz if gated else None, gbias.sum(0)
+    sums = [v.sum(0) for v in (gA, gB, gC, gD)]
+    return gu, gdelta, *sums, gz if gated else None, gbias.sum(0), ginitial
 
 
 def scan_numba(
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state=False, reversed_channels=0
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    delta_softplus,
+    return_last_state=False,
+    reversed_channels=0,
+    initial_state=None,
 ):
     "`scan_reference` as compiled loops on a CPU: the `numba` backend."
     passes, options = (_numba_forward, _numba_backward), (delta_softplus, reversed_channels)
-    out, last = scan_by_passes(passes, options, u, delta, A, B, C, D, z, delta_bias)
+    out, last = scan_by_passes(passes, options, u, delta, A, B, C, D, z, delta_bias, initial_state)
     return (out, last) if return_last_state else out
 
 # %% ../../nbs/lib/ops/02_compiled.ipynb #62d417c5
@@ -431,7 +467,7 @@ class _Conv(torch.autograd.Function):
         return gx, gW.sum(0), gbias.sum(0), None, None
 
 
-def conv_numba(x, weight, bias=None, activation="silu", reversed_channels=0):
+def conv_numba(x, weight, bias=None, activation=None, reversed_channels=0):
     "`conv_torch` as compiled loops on a CPU: the `numba` backend."
     dtype = torch.promote_types(x.dtype, torch.float32)
     bias = weight.new_zeros(len(weight)) if bias is None else bias

@@ -37,11 +37,11 @@ def _scan_triton(u, *arguments):
 
 @by_flipping
 def _scan_mamba_ssm(u, *arguments):
-    "The original GPU kernels, from the optional package mamba-ssm."
+    "The original GPU kernels, from the optional package mamba-ssm; `initial_state`, the last one, is None."
     _check_gpu_backend("mamba_ssm", u)
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    return selective_scan_fn(u, *arguments)
+    return selective_scan_fn(u, *arguments[:-1])
 
 
 def _conv_triton(x, *arguments):
@@ -57,7 +57,9 @@ _SCANS = {
     "triton": _scan_triton,
     "mamba_ssm": _scan_mamba_ssm,
 }
-_CONVS = {"torch": conv_torch, "numba": conv_numba, "triton": _conv_triton}
+# an initial state, and a last state with a gradient
+_SCANS_WITH_STATES = {name: _SCANS[name] for name in ("reference", "torch", "numba")}
+_CONVS = {"reference": conv_torch, "torch": conv_torch, "numba": conv_numba, "triton": _conv_triton}
 _AUTO = contextvars.ContextVar("backend", default="auto")  # what "auto" means
 
 
@@ -83,13 +85,19 @@ def use_backend(
 
 
 def _pick(backend: str, x: Tensor, backends: dict) -> str:
-    "The backend to use: numba on a CPU, triton on a GPU (torch for float64 or without Triton)."
+    """The backend to use: numba on a CPU, triton on a GPU (torch for float64 or without Triton).
+
+    The reference while torch exports a program, which can hold nothing but torch's own operations.
+    """
     _check_name(backend, backends)
+    if backend == "auto" and torch.compiler.is_exporting():
+        return "reference"
     if backend == "auto" and _AUTO.get() in backends:
         backend = _AUTO.get()
     on_cpu = x.device.type == "cpu"
     if backend == "auto":
-        triton = x.is_cuda and x.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+        triton = "triton" in backends and importlib.util.find_spec("triton") is not None
+        triton = triton and x.is_cuda and x.dtype != torch.float64
         backend = "numba" if on_cpu else "triton" if triton else "torch"
     check(backend != "numba" or on_cpu, "backend='numba'", "tensors on the CPU", str(x.device))
     return backend
@@ -100,22 +108,31 @@ def runs_on_triton(x: Tensor) -> bool:
     return x.is_cuda and _pick("auto", x, _SCANS) == "triton"
 
 # %% ../../nbs/lib/ops/05_dispatch.ipynb #33080c7d
-def _check_scan(u, delta, A, B, C, D, z, delta_bias, reversed_channels):
-    "Raise `ValueError` for the first argument that does not fit the shape of `u` and `A`."
-    for name, v in dict(u=u, delta=delta, A=A, B=B, C=C).items():
+def _check_tensors(needed: dict, optional: dict):
+    "Raise `ValueError` unless all of these are tensors of floating-point numbers; optional ones may be None."
+    given = {**needed, **{name: v for name, v in optional.items() if v is not None}}
+    for name, v in given.items():
         check(isinstance(v, Tensor), name, "a tensor", type(v).__name__)
+        check(v.is_floating_point(), name, "floating-point numbers (real ones)", v.dtype)
+
+
+def _check_scan(u, delta, A, B, C, D, z, delta_bias, reversed_channels, initial_state):
+    "Raise `ValueError` for the first argument that does not fit the shape of `u` and `A`."
+    needed = dict(u=u, delta=delta, A=A, B=B, C=C)
+    _check_tensors(needed, dict(D=D, z=z, delta_bias=delta_bias, initial_state=initial_state))
     check(u.dim() == 3 and u.numel() > 0, "u", "shape (b, d, t), not empty", tuple(u.shape))
     b, d = u.shape[:2]
-    t, n = u.shape[2], A.shape[-1]
-    real = A.shape == (d, n) and A.is_floating_point()
-    check(real, "A", f"real, shape ({d}, n)", f"{tuple(A.shape)} {A.dtype}")
+    check(A.dim() == 2 and len(A) == d, "A", f"shape ({d}, n)", tuple(A.shape))
+    t, n = u.shape[2], A.shape[1]
     shapes = dict(delta=(delta, (b, d, t)), z=(z, (b, d, t)), D=(D, (d,)), delta_bias=(delta_bias, (d,)))
+    shapes["initial_state"] = initial_state, (b, d, n)
     for name, (v, shape) in shapes.items():
         check(v is None or v.shape == shape, name, f"shape {shape}", v is not None and tuple(v.shape))
     allowed = f"shape ({d}, {n}), ({b}, {n}, {t}) or ({b}, g, {n}, {t}) where g divides {d}"
     for name, v in (("B", B), ("C", C)):
         grouped = v.dim() == 4 and v.shape == (b, v.shape[1], n, t) and v.shape[1] > 0 and d % v.shape[1] == 0
-        check(grouped or v.shape in ((d, n), (b, n, t)), name, allowed, tuple(v.shape))
+        fits = grouped or v.shape == ((d, n) if v.dim() == 2 else (b, n, t))
+        check(fits, name, allowed, tuple(v.shape))
     g = max({2: d, 3: 1, 4: v.shape[1]}[v.dim()] for v in (B, C))
     whole = 0 <= reversed_channels <= d and reversed_channels * g % d == 0
     check(whole, "reversed_channels", f"whole groups of {d // g} channels, at most {d}", reversed_channels)
@@ -131,36 +148,44 @@ def selective_scan(
     z: Tensor | None = None,  # Gate (b, d, t): the output is multiplied by silu(z)
     delta_bias: Tensor | None = None,  # Added to `delta` (d,)
     delta_softplus: bool = False,  # Pass `delta` through softplus
-    return_last_state: bool = False,  # Also return the last state (b, d, n), without a gradient
+    return_last_state: bool = False,  # Also return the last state (b, d, n), float32 or float64
+    *,
     reversed_channels: int = 0,  # So many channels, the last ones, run from t-1 to 0: whole groups
+    initial_state: Tensor | None = None,  # State before the first step (b, d, n); None: zeros
     backend: str = "auto",  # "reference", "torch", "numba", "triton", "mamba_ssm" or "auto"
 ) -> Tensor | tuple:  # Output (b, d, t) in the dtype of `u`
     """Selective scan (Gu & Dao 2023, eqs. 2 and 4, Mamba's discretisation).
 
     `ValueError` for a bad argument, `ImportError` when the backend's package is missing.
     """
-    _check_scan(u, delta, A, B, C, D, z, delta_bias, reversed_channels)
-    scan = _SCANS[_pick(backend, u, _SCANS)]
+    _check_scan(u, delta, A, B, C, D, z, delta_bias, reversed_channels, initial_state)
+    given = u, delta, A, B, C, D, z, delta_bias
+    learns = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in given)
     options = delta_softplus, return_last_state, reversed_channels
-    return scan(u, delta, A, B, C, D, z, delta_bias, *options)
+    if initial_state is None and not (return_last_state and learns):
+        return _SCANS[_pick(backend, u, _SCANS)](*given, *options)
+    return _SCANS_WITH_STATES[_pick(backend, u, _SCANS_WITH_STATES)](*given, *options, initial_state)
 
 # %% ../../nbs/lib/ops/05_dispatch.ipynb #2e191c36
 def causal_conv1d(
     x: Tensor,  # Input (b, d, t), any strides; a transposed (b, t, d) tensor is the fast layout
     weight: Tensor,  # Taps (d, width), the last one for the present step
     bias: Tensor | None = None,  # Added before the activation (d,)
-    activation: str | None = "silu",  # "silu" or None
+    *,
+    activation: str | None = None,  # "silu", or "swish", which is the same; None leaves the sum as it is
     reversed_channels: int = 0,  # So many channels, the last ones, run from t-1 to 0
-    backend: str = "auto",  # "torch", "numba", "triton" or "auto"
+    backend: str = "auto",  # "reference", "torch", "numba", "triton" or "auto"
 ) -> Tensor:  # Output (b, d, t) in the dtype of `x`
-    "Causal depthwise convolution with an activation; `ValueError` for a bad argument."
+    "Causal depthwise convolution, perhaps with an activation; `ValueError` for a bad argument."
+    _check_tensors(dict(x=x, weight=weight), dict(bias=bias))
     check(x.dim() == 3 and x.numel() > 0, "x", "shape (b, d, t), not empty", tuple(x.shape))
     d = x.shape[1]
     fits = weight.dim() == 2 and len(weight) == d
     check(fits, "weight", f"shape ({d}, width)", tuple(weight.shape))
     fits = bias is None or bias.shape == (d,)
     check(fits, "bias", f"shape ({d},)", bias is not None and tuple(bias.shape))
-    check(activation in ("silu", None), "activation", "'silu' or None", repr(activation))
+    known_activations = ("silu", "swish", None)
+    check(activation in known_activations, "activation", "'silu', 'swish' or None", repr(activation))
     check(0 <= reversed_channels <= d, "reversed_channels", f"0 to {d}", reversed_channels)
     conv = _CONVS[_pick(backend, x, _CONVS)]
     return conv(x, weight, bias, activation, reversed_channels)

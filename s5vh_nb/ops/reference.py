@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
 from torch.autograd.function import once_differentiable
 
 # %% ../../nbs/lib/ops/01_reference.ipynb #06760521
@@ -23,7 +24,21 @@ def _per_channel(B: Tensor, b: int, d: int, t: int) -> Tensor:
     return B.repeat_interleave(d // B.shape[1], 1)  # (b, g, n, t) -> (b, d, n, t)
 
 
-def _recurrence(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state):
+def _each_step(advance, state: Tensor, steps: list) -> tuple:
+    """Call `advance(state, step) -> state, y` for each step; the last state, and all `y` (t, ...).
+
+    While torch exports a program, the loop stays a loop in it, so that its length is free.
+    """
+    if torch.compiler.is_exporting():
+        return scan(advance, state, steps)
+    ys = []
+    for step in zip(*steps):
+        state, y = advance(state, step)
+        ys.append(y)
+    return state, torch.stack(ys)
+
+
+def _recurrence(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, initial_state):
     "The equations, one step after the other, from the first step to the last."
     b, d = u.shape[:2]
     t = u.shape[2]
@@ -35,27 +50,41 @@ def _recurrence(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last
         dt = dt + delta_bias[:, None].to(dtype)
     if delta_softplus:
         dt = F.softplus(dt)
-    h, ys = x.new_zeros(b, d, A.shape[1]), []
-    for s in range(t):
-        decay = torch.exp(dt[:, :, s, None] * A)  # (b, d, n)
-        h = decay * h + dt[:, :, s, None] * B[..., s] * x[:, :, s, None]  # (b, d, n)
-        ys.append((h * C[..., s]).sum(-1))  # (b, d)
-    y = torch.stack(ys, -1)  # (b, d, t)
+    h = x.new_zeros(b, d, A.shape[1]) if initial_state is None else initial_state.to(dtype)
+
+    def advance(h, step):  # (b, d, n), and dt, x (b, d), B, C (b, d, n) of the step
+        dt, x = (v[..., None] for v in step[:2])
+        h = torch.exp(dt * A) * h + dt * step[2] * x  # (b, d, n)
+        return h, (h * step[3]).sum(-1)
+
+    h, y = _each_step(advance, h, [v.movedim(-1, 0) for v in (dt, x, B, C)])
+    y = y.movedim(0, -1)  # (b, d, t)
     if D is not None:
         y = y + D[:, None].to(dtype) * x
     if z is not None:
         y = y * F.silu(z.to(dtype))
     y = y.to(u.dtype)
-    return (y, h.detach()) if return_last_state else y
+    return (y, h) if return_last_state else y
 
 # %% ../../nbs/lib/ops/01_reference.ipynb #225be8a9
 def by_flipping(
-    scan: Callable,  # Arguments as of `scan_reference` up to `return_last_state`, by position
-) -> Callable:  # Takes `reversed_channels` as well
+    scan: Callable,  # Arguments as of `scan_reference` up to `return_last_state`, then `initial_state`
+) -> Callable:  # Arguments as of `scan_reference`
     "`scan` for both directions: channels that run from the end are flipped in time before and after it."
 
     def scan_both_ways(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state=False, reversed_channels=0
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
+        delta_softplus,
+        return_last_state=False,
+        reversed_channels=0,
+        initial_state=None,
     ):
         def flip(v):  # (b, rows, ..., t); the last rows belong to the channels that run from the end
             if v is None or v.dim() == 2 or reversed_channels == 0:
@@ -66,8 +95,8 @@ def by_flipping(
         B, C = (v[:, None] if v.dim() == 3 else v for v in (B, C))  # (b, n, t) -> (b, 1, n, t)
         given = flip(u), flip(delta), A, flip(B), flip(C), D, flip(z), delta_bias, delta_softplus
         if not return_last_state:
-            return flip(scan(*given, False))
-        out, last = scan(*given, True)
+            return flip(scan(*given, False, initial_state))
+        out, last = scan(*given, True, initial_state)
         return flip(out), last
 
     scan_both_ways.__doc__ = scan.__doc__
@@ -84,15 +113,16 @@ def scan_reference(
     z: Tensor | None = None,  # Gate (b, d, t): the output is multiplied by silu(z)
     delta_bias: Tensor | None = None,  # Added to `delta` (d,)
     delta_softplus: bool = False,  # Pass `delta` through softplus
-    return_last_state: bool = False,  # Also return the last state (b, d, n), without a gradient
+    return_last_state: bool = False,  # Also return the last state (b, d, n), float32 or float64
     reversed_channels: int = 0,  # So many channels, the last ones, run from t-1 to 0: whole groups
+    initial_state: Tensor | None = None,  # State before the first step (b, d, n); None: zeros
 ) -> Tensor | tuple:  # Output (b, d, t) in the dtype of `u`; with the last state a pair
     """The selective scan by its recurrence (Gu & Dao 2023, eqs. 2 and 4, Mamba's discretisation).
 
     It computes in float64 if `u` is float64, else in float32.
     """
     scan = by_flipping(_recurrence)
-    options = delta_softplus, return_last_state, reversed_channels
+    options = delta_softplus, return_last_state, reversed_channels, initial_state
     return scan(u, delta, A, B, C, D, z, delta_bias, *options)
 
 # %% ../../nbs/lib/ops/01_reference.ipynb #08720daa
@@ -107,10 +137,10 @@ def by_group(
     return B.transpose(1, 2)[:, :, None] if B.dim() == 3 else B.permute(0, 3, 1, 2)  # -> (b, t, g, n)
 
 
-def _token_major(u, delta, A, B, C, D, z, delta_bias) -> tuple:
+def _token_major(u, delta, A, B, C, D, z, delta_bias, initial_state=None) -> tuple:
     """The arguments of a scan as float32 or float64, with time before channels.
 
-    `B` and `C` get equally many groups; zeros replace an absent `D` or bias, and an absent `z` stays None.
+    `B` and `C` get equally many groups; zeros replace an absent `D`, bias or state, an absent `z` stays None.
     """
     b, d = u.shape[:2]
     dtype = torch.promote_types(u.dtype, torch.float32)
@@ -119,7 +149,8 @@ def _token_major(u, delta, A, B, C, D, z, delta_bias) -> tuple:
     B, C = (v if v.shape[2] == g else v.repeat_interleave(g // v.shape[2], 2) for v in (B, C))
     by_step = [None if v is None else v.transpose(1, 2).to(dtype) for v in (u, delta, z)]  # (b, t, d)
     D, bias = (A.new_zeros(d) if v is None else v for v in (D, delta_bias))
-    return *by_step[:2], *(v.to(dtype) for v in (A, B, C, D)), by_step[2], bias.to(dtype)
+    h = A.new_zeros(()).expand(b, d, A.shape[1]) if initial_state is None else initial_state  # (b, d, n)
+    return *by_step[:2], *(v.to(dtype) for v in (A, B, C, D)), by_step[2], bias.to(dtype), h.to(dtype)
 
 # %% ../../nbs/lib/ops/01_reference.ipynb #f380d4da
 def _per_channel_or_one(B: Tensor, d: int) -> Tensor:
@@ -127,11 +158,11 @@ def _per_channel_or_one(B: Tensor, d: int) -> Tensor:
     return B if B.shape[1] == 1 else B.repeat_interleave(d // B.shape[1], 1)
 
 
-def _torch_states(softplus, u, delta, A, B, bias) -> tuple:
-    "Step sizes (b, t, d), and the t+1 states (b, d, n) from the zero state on."
+def _torch_states(softplus, u, delta, A, B, bias, h) -> tuple:
+    "Step sizes (b, t, d), and the t+1 states (b, d, n) from the initial one on."
     dt = F.softplus(delta + bias) if softplus else delta + bias  # (b, t, d)
     du = (dt * u)[..., None]  # (b, t, d, 1)
-    states = [u.new_zeros(u.shape[0], *A.shape)]
+    states = [h]
     for s in range(u.shape[1]):
         entering = du[:, s] * _per_channel_or_one(B[:, s], u.shape[2])  # (b, d, n)
         states.append(torch.exp(dt[:, s, :, None] * A) * states[-1] + entering)
@@ -146,16 +177,16 @@ def _read(dt, states, C) -> Tensor:
     return y
 
 
-def _torch_forward(softplus, u, delta, A, B, C, D, z, bias) -> tuple:
+def _torch_forward(softplus, u, delta, A, B, C, D, z, bias, h) -> tuple:
     "Output (b, t, d) and last state (b, d, n)."
-    dt, states = _torch_states(softplus, u, delta, A, B, bias)
+    dt, states = _torch_states(softplus, u, delta, A, B, bias, h)
     y = _read(dt, states, C) + D * u
     return (y if z is None else y * F.silu(z)), states[-1]
 
 
-def _torch_backward(dout, softplus, u, delta, A, B, C, D, z, bias) -> tuple:
-    "Gradients of u, delta, A, B, C, D, z and bias by the equations above."
-    dt, states = _torch_states(softplus, u, delta, A, B, bias)
+def _torch_backward(dout, dlast, softplus, u, delta, A, B, C, D, z, bias, h) -> tuple:
+    "Gradients of u, delta, A, B, C, D, z, bias and the initial state by the equations above."
+    dt, states = _torch_states(softplus, u, delta, A, B, bias, h)
     d, g = u.shape[2], B.shape[2]
     dy, dz = dout, None
     if z is not None:
@@ -163,7 +194,7 @@ def _torch_backward(dout, softplus, u, delta, A, B, C, D, z, bias) -> tuple:
         dy, dz = dout * z * gate, dout * y * gate * (1 + z * (1 - gate))  # (b, t, d)
     ddt, ddu = torch.empty_like(dt), torch.empty_like(dt)
     dB, dC = torch.empty_like(B), torch.empty_like(C)
-    dA, carried = torch.zeros_like(A), torch.zeros_like(states[0])
+    dA, carried = torch.zeros_like(A), dlast
 
     def of_group(v):  # (b, d, n) -> (b, g, n)
         return v.unflatten(1, (g, -1)).sum(2)
@@ -179,7 +210,8 @@ def _torch_backward(dout, softplus, u, delta, A, B, C, D, z, bias) -> tuple:
         ddt[:, s] = (v * A).sum(-1)
         dA += (v * step).sum(0)
     ddelta = (ddt + ddu * u) * (torch.sigmoid(delta + bias) if softplus else 1)  # (b, t, d)
-    return ddu * dt + D * dy, ddelta, dA, dB, dC, (dy * u).sum((0, 1)), dz, ddelta.sum((0, 1))
+    dD = (dy * u).sum((0, 1))
+    return ddu * dt + D * dy, ddelta, dA, dB, dC, dD, dz, ddelta.sum((0, 1)), carried
 
 # %% ../../nbs/lib/ops/01_reference.ipynb #6b05bd06
 class _Scan(torch.autograd.Function):
@@ -189,20 +221,24 @@ class _Scan(torch.autograd.Function):
     def forward(ctx, passes, options, *tensors):
         ctx.passes, ctx.options = passes, options
         ctx.save_for_backward(*tensors)
-        out, last = passes[0](*options, *tensors)
-        ctx.mark_non_differentiable(last)
-        return out, last
+        ctx.set_materialize_grads(False)
+        return passes[0](*options, *tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlast):
-        return None, None, *ctx.passes[1](dout, *ctx.options, *ctx.saved_tensors)
+        u, *_, h = ctx.saved_tensors
+        # what is not used has no gradient: zeros that take no memory
+        given = (
+            u.new_zeros(()).expand(v.shape) if grad is None else grad for grad, v in ((dout, u), (dlast, h))
+        )
+        return None, None, *ctx.passes[1](*given, *ctx.options, *ctx.saved_tensors)
 
 
 def scan_by_passes(
-    passes: tuple,  # (forward, backward); `backward` gets the output's gradient first
+    passes: tuple,  # (forward, backward); `backward` gets the gradients of output and last state first
     options: tuple,  # What both passes get before the tensors
-    *arguments: Tensor | None,  # u, delta, A, B, C, D, z, delta_bias, as for `scan_reference`
+    *arguments: Tensor | None,  # u, delta, A, B, C, D, z, delta_bias, initial_state, as for `scan_reference`
 ) -> tuple:  # Output (b, d, t) in the dtype of u, last state (b, d, n)
     "A scan whose forward and backward pass are written by hand, for token-major tensors."
     out, last = _Scan.apply(passes, options, *_token_major(*arguments))
@@ -210,10 +246,11 @@ def scan_by_passes(
 
 # %% ../../nbs/lib/ops/01_reference.ipynb #81c22f68
 @by_flipping
-def scan_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state):
+def scan_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, initial_state):
     "`scan_reference` with a hand-written backward pass, on any device: the `torch` backend."
     passes = _torch_forward, _torch_backward
-    out, last = scan_by_passes(passes, (delta_softplus,), u, delta, A, B, C, D, z, delta_bias)
+    given = u, delta, A, B, C, D, z, delta_bias, initial_state
+    out, last = scan_by_passes(passes, (delta_softplus,), *given)
     return (out, last) if return_last_state else out
 
 # %% ../../nbs/lib/ops/01_reference.ipynb #0d5a08ad
@@ -221,7 +258,7 @@ def conv_torch(
     x: Tensor,  # Input (b, d, t)
     weight: Tensor,  # Taps (d, width), the last one for the present step
     bias: Tensor | None = None,  # Added before the activation (d,)
-    activation: str | None = "silu",  # "silu" or None
+    activation: str | None = None,  # "silu", or "swish", which is the same; None leaves the sum as it is
     reversed_channels: int = 0,  # So many channels, the last ones, run from t-1 to 0
 ) -> Tensor:  # Output (b, d, t) in the dtype of `x`
     "Causal depthwise convolution by torch's own `conv1d`: the `torch` backend."

@@ -788,7 +788,7 @@ def causal_conv1d_triton(
     x: torch.Tensor,  # Input (b, d, t), float32 or half precision; fastest as a transposed (b, t, d) tensor
     weight: torch.Tensor,  # Taps (d, width), the last one for the present step
     bias: torch.Tensor | None = None,  # Added before the activation (d,)
-    activation: str | None = "silu",  # "silu" or None
+    activation: str | None = None,  # "silu", or "swish", which is the same; None leaves the sum as it is
     reversed_channels: int = 0,  # So many channels, the last ones, run from t-1 to 0
 ) -> torch.Tensor:  # Output (b, d, t) in the dtype of `x`
     """Causal depthwise convolution on a GPU: the `triton` backend.
@@ -796,7 +796,6 @@ def causal_conv1d_triton(
     `ValueError` for a bad argument, `ImportError` without Triton.
     """
     check_triton(x)
-    check(activation in ("silu", None), "activation", "'silu' or None", repr(activation))
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     x = _channels_side_by_side(x.transpose(1, 2))  # (b, t, d)
     out = _Conv.apply(x, weight, bias, activation is not None, x.shape[2] - reversed_channels)

@@ -4,29 +4,62 @@
 
 # %% auto #0
 __all__ = ['TIES', 'average_precision_by_definition', 'distance_histograms', 'histogram_ap', 'average_precision', 'map_at_k',
-           'gmap', 'precision_recall']
+           'precision_at_k', 'recall_at_k', 'precision_recall_by_rank', 'gmap', 'precision_recall']
 
 # %% ../../nbs/lib/search/01_scores.ipynb #8a28d5a8
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..basics.checks import check
-from .hamming import as_words, distance_row, hamming_search, jit, packed_codes, packed_pair
+from ..basics.checks import check, is_whole
+from ..basics.config import bits_of
+from ..basics.devices import as_array, as_tensor, jit
+from ..datasets.splits import check_single_column
+from .hamming import as_words, distance_row, hamming_search, packed_codes, packed_pair
+
+# %% ../../nbs/lib/search/01_scores.ipynb #cd32ac0f
+_DENOMINATORS, _EMPTY = ("k", "hits", "relevant"), ("zero", "skip")
+
+
+def _check_options(
+    **options: tuple,  # (value, what it may be) by name
+):
+    "`ValueError` names the option that does not fit."
+    for where, (value, allowed) in options.items():
+        check(value in allowed, where, f"one of {allowed}", repr(value))
+
+
+def _cuts(
+    ks,  # Cuts of 1..n, or None for all of the database
+    n: int,  # Size of the database
+    where: str = "ks",  # The parameter, for the message
+) -> dict:
+    "Each of `ks` -> the rank that it stands for; `ValueError` for other cuts."
+    ks = ks.tolist() if hasattr(ks, "tolist") else ks
+    check(isinstance(ks, Iterable), where, "a list of cuts", repr(ks))
+    ks = list(ks)
+    check(len(ks) > 0, where, "at least one cut", "none")
+    for N in ks:
+        fits = N is None or is_whole(N) and 1 <= N <= n
+        check(fits, where, f"cuts of 1..{n} (the size of the database), or None for all of it", repr(N))
+    return {N: N or n for N in ks}
 
 # %% ../../nbs/lib/search/01_scores.ipynb #145fbe73
 def average_precision_by_definition(
     relevance,  # 0 or 1 for the item at each rank, the first rank first
     N: int | None = None,  # The cut; None: the whole ranking
-    denominator: str = "k",  # "k": divide by N; "hits": by the relevant items among the first N
+    denominator: str = "k",  # "k", "hits" or "relevant", see above
 ) -> float:
     "Average precision of one ranking, straight from the formula: the reference for `average_precision`."
-    N = N or len(relevance)
+    relevance = as_array(relevance, "relevance").tolist()  # Python's numbers, which do not overflow
+    N = _cuts([N], len(relevance), "N")[N]
+    _check_options(denominator=(denominator, _DENOMINATORS))
     total = sum(relevance[r - 1] * sum(relevance[:r]) / r for r in range(1, N + 1))
-    return total / max(1, N if denominator == "k" else sum(relevance[:N]))
+    by = {"k": N, "hits": sum(relevance[:N]), "relevant": min(N, sum(relevance))}
+    return total / max(1, by[denominator])
 
 # %% ../../nbs/lib/search/01_scores.ipynb #49380c30
 def _as_multi_hot(labels: np.ndarray, where: str) -> np.ndarray:  # (videos, classes) bool
@@ -51,14 +84,19 @@ def _label_words(
     sizes: tuple[int, int],  # Number of queries and of database items
 ) -> _Labels:
     "Labels as 64-bit words; `ValueError` names the argument that does not fit."
-    q, db = np.asarray(query_labels), np.asarray(db_labels)
+    q, db = as_array(query_labels, "query_labels"), as_array(db_labels, "db_labels")
     for where, labels, size in (("query_labels", q, sizes[0]), ("db_labels", db, sizes[1])):
-        fits = labels.ndim == 2 or labels.ndim == 1 and labels.dtype.kind in "iu"
+        single = labels.ndim == 1 or labels.shape[1:] == (1,)
+        whole = labels.dtype.kind in "iu" and labels.max(initial=0) < 2**63
+        fits = whole if single else labels.ndim == 2 and labels.shape[1] > 0
         expected = "int (videos,) or multi-hot (videos, classes)"
         check(fits, where, expected, f"{labels.dtype} {labels.shape}")
         check(len(labels) == size, where, f"{size} rows, one a code", len(labels))
     expected = f"shape (videos, *{db.shape[1:]}), as db_labels"
     check(q.shape[1:] == db.shape[1:], "query_labels", expected, q.shape)
+    if q.shape[1:] == (1,):
+        check_single_column(np.concatenate([q, db]), "query_labels, db_labels")
+        q, db = q[:, 0], db[:, 0]
     if q.ndim == 1:
         q, db = (labels.astype(np.int64).view(np.uint64)[None] for labels in (q, db))
         return _Labels(q, db, True)
@@ -169,8 +207,8 @@ def _histograms(q, db, q_labels, db_labels, single, bits):
 _TILE, _COUNTED = 1024, 64  # Queries of one matrix product, and of one count
 
 
-def _signs(packed: np.ndarray, device) -> torch.Tensor:  # (n, k/8) -> (n, k) half precision, -1 and +1
-    return torch.from_numpy(np.unpackbits(packed, axis=1)).to(device).half() * 2 - 1
+def _signs(packed: np.ndarray, bits: int, device) -> torch.Tensor:  # (n, k/8) -> (n, k) half, -1 and +1
+    return torch.from_numpy(np.unpackbits(packed, axis=1, count=bits)).to(device).half() * 2 - 1
 
 
 def _relevance(
@@ -188,11 +226,11 @@ def _histograms_by_product(
     q: np.ndarray,  # (nq, k/8) uint8
     db: np.ndarray,  # (n, k/8) uint8
     labels: _Labels,  # Of both
+    bits: int,  # k
     device,  # torch device
 ) -> torch.Tensor:  # (nq, 2*(k+1)) int32, as `_histograms`
     "The same counts as `_histograms`, by matrix products."
-    bits = 8 * q.shape[1]
-    signs_q, signs_db = _signs(q, device), _signs(db, device)  # (nq, k), (n, k)
+    signs_q, signs_db = _signs(q, bits, device), _signs(db, bits, device)  # (nq, k), (n, k)
     y_q, y_db = (torch.from_numpy(words.view(np.int64)).to(device) for words in labels[:2])
     out = torch.empty(len(q), 2 * (bits + 1), dtype=torch.int32, device=device)
     for i in range(0, len(q), _TILE):
@@ -212,48 +250,37 @@ def distance_histograms(
     query_labels,  # int (nq,) or multi-hot (nq, classes)
     db_labels,  # int (n,) or multi-hot (n, classes)
     device="cpu",  # Where to count; the result stays there
+    bits: int | None = None,  # k, where it is no multiple of 8
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (nq, k+1) int32 each: all items, and the relevant ones
     """How many database items, and how many relevant ones, lie at each distance of each query.
 
     `ValueError` for input that does not fit.
     """
-    q, db = packed_pair(query_codes, db_codes)
-    labels = _label_words(query_labels, db_labels, (len(q), len(db)))
+    q, db = packed_pair(query_codes, db_codes, bits)
+    labels, k = _label_words(query_labels, db_labels, (len(q), len(db))), bits_of(q.shape[1], bits)
     if torch.device(device).type == "cpu":
-        both = torch.from_numpy(_histograms(as_words(q), as_words(db), *labels, 8 * q.shape[1]))
+        both = torch.from_numpy(_histograms(as_words(q), as_words(db), *labels, k))
     else:
-        both = _histograms_by_product(q, db, labels, device)
+        both = _histograms_by_product(q, db, labels, k, device)
     irrelevant, relevant = both[:, ::2], both[:, 1::2]  # (nq, k+1) each
     return irrelevant + relevant, relevant.contiguous()
 
 # %% ../../nbs/lib/search/01_scores.ipynb #72186fda
-def _check_options(
-    ks: list,  # Cuts
-    n: int,  # Size of the database
-    **options: tuple,  # (value, what it may be) by name
-):
-    "`ValueError` names the option that does not fit."
-    for where, (value, allowed) in options.items():
-        check(value in allowed, where, f"one of {allowed}", repr(value))
-    check(len(ks) > 0, "ks", "at least one cut", "none")
-    for N in ks:
-        fits = N is None or isinstance(N, (int, np.integer)) and 1 <= N <= n
-        check(fits, "ks", f"cuts of 1..{n} (the size of the database), or None for all of it", repr(N))
-
-
 def histogram_ap(
-    counts,  # (nq, k+1): items at each distance, torch, any device
+    counts,  # (nq, k+1): items at each distance, an array or a tensor
     relevant_counts,  # (nq, k+1): relevant items at each distance
-    N: int,  # The cut, 1..n
+    N: int | None,  # The cut, 1..n; None: the whole database
     ties: str = "expected",  # "expected" | "lowest" | "highest"
-    denominator: str = "k",  # "k" divides by N, "hits" by the relevant items among the first N
+    denominator: str = "k",  # "k" | "hits" | "relevant", as for `average_precision`
 ) -> torch.Tensor:  # (nq,) float64 on the same device
     """Average precision at cut `N` of every query from its histograms, in closed form.
 
     The formulas are derived in the notebook of this module, section 3. `ValueError` for a bad option.
     """
+    counts, relevant_counts = as_tensor(counts), as_tensor(relevant_counts)
     n = int(counts[0].sum())
-    _check_options([N], n, ties=(ties, _WITHOUT_ORDER), denominator=(denominator, ("k", "hits")))
+    N = _cuts([N], n, "N")[N]
+    _check_options(ties=(ties, _WITHOUT_ORDER), denominator=(denominator, _DENOMINATORS))
     H = _harmonic_numbers(n, counts.device)
     ends = counts.cumsum(1)  # (nq, k+1), int64
     reach = int((ends - counts < N).sum(1).max())  # buckets that begin before the cut, for any query
@@ -263,6 +290,8 @@ def histogram_ap(
     shares = _bucket_sums(S, R, m, rho, J, H, ties)  # (nq, reach)
     if denominator == "k":
         return shares.sum(1) / N
+    if denominator == "relevant":
+        return shares.sum(1) / relevant_counts.sum(1).clamp(1, N)
     whole = J == m  # (nq, reach): buckets before the cut
     cut = ~whole & (J > 0)  # (nq, reach): at most one of each row
     before = [(v * whole).sum(1) for v in (shares, m, rho)]  # (nq,) each: A, S and R at the cut
@@ -270,28 +299,35 @@ def histogram_ap(
     return _cut_by_hits(*before, *at_cut, H, ties)
 
 # %% ../../nbs/lib/search/01_scores.ipynb #f7df7585
-def _ordered_ap(
+def _ordered_relevance(
     query_codes,  # This and the following three as for `average_precision`
     db_codes,
     query_labels,
     db_labels,
-    cuts: list[int],  # Each 1..n
-    denominator: str = "k",  # "k" | "hits"
-) -> np.ndarray:  # (nq, cuts) float64
-    "Average precision at each cut with equal distances ranked by database index."
+    top: int,  # How many ranks, 1..n
+) -> Iterator:
+    "By tiles: some queries, and (tile, top) whether each rank's item is relevant, ties by database index."
     q, db = packed_pair(query_codes, db_codes)
     labels = _label_words(query_labels, db_labels, (len(q), len(db)))
-    top, out = max(cuts), []
-    last = np.array(cuts) - 1  # the cuts' columns
     # at most about 4 million ranks at a time
     for tile in np.array_split(np.arange(len(q)), -(-len(q) * top // 2**22)):
         ids = hamming_search(q[tile], db, top)[1]  # (tile, top)
         wanted, found = labels.query[:, tile, None], labels.db[:, ids]  # (words, tile, 1), (words, tile, top)
-        rel = (wanted == found)[0] if labels.single else (wanted & found).any(0)  # (tile, top)
-        hits = rel.cumsum(1)  # (tile, top)
-        sums = (rel * hits / np.arange(1, top + 1)).cumsum(1)  # (tile, top)
-        out.append(sums[:, last] / (last + 1 if denominator == "k" else hits[:, last].clip(1)))
-    return np.concatenate(out)
+        yield tile, (wanted == found)[0] if labels.single else (wanted & found).any(0)
+
+
+def _ranked_ap(
+    relevance: np.ndarray,  # (nq, top) bool
+    totals: np.ndarray,  # (nq, 1) relevant items in the database
+    cuts: list,  # Each 1..top
+    denominator: str,
+) -> np.ndarray:  # (nq, cuts) float64
+    "Average precision of rankings at each cut."
+    N, ranks = np.array(cuts), np.arange(1, relevance.shape[1] + 1)
+    hits = relevance.cumsum(1)  # (nq, top)
+    sums = (relevance * hits / ranks).cumsum(1)[:, N - 1]  # (nq, cuts)
+    by = {"k": N, "hits": hits[:, N - 1], "relevant": np.minimum(N, totals)}
+    return sums / by[denominator].clip(1)
 
 
 def average_precision(
@@ -302,28 +338,27 @@ def average_precision(
     ks: Iterable,  # Cuts N of 1..n; None ranks the whole database
     *,
     ties: str = "expected",  # "expected" | "lowest" | "highest" over orders; "order": by database index
-    denominator: str = "k",  # "k": divide by the cut (S5VH); "hits": by the relevant items found (DMMH)
+    # "k": divide by the cut (S5VH); "hits": by the relevant items found (DMMH); "relevant": by all of them,
+    # at most N
+    denominator: str = "k",
     empty: str = "zero",  # A query without relevant items counts 0 ("zero"), or is left out ("skip", nan)
 ) -> dict:  # {N: (nq,) float64}
     "Average precision of every query at every cut; `ValueError` names the parameter that does not fit."
-    check(isinstance(ks, Iterable), "ks", "a list of cuts", repr(ks))
-    ks = list(ks)
-    n = len(packed_codes(db_codes, "db_codes"))
-    allowed = dict(ties=TIES, denominator=("k", "hits"), empty=("zero", "skip"))
-    given = dict(ties=ties, denominator=denominator, empty=empty)
-    _check_options(ks, n, **{name: (value, allowed[name]) for name, value in given.items()})
+    cuts = _cuts(ks, len(packed_codes(db_codes, "db_codes")))
+    _check_options(ties=(ties, TIES), denominator=(denominator, _DENOMINATORS), empty=(empty, _EMPTY))
     data = query_codes, db_codes, query_labels, db_labels
     counts, relevant_counts = distance_histograms(*data)
-    cuts = [N or n for N in ks]
+    totals, ranks = relevant_counts.sum(1, keepdim=True).numpy(), list(cuts.values())  # (nq, 1)
     if ties == "order":
-        values = _ordered_ap(*data, cuts, denominator)
+        rankings = _ordered_relevance(*data, max(ranks))
+        values = np.concatenate([_ranked_ap(rel, totals[rows], ranks, denominator) for rows, rel in rankings])
     else:
         tiles = list(zip(counts.split(256), relevant_counts.split(256)))  # small enough for the cache
-        columns = [[histogram_ap(*tile, N, ties, denominator) for tile in tiles] for N in cuts]
+        columns = [[histogram_ap(*tile, N, ties, denominator) for tile in tiles] for N in ranks]
         values = np.stack([np.concatenate(column) for column in columns], 1)
     if empty == "skip":
-        values[~relevant_counts.numpy().any(1)] = np.nan
-    return dict(zip(ks, values.T))
+        values[totals[:, 0] == 0] = np.nan
+    return dict(zip(cuts, values.T))
 
 
 def map_at_k(
@@ -344,24 +379,128 @@ def map_at_k(
     check(some, "db_labels", "an item relevant to at least one query", "none")
     return {N: float(np.nanmean(v)) for N, v in values.items()}
 
+# %% ../../nbs/lib/search/01_scores.ipynb #d41bf370
+def _relevant_found(
+    counts: torch.Tensor,  # (nq, k+1), this and the next as for `histogram_ap`
+    relevant_counts: torch.Tensor,
+    cuts: list,  # Each 1..n
+    ties: str,  # "expected" | "lowest" | "highest"
+) -> np.ndarray:  # (nq, cuts) float64
+    "How many relevant items are among the first N: a polyline in N, with two corners for each bucket."
+    m, rho = counts.numpy(), relevant_counts.numpy()
+    ends, found = (
+        m.cumsum(1),
+        rho.cumsum(1),
+    )  # (nq, k+1): items and relevant ones up to the end of each bucket
+    bends = {  # a corner inside of each bucket, where its relevant items begin or end
+        "expected": (ends, found),
+        "lowest": (ends - rho, found - rho),
+        "highest": (ends - m + rho, found),
+    }[ties]
+    corners = [np.stack(pair, 2).reshape(len(m), -1) for pair in zip(bends, (ends, found))]  # x, y (nq, 2k+2)
+    start = np.zeros((len(m), 1))
+    x, y = (np.concatenate([start, of_all], 1) for of_all in corners)
+    return np.stack([np.interp(cuts, *line) for line in zip(x, y)])
+
+
+def _hits(
+    data: tuple,  # Codes and labels, as for `average_precision`
+    cuts: list,  # Each 1..n
+    ties: str,  # One of TIES
+) -> Iterator:
+    "By tiles of queries: relevant items among the first N (tile, cuts), and in the database (tile, 1)."
+    counts, relevant_counts = distance_histograms(*data)
+    totals = relevant_counts.sum(1, keepdim=True).numpy()  # (nq, 1)
+    if ties == "order":
+        for rows, relevance in _ordered_relevance(*data, max(cuts)):
+            yield relevance.cumsum(1)[:, np.array(cuts) - 1], totals[rows]
+        return
+    for rows in np.array_split(np.arange(len(counts)), -(-len(counts) // 256)):
+        yield _relevant_found(counts[rows], relevant_counts[rows], cuts, ties), totals[rows]
+
+
+def _at_each_cut(data, ks, ties, empty, share) -> dict:
+    "{N: (nq,)} of `share(hits (tile, cuts), totals (tile, 1), N (cuts,))`."
+    cuts = _cuts(ks, len(packed_codes(data[1], "db_codes")))
+    _check_options(ties=(ties, TIES), empty=(empty, _EMPTY))
+    ranks = list(cuts.values())
+    values = [
+        np.where((totals > 0) | (empty == "zero"), share(hits, totals, np.array(ranks)), np.nan)
+        for hits, totals in _hits(data, ranks, ties)
+    ]
+    return dict(zip(cuts, np.concatenate(values).T))
+
+
+def precision_at_k(
+    query_codes,  # This and all others as for `average_precision`
+    db_codes,
+    query_labels,
+    db_labels,
+    ks: Iterable,
+    *,
+    ties: str = "expected",
+    empty: str = "zero",
+) -> dict:  # {N: (nq,) float64}
+    "Precision@N of every query; `ValueError` names the parameter that does not fit."
+    data = query_codes, db_codes, query_labels, db_labels
+    return _at_each_cut(data, ks, ties, empty, lambda hits, totals, N: hits / N)
+
+
+def recall_at_k(
+    query_codes,  # This and all others as for `average_precision`
+    db_codes,
+    query_labels,
+    db_labels,
+    ks: Iterable,
+    *,
+    ties: str = "expected",
+    empty: str = "zero",
+) -> dict:  # {N: (nq,) float64}
+    "Recall@N of every query; `ValueError` names the parameter that does not fit."
+    data = query_codes, db_codes, query_labels, db_labels
+    return _at_each_cut(data, ks, ties, empty, lambda hits, totals, N: hits / totals.clip(1))
+
+
+def precision_recall_by_rank(
+    query_codes,  # This and all others as for `average_precision`
+    db_codes,
+    query_labels,
+    db_labels,
+    *,
+    ties: str = "expected",
+    empty: str = "zero",
+) -> tuple[np.ndarray, np.ndarray]:  # Precision, recall: (n,) float64 each
+    "Mean precision@N and recall@N of the queries for N = 1..n; `ValueError` also when no query is left."
+    _check_options(ties=(ties, TIES), empty=(empty, _EMPTY))
+    N = np.arange(1, len(packed_codes(db_codes, "db_codes")) + 1)
+    sums, queries = np.zeros((2, len(N))), 0
+    for hits, totals in _hits((query_codes, db_codes, query_labels, db_labels), N.tolist(), ties):
+        counted = (totals[:, 0] > 0) | (empty == "zero")
+        hits, totals = hits[counted], totals[counted]
+        sums += (hits / N).sum(0), (hits / totals.clip(1)).sum(0)
+        queries += len(hits)
+    check(queries > 0, "db_labels", "an item relevant to at least one query", "none")
+    return sums[0] / queries, sums[1] / queries
+
 # %% ../../nbs/lib/search/01_scores.ipynb #a8cd8b13
 def gmap(
     maps,  # mAP values: a dict as from `map_at_k`, or a sequence
 ) -> float:
     "Geometric mean of mAP@N over the cuts [inferred]; `ValueError` if there is none or one is negative."
-    values = np.array(list(maps.values()) if isinstance(maps, dict) else maps, dtype=float)
+    values = as_array(list(maps.values()) if isinstance(maps, dict) else maps, "maps", float)
     check(values.size > 0 and bool((values >= 0).all()), "maps", "at least one mAP, none negative", values)
     return float(values.prod() ** (1 / values.size))
 
 # %% ../../nbs/lib/search/01_scores.ipynb #986529a2
 def precision_recall(
-    query_codes,  # All as for `average_precision`
+    query_codes,  # This and the following three as for `average_precision`
     db_codes,
     query_labels,
     db_labels,
+    bits: int | None = None,  # k, where it is no multiple of 8
 ) -> tuple[np.ndarray, np.ndarray]:  # Precision, recall: (k+1,) float64 each, one per Hamming radius from 0
     "Precision and recall within each Hamming radius over all pairs; `ValueError` if no pair is relevant."
-    histograms = distance_histograms(query_codes, db_codes, query_labels, db_labels)
+    histograms = distance_histograms(query_codes, db_codes, query_labels, db_labels, bits=bits)
     pairs, hits = (counts.long().sum(0).cumsum(0).double() for counts in histograms)
     check(hits[-1] > 0, "db_labels", "an item relevant to at least one query", "none")
     return (hits / pairs).numpy(), (hits / hits[-1]).numpy()  # 0/0 is nan

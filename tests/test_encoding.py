@@ -1,0 +1,200 @@
+"""Encoding in other people's hands: threads, casts, kinds of input, saved networks that are not there."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+import torch
+
+from s5vh_nb.basics.config import DMMHConfig, S5VHConfig
+from s5vh_nb.datasets.splits import Split
+from s5vh_nb.models.baselines import fit_baseline, fit_lsh, itq_rotation
+from s5vh_nb.models.codes import pack, unpack
+from s5vh_nb.models.dmmh import DMMH
+from s5vh_nb.models.mixers import MIXERS
+from s5vh_nb.models.s5vh import S5VH
+
+VIDEOS = S5VHConfig(d=13, bits=16, m=16, depth=2, decoder_m=16)
+PAIRS = DMMHConfig(di=12, dt=9, bits=16, width=16, image_hidden=16, cnn_width=8)
+every_mixer = pytest.mark.parametrize("mixer", MIXERS)
+both_networks = pytest.mark.parametrize("kind", ["videos", "pairs"])
+
+
+def network(kind, n=12, **changes):
+    "A network, and inputs for it."
+    torch.manual_seed(0)
+    if kind == "videos":
+        return S5VH(S5VHConfig(**{**vars(VIDEOS), **changes})), (torch.randn(n, 9, 13),)
+    return DMMH(PAIRS), (torch.randn(n, 12), torch.randn(n, 9))
+
+
+@both_networks
+def test_threads_share_a_network_in_training_mode(kind):
+    "The right codes in every thread, and nothing of the network changes, batch statistics included."
+    net, inputs = network(kind, 40)
+    before = {name: v.clone() for name, v in net.state_dict().items()}
+    expected, found = net.eval().encode(*inputs), []
+    net.train()
+
+    def encode():
+        found.extend(net.encode(*inputs, batch=4) for _ in range(5))
+
+    threads = [threading.Thread(target=encode) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 30 and all(torch.equal(codes, expected) for codes in found)
+    assert all(module.training for module in net.modules())
+    assert all(torch.equal(v, before[name]) for name, v in net.state_dict().items())
+
+
+def test_encoding_leaves_the_mode_of_every_part():
+    "Also where a part of a network is in evaluation mode for good, and where an input is refused."
+    net, inputs = network("pairs")
+    net.image.mlp.eval()
+    modes = [module.training for module in net.modules()]
+    net.encode(*inputs)
+    with pytest.raises(ValueError, match="features"):
+        net.encode(inputs[0] / 0, inputs[1])
+    assert [module.training for module in net.modules()] == modes
+
+
+@both_networks
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_inputs_follow_the_parameters(kind, dtype):
+    net, inputs = network(kind, 200)
+    expected, cast = unpack(net.encode(*inputs)), net.to(dtype)
+    for given in (inputs, [x.double().numpy() for x in inputs]):
+        same = (unpack(cast.encode(*given)) == expected).float().mean()
+        assert same > (0.999 if dtype == torch.float64 else 0.9)
+
+
+@every_mixer
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_mixer_encodes_after_a_cast(mixer, dtype):
+    if mixer == "LSTM" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("torch has no bfloat16 LSTM for this processor")
+    net, inputs = network("videos", mixer=mixer)
+    assert net.to(dtype).encode(*inputs).shape == (12, 2)
+
+
+WRONG = {
+    "DataFrame": (lambda x: pd.DataFrame(x.numpy()), r"found DataFrame \(pass its .to_numpy"),
+    "sparse": (lambda x: scipy.sparse.csr_matrix(x.numpy()), r"found csr_matrix .*\(pass its .toarray"),
+    "sparse tensor": (lambda x: x.to_sparse(), "found Tensor"),
+    "text": (lambda x: x.numpy().astype(str), "found ndarray of <U"),
+    "objects": (lambda x: x.numpy().astype(object), "found ndarray of object"),
+    "complex": (lambda x: x + 0j, "found Tensor of torch.complex64"),
+    "list": (lambda x: x.tolist(), "found list"),
+    "scalar": (lambda x: x[0, 0], "found Tensor"),
+}
+
+
+@pytest.mark.parametrize("make,found", WRONG.values(), ids=WRONG)
+def test_kinds_of_input_that_are_no_array_are_named(make, found):
+    net, (image, text) = network("pairs")
+    data = Split({"image": image.numpy(), "text": text.numpy()}, None, "here")
+    for encode in (net.encode, fit_baseline("lsh", data, 8, "pair").encode):
+        with pytest.raises(TypeError, match="image: expected a tensor, .*" + found):
+            encode(make(image), text)
+        with pytest.raises(TypeError, match="text: expected a tensor, .*" + found):
+            encode(image, make(text))
+
+
+@both_networks
+def test_arrays_and_tensors_of_any_real_numbers_encode_alike(kind):
+    net, inputs = network(kind)
+    whole = [(10 * x).round() for x in inputs]
+    expected = net.encode(*whole)
+    for dtype in (np.int8, np.int64, np.float16, np.float64, ">f4"):
+        assert torch.equal(net.encode(*[x.numpy().astype(dtype) for x in whole]), expected)
+    assert torch.equal(net.encode(*[x.to(torch.int16) for x in whole]), expected)
+
+
+@both_networks
+@pytest.mark.parametrize("factor", [torch.nan, torch.inf, 1e30, 1e38])
+def test_numbers_near_the_limit_of_float32_are_refused(kind, factor):
+    "Their squares overflow, and the code would not depend on them any more."
+    net, inputs = network(kind)
+    message = "features: expected finite numbers of at most 1e15"
+    for given in ([x * factor for x in inputs], [x.double().numpy() * factor for x in inputs]):
+        with pytest.raises(ValueError, match=message):
+            net.encode(*given)
+    names = ("frames",) if kind == "videos" else ("image", "text")
+    data = Split({name: x.numpy() for name, x in zip(names, inputs)}, None, "here")
+    hasher = fit_baseline("itq", data, 8, "mean" if kind == "videos" else "pair")
+    with pytest.raises(ValueError, match=message):
+        hasher.encode(*[x * factor for x in inputs])
+
+
+def test_arrays_into_a_network_itself_are_named():
+    for kind in ("videos", "pairs"):
+        net, inputs = network(kind)
+        with pytest.raises(TypeError, match="expected a tensor, found ndarray"):
+            net(*[x.numpy() for x in inputs])
+
+
+def test_codes_are_packed_from_arrays_and_tensors_alike():
+    h = torch.randn(9, 24)
+    assert torch.equal(pack(h.numpy()), pack(h)) and torch.equal(unpack(pack(h).numpy()), unpack(pack(h)))
+
+
+def test_baselines_take_tensors_and_name_lists():
+    x = torch.randn(30, 8)
+    for mine, theirs in zip(fit_lsh(x, 8, 0), fit_lsh(x.numpy(), 8, 0)):
+        np.testing.assert_array_equal(mine, theirs)
+    np.testing.assert_array_equal(itq_rotation(x, 0), itq_rotation(x.numpy(), 0))
+    with pytest.raises(TypeError, match="train: expected a Split .*found list"):
+        fit_baseline("itq", [[1.0, 2.0]], 8)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    network("videos")[0].save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_network_is_loaded_to_a_device_by_name_or_object(saved):
+    for device in ("cpu", torch.device("cpu"), torch.device("cpu", 0)):
+        assert next(S5VH.from_pretrained(saved, map_location=device).parameters()).device.type == "cpu"
+    with pytest.raises(ValueError, match="^device: expected 'cpu', .*found 'gpu'"):
+        S5VH.from_pretrained(saved, map_location="gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", torch.device("cuda:0")])
+def test_a_gpu_that_is_not_there_is_not_blamed_on_the_file(saved, device):
+    with pytest.raises(ValueError, match="^device: expected 'cpu'"):
+        S5VH.from_pretrained(saved, map_location=device)
+
+
+def test_a_missing_folder_is_not_a_name_on_the_hub(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent.parent)
+    here = saved.parent.name
+    for name in (saved / "x", f"{saved}x", Path("x"), "./x", "../x", "~/x", f"{here}/x", f"{here}/x/y"):
+        message = f"{name}: expected a folder with a saved network, found no folder"
+        with pytest.raises(FileNotFoundError, match=f"^{message}"):
+            S5VH.from_pretrained(name)
+    monkeypatch.setenv("HOME", str(saved.parent))
+    assert S5VH.from_pretrained("~/model").config == VIDEOS
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nobody/nothing", "not a name"])
+def test_what_is_neither_a_folder_nor_on_the_hub_is_said_to_be_neither(name):
+    expected = (
+        f"^{name}: expected a folder with a saved network, or the name of one on the Hub, found neither"
+    )
+    with pytest.raises(FileNotFoundError, match=expected):
+        S5VH.from_pretrained(name, local_files_only=True)
+
+
+def test_missing_weights_are_named(saved):
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(
+        FileNotFoundError, match="model.safetensors: expected the weights, found no such file"
+    ):
+        S5VH.from_pretrained(saved)

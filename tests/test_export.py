@@ -1,0 +1,98 @@
+"Networks as programs of torch's own operations, and as ONNX files: their codes are those of the networks."
+
+import importlib
+import io
+
+import pytest
+import torch
+
+from s5vh_nb.basics.config import DMMHConfig, S5VHConfig
+from s5vh_nb.models.dmmh import DMMH
+from s5vh_nb.models.mamba import Mamba
+from s5vh_nb.models.mixers import MIXERS
+from s5vh_nb.models.s5vh import S5VH, positions
+from s5vh_nb.ops.dispatch import use_backend
+
+FREE = ("Mamba", "RetNet", "Transformer")
+without_onnx = not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime")))
+
+
+def videos(**options):
+    torch.manual_seed(0)
+    return S5VH(S5VHConfig(**{**dict(d=13, bits=16, m=16, depth=1, decoder_m=16), **options}))
+
+
+def pairs(mixer):
+    torch.manual_seed(0)
+    sizes = dict(di=12, dt=9, bits=16, width=16, image_hidden=16, cnn_width=8, layers=1)
+    return DMMH(DMMHConfig(mixer=mixer, **sizes))
+
+
+@pytest.fixture(scope="module")
+def exported():
+    "A network, and its program, which went through a file."
+    net, file = videos(), io.BytesIO()
+    torch.export.save(net.export_program(), file)
+    file.seek(0)
+    return net, torch.export.load(file)
+
+
+SHAPES = (1, 1, 13), (3, 3, 13), (1, 40, 13), (5, 1, 13), (32, 16, 13), (16, 32, 13)
+
+
+def test_numbers_of_videos_and_frames_are_free(exported):
+    "Also where they equal a width inside the network. A network in training mode stays in it."
+    net, program = exported
+    for x in map(torch.randn, SHAPES):
+        assert torch.equal(program.module()(x), net.encode(x))
+    assert net.training
+
+
+@pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "Mamba"])
+def test_other_mixers_do_the_same_or_say_so(mixer):
+    net = videos(mixer=mixer)
+    if mixer not in FREE:
+        with pytest.raises(ValueError, match="mixer of an exported network: expected one of Mamba, RetNet"):
+            net.export_program()
+        return
+    program = net.export_program().module()
+    for x in map(torch.randn, SHAPES):
+        assert torch.equal(program(x), net.encode(x))
+
+
+@pytest.mark.parametrize("mixer", ["LSTM", "none"])
+def test_numbers_of_pairs_are_free(mixer):
+    net = pairs(mixer)
+    program = net.export_program().module()
+    for n in (1, 3, 16, 32):
+        image, text = torch.randn(n, 12), torch.randn(n, 9)
+        assert torch.equal(program(image, text), net.encode(image, text))
+
+
+@pytest.mark.parametrize("strict,backend", [(False, "reference"), (True, "auto")])
+def test_networks_and_layers_go_through_torch_export(strict, backend):
+    parts = (videos(mixer="Transformer").eval(), torch.randn(3, 7, 13)), (Mamba(8), torch.randn(2, 5, 8))
+    for net, x in parts:
+        with use_backend(backend):
+            program = torch.export.export(net, (x,), strict=strict).module()
+        found, expected = program(x), net(x)
+        torch.testing.assert_close(getattr(found, "h", found), getattr(expected, "h", expected))
+
+
+def test_an_export_leaves_nothing_behind(exported):
+    "Positions are kept; those of a program that is being exported must not be."
+    net, x = exported[0], torch.randn(3, 3, 13)
+    assert type(positions(3, 16)) is torch.Tensor
+    assert torch.equal(net.encode(x), videos().encode(x))
+
+
+@pytest.mark.skipif(without_onnx, reason="the extra dev is not installed")
+def test_onnxruntime_computes_the_same_codes(exported, tmp_path):
+    import onnxruntime
+
+    net, program = exported
+    torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    for x in map(torch.randn, SHAPES):
+        (codes,) = session.run(None, {"frames": x.numpy()})
+        assert torch.equal(torch.from_numpy(codes), net.encode(x))
