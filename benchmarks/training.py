@@ -37,7 +37,7 @@ from s5vh_nb.datasets.splits import Dataset, Split
 from s5vh_nb.evidence.archive import Archive
 from s5vh_nb.evidence.records import RunRecord, device_name, git_commit
 from s5vh_nb.evidence.scoring import score
-from s5vh_nb.learning.training import matmul_precision, move_if_it_fits, step, train
+from s5vh_nb.learning.training import matmul_precision, move_if_they_fit, step, train
 from s5vh_nb.measure.efficiency import (
     ceilings,
     floor,
@@ -84,7 +84,7 @@ def beside_floor(ms: float, work: tuple, limits: dict, precision: str | None) ->
 def work_of_step(run, data, past_warmup) -> tuple:
     "Operations and bytes of one training step."
     rows = torch.arange(min(run.config.batch, len(data.train)), device=run.device)
-    x = move_if_it_fits(data.train.frames[: len(rows)], run.device, run.config.precision)
+    (x,) = move_if_they_fit((data.train.frames[: len(rows)],), run.device, run.config.precision)
     order = torch.rand(x.shape[:2], device=run.device).argsort(-1)
     counted = operations(lambda: step(run, past_warmup, x, rows, order), run.model)
     return counted, x.nbytes + 6 * run.weights.nbytes

@@ -32,7 +32,7 @@ def git(folder, *words, who="one", when="2022-03-01T12:00:00-05:00"):
         here |= {f"GIT_{role}_NAME": who, f"GIT_{role}_EMAIL": f"{who}@example.org", f"GIT_{role}_DATE": when}
     outside = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     command = ["git", "-C", str(folder), *words]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=outside | here)
+    done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=outside | here)
     return done.stdout.strip()
 
 

@@ -208,7 +208,7 @@ def test_features_that_do_not_fit_are_fetched_meanwhile(monkeypatch):
     The numbers are those of features that lie on the GPU.
     """
     moved = trained()
-    monkeypatch.setattr(training, "move_if_it_fits", lambda features, device, precision: features)
+    monkeypatch.setattr(training, "move_if_they_fit", lambda inputs, device, precision: inputs)
     fetched = trained()
     assert fetched.history == moved.history
     assert torch.equal(fetched.objective.soft_labels, moved.objective.soft_labels)

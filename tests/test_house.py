@@ -53,7 +53,7 @@ def name_of(path):
 def tracked():
     "The files under version control."
     words = ["git", "ls-files", "-z"]
-    listed = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    listed = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, encoding="utf-8").stdout
     return [path for name in listed.split("\0") if (path := ROOT / name).is_file()]
 
 
@@ -325,7 +325,9 @@ def code(notebooks=(), scripts=()):
 @pytest.mark.parametrize("words", [["check"], ["format", "--check"]], ids=["lint", "format"])
 def test_ruff(words):
     "Lines of at most 110 characters, one statement a line, sorted imports, no unused names; one layout."
-    done = subprocess.run([BIN / "ruff", *words, "--quiet", "."], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [BIN / "ruff", *words, "--quiet", "."], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -351,11 +353,10 @@ def test_assignments_are_short():
 
 
 def test_text_files_are_utf8():
-    "Code that others run names the encoding of a text file, else it depends on their machine."
-    package = [path for path in PACKAGE.rglob("*.py") if path.name != "_modidx.py"]
+    "Code names the encoding of a text file or of a process, else it depends on the machine."
     silent = [
         f"{where}, line {node.lineno}: {ast.unparse(node)}"
-        for where, tree in code(scripts=package + SCRIPTS)
+        for where, tree in code(NOTEBOOKS, SCRIPTS + TESTS)
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and opens_text(node)
@@ -364,8 +365,44 @@ def test_text_files_are_utf8():
     assert not silent, "\n".join(silent)
 
 
+def test_nothing_depends_on_the_locale(checkout):
+    "Where it says ASCII, the package is imported, and it writes and reads what is not ASCII."
+    code = """
+import pathlib, pkgutil
+import pandas as pd
+import s5vh_nb
+from s5vh_nb.basics.files import find_root
+from s5vh_nb.evidence.archive import Archive
+from s5vh_nb.evidence.records import RunRecord, git_commit
+from s5vh_nb.evidence.report import save_table
+for module in pkgutil.walk_packages(s5vh_nb.__path__, "s5vh_nb."):
+    __import__(module.name)
+root, told = find_root(), "0.5 \\u00b1 0.1"
+assert git_commit(root) is None
+kept = RunRecord({"kind": "benchmark"}, {"row": told}, {}, "none", {}, "tests", commit="none")
+Archive(root, "smoke").save(kept, {})
+assert Archive(root, "smoke").find(kept.name).metrics == {"row": told}
+saved = save_table(pd.DataFrame({"a": [told]}), root / "t.csv")
+assert all(told.encode("utf-8") in path.read_bytes() for path in (saved, saved.with_suffix(".md")))
+"""
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [sys.executable, "-X", "warn_default_encoding", "-c", code]
+    here = checkout / "r\u00e9sum\u00e9"
+    shutil.copytree(checkout / "nbs", here / "nbs")
+    shutil.copy(checkout / "settings.ini", here)
+    done = subprocess.run(words, cwd=here, env=env, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    ours = [line for line in done.stderr.splitlines() if "EncodingWarning" in line and f"{PACKAGE}/" in line]
+    assert not ours, ours
+
+
 def opens_text(call):
-    "Whether a call is `open` in text mode, or a path's `read_text` or `write_text` without an encoding."
+    """Whether a call exchanges text and no argument by place is an encoding.
+
+    That is `open` in text mode, a path's `read_text` or `write_text`, or a process with `text=True`.
+    """
+    if any(k.arg in ("text", "universal_newlines") and ast.unparse(k.value) == "True" for k in call.keywords):
+        return True
     if isinstance(call.func, ast.Attribute):
         before = {"read_text": 0, "write_text": 1}  # arguments that come before the encoding
         return len(call.args) <= before.get(call.func.attr, -1)
@@ -474,7 +511,7 @@ def test_readme_script_runs(tmp_path):
     script = re.search(r"```python\n(.+?)```", readme, re.DOTALL)[1]
     assert '"quick"' in script
     words = [sys.executable, "-c", script.replace('"quick"', '"smoke"')]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("(750, 8) torch.uint8")
 

@@ -183,7 +183,7 @@ def test_full_disk_keeps_the_old_record(archive, monkeypatch):
     before = sorted(os.listdir(path.parent))
 
     def full(self, text, *_, **__):
-        with open(self, "w") as file:
+        with open(self, "w", encoding="utf-8") as file:
             file.write(text[:10])
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -290,7 +290,7 @@ def test_arrays_that_are_gone_or_damaged(archive, checkout, found, damage, packe
 def test_what_a_killed_writer_left_is_no_record(archive, checkout):
     archive.save(RECORD, {})
     path = archive.path_of(RECORD.name)
-    path.with_name(f"{path.name}.tmp-x1y2.json").write_text("")
+    path.with_name(f"{path.name}.tmp-x1y2.json").write_text("", encoding="utf-8")
     assert archive.records() == [RECORD]
     assert len(pack(checkout, "smoke")) == 2
 
@@ -350,15 +350,15 @@ def test_commit(checkout, monkeypatch):
     assert git_commit(checkout) is None
     git("init", "-q")
     code, results = checkout / "code.py", checkout / "results"
-    code.write_text("1")
+    code.write_text("1", encoding="utf-8")
     git("add", ".")
     git("commit", "-q", "-m", "first")
     clean = git_commit(checkout)
     assert len(clean) == 7
     results.mkdir()
-    (results / "new.json").write_text("{}")
+    (results / "new.json").write_text("{}", encoding="utf-8")
     assert git_commit(checkout) == clean
-    code.write_text("2")
+    code.write_text("2", encoding="utf-8")
     assert git_commit(checkout) == clean + "+dirty"
     assert git_commit(results) is None
     monkeypatch.setenv("S5VH_NB_COMMIT", "abc1234")

@@ -49,7 +49,7 @@ def test_the_kernel_is_this_python(make, tmp_path, monkeypatch):
     other = tmp_path / "jupyter" / "kernels" / "python3"
     other.mkdir(parents=True)
     spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "other", "language": "python"}
-    (other / "kernel.json").write_text(json.dumps(spec))
+    (other / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     artefact = make("kernel", f"import sys\nprint(sys.executable == {sys.executable!r})")
     assert execute.execute(artefact, {"profile": "smoke"}) is None
@@ -127,7 +127,7 @@ def start(*words):
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     program = "import sys; from s5vh_nb.cli.command import main; sys.exit(main(sys.argv[1:]))"
     words = [sys.executable, "-c", program, *words]
-    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    return subprocess.Popen(words, stderr=subprocess.PIPE, encoding="utf-8", preexec_fn=listen)
 
 
 def wait_for(path, process):
@@ -138,7 +138,7 @@ def wait_for(path, process):
 
 def test_killed_runner_leaves_nothing_half_written(make, checkout, tmp_path):
     pid = tmp_path / "pid"
-    tell = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))"
+    tell = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()), 'utf-8')"
     artefact = make("long", f"{tell}\ntime.sleep(600 if device == 'slow' else 0)")
     process = start("reproduce", "long", "--profile", "smoke", "--device", "slow")
     wait_for(pid, process)
@@ -146,7 +146,7 @@ def test_killed_runner_leaves_nothing_half_written(make, checkout, tmp_path):
     process.wait()
     assert not list(checkout.rglob("executed/*"))
     for _ in range(100):  # the orphaned kernel notices and ends by itself
-        if not os.path.exists(f"/proc/{pid.read_text()}"):
+        if not os.path.exists(f"/proc/{pid.read_text(encoding='utf-8')}"):
             break
         time.sleep(0.1)
     else:
@@ -197,7 +197,7 @@ def test_unknown_profile_and_no_notebooks(checkout, capsys):
 
 def test_results_that_cannot_be_written(make, checkout, capsys):
     make("fine", "print('fine')")
-    (checkout / "results").write_text("a file where a folder should be")
+    (checkout / "results").write_text("a file where a folder should be", encoding="utf-8")
     make("other", "print('other')")
     assert command.main(["reproduce", "--all", "--profile", "smoke"]) == 2
     assert capsys.readouterr().err.count("expected a folder that can be written to") == 1

@@ -321,6 +321,28 @@ def test_one_hot_rows_mean_the_same_as_class_numbers(ties, denominator):
     assert map_at_k(q, db, y_q, y_db, **options) == map_at_k(q, db, hot[y_q], hot[y_db], **options)
 
 
+@pytest.mark.parametrize("names", [(0, 1, 2), (1, 2, 3), (7, -4, 0)])
+def test_one_column_of_class_numbers(names):
+    "As many files have them: the classes' names change nothing, and the column means what its numbers mean."
+    rng = np.random.default_rng(3)
+    codes, labels = random_codes(rng, (20, 300), 4), [rng.integers(0, 3, n) for n in (20, 300)]
+    renamed = [np.array(names)[y] for y in labels]
+    expected = map_at_k(*codes, *labels, ks=[5, None])
+    assert map_at_k(*codes, *renamed, ks=[5, None]) == expected
+    assert map_at_k(*codes, *(y[:, None] for y in renamed), ks=[5, None]) == expected
+
+
+@pytest.mark.parametrize("names", [(0, 1), (1, -1), (1, 1)])
+def test_one_column_of_two_meanings_is_refused(names):
+    rng = np.random.default_rng(3)
+    codes = random_codes(rng, (4, 30), 4)
+    columns = [np.array(names)[np.arange(n) % 2][:, None] for n in (4, 30)]
+    with pytest.raises(
+        ValueError, match="query_labels, db_labels: expected class numbers from 1, or a column"
+    ):
+        map_at_k(*codes, *columns, ks=[5])
+
+
 def test_multi_hot_relevance_is_at_least_one_shared_label():
     rng = np.random.default_rng(4)
     q, db = random_codes(rng, (9, 200), 2)

@@ -74,7 +74,7 @@ def test_a_checkpoint_belongs_to_the_code_that_made_it(tmp_path, monkeypatch):
         for name, text in modules.items():
             path = tmp_path.joinpath(*name.split("_")).with_suffix(".py")
             path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
         return runs.training_digest.__wrapped__()
 
     training = "from .losses import a\nfrom s5vh_nb.ops.scan import (\n    b,\n)\n"

@@ -153,7 +153,7 @@ def test_a_tensor_of_another_shape_is_named(state, tmp_path):
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.pt"):
         S5VH.load_released(tmp_path / "nothing.pt")
-    (tmp_path / "text.pt").write_text("not a checkpoint")
+    (tmp_path / "text.pt").write_text("not a checkpoint", encoding="utf-8")
     with pytest.raises(ValueError, match="text.pt: expected a PyTorch checkpoint"):
         S5VH.load_released(tmp_path / "text.pt")
     torch.save({"weights": {}}, tmp_path / "other.pt")
@@ -181,7 +181,8 @@ def test_a_truncated_model_file_is_named(saved):
 def test_weights_of_another_network_are_refused(saved):
     "They would leave some of the weights as they were drawn."
     config = saved / "config.json"
-    config.write_text(config.read_text().replace('"depth": 1', '"depth": 2'))
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace('"depth": 1', '"depth": 2'), encoding="utf-8")
     with pytest.raises(ValueError, match="model.safetensors: expected .*the weights of S5VH"):
         S5VH.from_pretrained(saved)
 

@@ -374,7 +374,7 @@ def cache_hits(home, package_root):
     env = {**os.environ, **folders, "PYTHONDONTWRITEBYTECODE": "1"}
     env.pop("NUMBA_CACHE_DIR", None)
     command = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(command, env=env, cwd=home, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, cwd=home, check=True, capture_output=True, encoding="utf-8")
     return done.stdout.split()
 
 

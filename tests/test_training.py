@@ -1,6 +1,7 @@
 "Training: deterministic, exact when killed and resumed, clear when a checkpoint or the data are wrong."
 
 import dataclasses
+import functools
 import os
 import shutil
 import signal
@@ -9,15 +10,24 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
-from s5vh_nb.basics.config import replace
+from s5vh_nb.basics import devices
+from s5vh_nb.basics.config import replace, to_dict
 from s5vh_nb.basics.profiles import train_config
+from s5vh_nb.datasets import splits
 from s5vh_nb.datasets.catalog import load
+from s5vh_nb.datasets.pair_files import write_official_pairs
+from s5vh_nb.datasets.rows import HDF5Rows
+from s5vh_nb.datasets.synthetic import synthetic_like, synthetic_pairs
+from s5vh_nb.datasets.video_files import write_official
 from s5vh_nb.learning import training
 from s5vh_nb.learning.checkpoints import new_run
 from s5vh_nb.learning.training import fit_objective, is_evaluation_epoch
+from s5vh_nb.models.dmmh import DMMH
+from s5vh_nb.models.s5vh import S5VH
 
 CONFIG = train_config("spoken-digits", "smoke", epochs=6)
 IMPORTS = """
@@ -190,14 +200,92 @@ def test_more_centers_than_videos_is_an_error(data):
 
 
 def test_a_finished_run_reads_no_features(checkpoint, data, monkeypatch):
-    monkeypatch.setattr(training, "move_if_it_fits", None)
+    monkeypatch.setattr(training, "move_if_they_fit", None)
     assert resume(checkpoint, data).epoch == 1
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    "A small UCF101 and a small MIR-Flickr25K in files that are read when indexed."
+    folder = tmp_path_factory.mktemp("files")
+    write_official(folder, "ucf101", synthetic_like("ucf101", n=(300, 300, 16), d=8))
+    write_official_pairs(folder, "mirflickr25k", synthetic_pairs("mirflickr25k"), "7.3")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*not the sizes of:UserWarning")
+@pytest.mark.parametrize(
+    "name, changes",
+    [("ucf101", {}), ("ucf101", dict(share=0.5)), ("mirflickr25k", {})],
+    ids=["videos", "half of them", "pairs"],
+)
+def test_features_larger_than_memory_are_read_in_batches(files, name, changes, monkeypatch):
+    "They are never read whole, and the network is the same, bit for bit."
+    monkeypatch.setattr(splits, "_CONTENT_LIMIT", 1000)  # a fingerprint of few rows
+    lazy = dataclasses.replace(load(name, files))
+    config, read = train_config(name, "smoke", epochs=2, batch=16, **changes), []
+    fitting = train(config, lazy)
+    monkeypatch.setattr(training, "free_memory", lambda device: 10_000)
+    monkeypatch.setattr(training, "to_tensor", None)
+    part = HDF5Rows.part
+    monkeypatch.setattr(HDF5Rows, "part", lambda self, *at: read.append(part(self, *at)) or read[-1])
+    monkeypatch.setattr(training, "time_means", functools.partial(training.time_means, block=16))
+    read_in_batches = train(config, lazy)
+    assert torch.equal(read_in_batches.weights, fitting.weights)
+    assert read_in_batches.history == fitting.history
+    assert 0 < max(len(x) for x in read) <= 16
+
+
+def test_a_limit_on_memory_is_seen():
+    "That of the process, which is below what the machine has left."
+    code = """
+import psutil, resource, torch
+from s5vh_nb.basics.devices import free_memory
+cpu = torch.device("cpu")
+before, used = free_memory(cpu), psutil.Process().memory_info().vms
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, resource.RLIM_INFINITY))
+assert 0 < free_memory(cpu) <= min(before, 2**30), (before, free_memory(cpu))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="containers of Linux")
+@pytest.mark.parametrize("allowed, seen", [("max", False), ("{}", True), ("1", True)])
+def test_the_limit_of_a_container_is_seen(tmp_path, monkeypatch, allowed, seen):
+    cpu, file = torch.device("cpu"), tmp_path / "memory.max"
+    file.write_text(allowed.format(psutil.Process().memory_info().rss + 2**28) + "\n", encoding="utf-8")
+    monkeypatch.setattr(devices, "_CONTAINER", (str(tmp_path / "missing"), str(file)))
+    assert (0 <= devices.free_memory(cpu) <= 2**28) == seen
 
 
 def test_one_training_item_is_an_error(data):
     one = dataclasses.replace(data, train=data.train.take(slice(1)), train_ids=None)
     with pytest.raises(ValueError, match="spoken-digits: training items: expected at least 2.* found 1"):
         train(CONFIG, one)
+
+
+def test_a_checkpoint_in_the_home_folder(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    train(replace(CONFIG, epochs=1), data, checkpoint="~/kept/run.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    before = (tmp_path / "kept" / "run.pt").stat().st_mtime_ns
+    assert resume("~/kept/run.pt", data).epoch == 1
+    assert (tmp_path / "kept" / "run.pt").stat().st_mtime_ns == before  # it was found
+    S5VH(CONFIG.model).save_pretrained("~/kept/net")
+    assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "kept/net").iterdir()}
+    assert S5VH.from_pretrained("~/kept/net").config == CONFIG.model
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_configuration_as_a_dictionary():
+    said = r"config: expected {}, found dict \(`from_dict` makes a configuration of what `to_dict` gave\)"
+    with pytest.raises(TypeError, match=said.format("S5VHConfig")):
+        S5VH(to_dict(CONFIG.model))
+    with pytest.raises(TypeError, match=said.format("DMMHConfig")):
+        DMMH(dict(bits=16))
+    with pytest.raises(TypeError, match="config: expected S5VHConfig, found TrainConfig"):
+        S5VH(CONFIG)
 
 
 def test_a_mask_that_hides_no_frame_is_an_error(data, monkeypatch):
@@ -291,7 +379,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 config = train_config("spoken-digits", "smoke", epochs=1)
 train(config, data, device="cpu", checkpoint={str(checkpoint)!r}, progress=False)
 """
-    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     message = f"{checkpoint}: expected to write the whole file, found: File too large"
     assert failed.returncode != 0 and message in failed.stderr
     assert checkpoint.read_bytes() == before

@@ -19,7 +19,7 @@ import nbformat
 import papermill as pm
 from PIL import Image
 
-from ..basics.files import write_text
+from ..basics.files import user_path, write_text
 from .artefacts import Artefact
 from ..evidence.report import folder_of
 
@@ -27,7 +27,7 @@ from ..evidence.report import folder_of
 def _places(root: Path, data_root: str | None) -> dict:
     "This machine's folders and the names that replace them, longest first."
     # a relative data folder says nothing about this machine, its absolute path does
-    named = {str(Path(data_root).resolve()): "<data_root>"} if data_root else {}
+    named = {str(user_path(data_root).resolve()): "<data_root>"} if data_root else {}
     if data_root and Path(data_root).is_absolute():
         named[str(data_root)] = "<data_root>"
     named |= {

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..basics.checks import check
-from ..basics.files import atomic_write
+from ..basics.files import atomic_write, user_path
 from .asl_words import FILE, asl_words
 
 # %% ../../nbs/lib/datasets/13_asl_source.ipynb #0c82f7e1
@@ -110,6 +110,7 @@ def sign_arrays(
 
     `ValueError` for a folder that is no clone, or one without the commit or its history.
     """
+    clone = user_path(clone)
     _check_clone(clone)
     found = _recordings(clone)
     words = sorted({word for word, *_ in found})
@@ -145,7 +146,7 @@ def get_asl_words(
     `ValueError` for a clone that is another, `OSError` without git, network, or a folder to write to.
     """
     check(shutil.which("git"), "git", "the command on this machine's PATH", "none", FileNotFoundError)
-    path = Path(folder) / FILE
+    path = user_path(folder) / FILE
     with atomic_write(path) as made, tempfile.TemporaryDirectory() as scratch:
         clone = _clone_into(Path(scratch) / "clone.git") if clone is None else clone
         np.savez_compressed(Path(scratch) / FILE, **sign_arrays(clone))

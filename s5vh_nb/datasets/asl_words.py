@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
 from ..basics.checks import check
+from ..basics.files import user_path
 from .splits import Dataset, Split
 
 # %% ../../nbs/lib/datasets/11_asl_words.ipynb #941cf4d1
@@ -30,7 +31,7 @@ def asl_words(
 
     `ValueError` naming the file when its content is another.
     """
-    path = Path(folder) / FILE
+    path = user_path(folder) / FILE
     expected = "the file that `s5vh-nb get asl-words` makes"
     try:
         with np.load(path, allow_pickle=False) as z:
@@ -45,7 +46,7 @@ def asl_words(
     train, query = (
         Split({"frames": x[at]}, y[at], FILE, np.flatnonzero(at), sessions[at]) for at in (first, ~first)
     )
-    found = Dataset("asl-words", train, train, query, words, _ORIGIN, folder=Path(folder))
+    found = Dataset("asl-words", train, train, query, words, _ORIGIN, folder=path.parent)
     check(
         found.fingerprint == FINGERPRINT,
         str(path),

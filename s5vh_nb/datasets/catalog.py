@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..basics.checks import check, known
+from ..basics.files import user_path
 from . import asl_words
 from .emoji import emoji
 from .moving import moving_digits
@@ -82,8 +83,9 @@ CATALOG = {
 DATA_ROOT = "S5VH_NB_DATA"  # environment variable: the data root where none is given
 
 
-def _data_root(given: str | Path | None) -> str | Path | None:
-    return os.environ.get(DATA_ROOT) if given is None else given
+def _data_root(given: str | Path | None) -> Path | None:
+    root = os.environ.get(DATA_ROOT) if given is None else given
+    return None if root is None else user_path(root)
 
 
 def _find_folder(
@@ -96,7 +98,7 @@ def _find_folder(
     remedy = f"; `s5vh-nb get {name}` makes it" * (entry.source == "one command")
     expected = f"the folder that holds {first} ({name} isn't bundled{remedy}), here or in {DATA_ROOT}"
     check(root is not None, "data_root", expected, None)
-    folders = [Path(root), *(Path(root) / folder for folder in entry.folders)]
+    folders = [root, *(root / folder for folder in entry.folders)]
     found = next((folder for folder in folders if (folder / first).is_file()), None)
     places = " or ".join(f"{folder}/" for folder in entry.folders)
     expected = f"{first}, here or in {places}{remedy}"

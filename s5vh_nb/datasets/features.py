@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.feature_extraction.text import CountVectorizer, HashingVectorizer
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..basics.checks import check
 from ..basics.devices import pick_device
+from ..basics.files import user_path
 
 # %% ../../nbs/lib/datasets/06_features.ipynb #176d20a8
 def bag_of_words(
@@ -92,15 +93,28 @@ def group_split(
 _IMAGENET = np.float32([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
 
 
+def _upright(path: str | Path) -> Image.Image:
+    "The picture in eight bits a colour, turned as the camera's note in the file (EXIF) says."
+    path = user_path(path)
+    check(path.is_file(), f"{path}", "an image file", "nothing there", FileNotFoundError)
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            deep = file.mode.startswith("I;16") or (file.format, file.mode) == ("PNG", "I")  # until pillow 11
+    except Exception as e:  # pillow raises many kinds
+        raise ValueError(f"{path}: expected an image file, found: {e}") from e
+    if deep:  # pillow would cut off all above 255
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    expected = "8 or 16 bits a colour: the range of other numbers is not known"
+    check(image.mode not in ("I", "F"), f"{path}", expected, f"pillow's mode {image.mode}")
+    return image.convert("RGB")
+
+
 def vgg_input(
     path: str | Path,  # Any image file that pillow reads
 ) -> torch.Tensor:
     "VGG-16's input of a picture, (3, 224, 224) float32; `FileNotFoundError` or `ValueError` names the file."
-    check(Path(path).is_file(), f"{path}", "an image file", "nothing there", FileNotFoundError)
-    try:
-        image = Image.open(path).convert("RGB")
-    except OSError as e:
-        raise ValueError(f"{path}: expected an image file, found: {e}") from e
+    image = _upright(path)
     image = image.resize([side * 256 // min(image.size) for side in image.size], Image.Resampling.BILINEAR)
     left, top = (round((side - 224) / 2) for side in image.size)
     pixels = np.asarray(image.crop((left, top, left + 224, top + 224)), np.float32) / 255  # (224, 224, 3)
@@ -120,11 +134,12 @@ def vgg_fc7(
     except (ImportError, RuntimeError) as e:
         wanted = f"one that fits torch {torch.__version__} (pip install torchvision)"
         raise ImportError(f"torchvision: expected {wanted}, found: {e}") from e
-    local = Path(weights).is_file()
+    file = user_path(weights)
+    local = file.is_file()
     try:
         net = vgg16(weights=None if local else weights)
         if local:
-            net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as e:  # torchvision, its download and unpickling raise many kinds
         wanted = "a name that torchvision can download or a file with VGG-16's state dict"
         raise ValueError(f"weights: expected {wanted}, found {str(weights)!r}: {e}") from e

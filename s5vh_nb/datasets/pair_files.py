@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..basics.checks import check, known
+from ..basics.files import user_path
 from .paper_files import binary_labels, read_matrices, size_notes, write_matrices
 from .splits import Dataset, Split, find_items
 
@@ -78,10 +79,14 @@ def _orientation(
     return fitting[0]
 
 # %% ../../nbs/lib/datasets/09_pair_files.ipynb #d46526cd
-def _split_of(matrices: dict, role: str, path: Path) -> Split:
-    parts = {part: matrices[f"{prefix}_{_ROLES[role]}"] for part, prefix in _PARTS.items()}
-    labels = binary_labels(parts.pop("labels"), f"{path}[L_{_ROLES[role]}]")
-    return Split(parts, labels, f"{path.name}, {role}")
+def _splits(matrices: dict, path: Path) -> dict:
+    where = {role: f"{path}[L_{suffix}]" for role, suffix in _ROLES.items()}
+    labels = binary_labels({where[role]: matrices[f"L_{suffix}"] for role, suffix in _ROLES.items()})
+    inputs = {
+        role: {part: matrices[f"{_PARTS[part]}_{suffix}"] for part in ("image", "text")}
+        for role, suffix in _ROLES.items()
+    }
+    return {role: Split(inputs[role], labels[where[role]], f"{path.name}, {role}") for role in _ROLES}
 
 
 def _sizes(
@@ -119,11 +124,11 @@ def load_official_pairs(
 ) -> Dataset:
     "The papers' features of an image-text set, read on demand where possible; errors name file and key."
     layout = PAIR_LAYOUTS[known(name, PAIR_LAYOUTS, "dataset")]
-    path = Path(folder) / layout.file
+    path = user_path(folder) / layout.file
     found = read_matrices(path, _keys())
     turned = _orientation({key: x.shape for key, x in found.items()}, f"{path}")
     found = {key: x.T if key[0] in turned else x for key, x in found.items()}
-    splits = {role: _split_of(found, role, path) for role in _ROLES}
+    splits = _splits(found, path)
     train, n_classes = splits["train"], splits["train"].labels.shape[1]
     paper = {role: getattr(layout, role) for role in _ROLES}
     expected = _sizes(paper, layout.n_classes, layout.di, layout.dt)
@@ -139,7 +144,7 @@ def load_official_pairs(
         origin=f"features shared by authors of multi-modal hashing papers for {name}; {rights}",
         train_ids=train_ids if train_ids.min() >= 0 else None,
         notes=notes,
-        folder=Path(folder),
+        folder=path.parent,
     )
 
 # %% ../../nbs/lib/datasets/09_pair_files.ipynb #9fa7ec29

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 
 from ..basics.checks import check, known
-from ..basics.files import atomic_write
+from ..basics.files import atomic_write, user_path
 from .paper_files import binary_labels, read_matrices, size_notes, write_matrices
 from .rows import HDF5Rows, write_rows
 from .splits import Dataset, Split
@@ -80,20 +80,20 @@ OFFICIAL = {
 
 # %% ../../nbs/lib/datasets/08_video_files.ipynb #9cc91a00
 def _read_labels(
-    path: Path,  # MATLAB file
-    key: str,  # Its variable
-) -> np.ndarray:
-    "Labels (n, classes) of 0 and 1; errors name file and key."
-    return binary_labels(read_matrices(path, [key])[key], f"{path}[{key}]")
+    folder: Path,
+    each: list,  # Files of the splits that have labels
+) -> dict:
+    "Files -> labels (n, classes) of 0 and 1; errors name file and key."
+    where = {files: f"{folder / files.labels}[{files.key}]" for files in each}
+    found = {where[files]: read_matrices(folder / files.labels, [files.key])[files.key] for files in each}
+    labels = binary_labels(found)
+    return {files: labels[where[files]] for files in each}
 
 
 def _class_labels(
     onehot: dict,  # Files -> (n, classes) labels of 0 and 1, all splits of one set
 ) -> dict:
     "The labels as (n,) int64 where every video has one class, else as they are."
-    widths = {files.labels: y.shape[1] for files, y in onehot.items()}
-    found = list(widths.values())
-    check(len(set(found)) == 1, ", ".join(widths), "equally many classes", found)
     single = all((y.sum(1) == 1).all() for y in onehot.values())
     return {files: y.argmax(1).astype(np.int64) if single else y for files, y in onehot.items()}
 
@@ -126,9 +126,9 @@ def load_official(
     folder: str | Path,  # With the set's files
 ) -> Dataset:
     "S5VH's own features, read on demand; errors name the file at fault."
-    layout, folder = OFFICIAL[known(name, OFFICIAL, "dataset")], Path(folder)
+    layout, folder = OFFICIAL[known(name, OFFICIAL, "dataset")], user_path(folder)
     each = dict.fromkeys(layout.roles.values())  # each split once, in order
-    onehot = {files: _read_labels(folder / files.labels, files.key) for files in each if files.labels}
+    onehot = _read_labels(folder, [files for files in each if files.labels])
     labels = _class_labels(onehot)
     splits = {
         files: Split({"frames": HDF5Rows(folder / files.feats)}, labels.get(files), files.feats)

@@ -55,8 +55,8 @@ def git_commit(root: Path) -> str | None:  # The project's folder
         return given
 
     def git(*command):
-        done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, check=True)
+        return os.fsdecode(done.stdout).strip()  # a path is in the file system's encoding
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():

@@ -27,7 +27,7 @@ from s5vh_nb.basics.config import (
     replace,
     to_dict,
 )
-from ..basics.files import atomic_write
+from ..basics.files import atomic_write, user_path
 from ..datasets.splits import Dataset
 from .objectives import MetricObjective, SLGObjective
 from ..models.dmmh import DMMH
@@ -130,7 +130,8 @@ def save_checkpoint(
 
 def _read_checkpoint(path: str | Path) -> dict:
     "The content of a checkpoint; an error names a file that is missing, damaged or of another schema."
-    check(Path(path).is_file(), str(path), "a checkpoint", "no such file", FileNotFoundError)
+    path = user_path(path)
+    check(path.is_file(), str(path), "a checkpoint", "no such file", FileNotFoundError)
     try:
         # torch does not check the checksums
         with zipfile.ZipFile(path) as file:

@@ -22,9 +22,9 @@ from torch.export import Dim, ExportedProgram, export
 from tqdm.auto import tqdm
 
 from ..basics.checks import check
-from ..basics.config import bits_of
+from ..basics.config import bits_of, check_config
 from ..basics.devices import Device, as_tensor, pick_device
-from ..basics.files import atomic_write
+from ..basics.files import atomic_write, user_path
 from ..ops.streams import GraphedCall
 
 # %% ../../nbs/lib/models/00_codes.ipynb #33ef2b62
@@ -121,7 +121,7 @@ def evaluation_view(
 
 def _saved_folder(name: str | Path) -> Path | None:
     "The folder that `name` stands for, `FileNotFoundError` where it is missing; None for a name on the Hub."
-    folder, text = Path(name).expanduser(), str(name)
+    folder, text = user_path(name), str(name)
     # a name on the Hub is one word, or two with a slash between them
     path = isinstance(name, Path) or text.startswith((".", "/", "~")) or len(folder.parts) > 2
     path = path or len(folder.parts) == 2 and folder.parent.is_dir()
@@ -149,6 +149,7 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         self,
         config,  # A dataclass; a subclass annotates its type, which `from_pretrained` needs
     ):
+        check_config(config, "config", type(self).__init__.__annotations__.get("config", object))
         super().__init__()
         self.config = config
 
@@ -238,6 +239,14 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
     def _save_pretrained(self, save_directory: Path):
         with atomic_write(Path(save_directory) / "model.safetensors") as tmp:
             save_file(self.state_dict(), tmp)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,  # A folder; made when missing
+        **options,  # Of the Hub's mixin
+    ):
+        "Save the configuration and the weights."
+        return super().save_pretrained(user_path(save_directory), **options)
 
     @classmethod
     def _load_as_safetensor(cls, model, model_file, map_location, strict):

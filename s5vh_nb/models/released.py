@@ -13,6 +13,7 @@ import torch
 
 from ..basics.checks import check
 from ..basics.config import S5VHConfig
+from ..basics.files import user_path
 
 # %% ../../nbs/lib/models/03_released.ipynb #bf365aa6
 _RULES = [
@@ -68,8 +69,9 @@ def released_state(
     path: str | Path,  # A checkpoint file of the public S5VH release
 ) -> tuple[dict, list]:
     "Tensors under the names of this package, and the names of unused ones; errors name an unfit file."
+    path = user_path(path)
     where = str(path)
-    check(Path(path).is_file(), where, "a released checkpoint", "no such file", FileNotFoundError)
+    check(path.is_file(), where, "a released checkpoint", "no such file", FileNotFoundError)
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:

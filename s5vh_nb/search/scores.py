@@ -17,6 +17,7 @@ import torch
 from ..basics.checks import check, is_whole
 from ..basics.config import bits_of
 from ..basics.devices import as_array, as_tensor, jit
+from ..datasets.splits import check_single_column
 from .hamming import as_words, distance_row, hamming_search, packed_codes, packed_pair
 
 # %% ../../nbs/lib/search/01_scores.ipynb #cd32ac0f
@@ -85,13 +86,17 @@ def _label_words(
     "Labels as 64-bit words; `ValueError` names the argument that does not fit."
     q, db = as_array(query_labels, "query_labels"), as_array(db_labels, "db_labels")
     for where, labels, size in (("query_labels", q, sizes[0]), ("db_labels", db, sizes[1])):
+        single = labels.ndim == 1 or labels.shape[1:] == (1,)
         whole = labels.dtype.kind in "iu" and labels.max(initial=0) < 2**63
-        fits = labels.ndim == 2 and labels.shape[1] > 0 or labels.ndim == 1 and whole
+        fits = whole if single else labels.ndim == 2 and labels.shape[1] > 0
         expected = "int (videos,) or multi-hot (videos, classes)"
         check(fits, where, expected, f"{labels.dtype} {labels.shape}")
         check(len(labels) == size, where, f"{size} rows, one a code", len(labels))
     expected = f"shape (videos, *{db.shape[1:]}), as db_labels"
     check(q.shape[1:] == db.shape[1:], "query_labels", expected, q.shape)
+    if q.shape[1:] == (1,):
+        check_single_column(np.concatenate([q, db]), "query_labels, db_labels")
+        q, db = q[:, 0], db[:, 0]
     if q.ndim == 1:
         q, db = (labels.astype(np.int64).view(np.uint64)[None] for labels in (q, db))
         return _Labels(q, db, True)
