@@ -19,7 +19,7 @@ without_onnx = not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onn
 
 def videos(**options):
     torch.manual_seed(0)
-    return S5VH(S5VHConfig(**{**dict(d=13, bits=16, m=16, depth=1, decoder_m=16), **options}))
+    return S5VH(S5VHConfig(**{**dict(d=13, bits=12, m=16, depth=1, decoder_m=16), **options}))
 
 
 def pairs(mixer):

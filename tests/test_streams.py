@@ -10,7 +10,7 @@ from s5vh_nb.datasets.rows import HDF5Rows
 from s5vh_nb.models.codes import unpack
 from s5vh_nb.models.mamba import Mamba
 from s5vh_nb.models.mixers import MIXERS
-from s5vh_nb.models.s5vh import S5VH
+from s5vh_nb.models.s5vh import S5VH, Stream
 
 DIRECTIONS = ("both", "forward", "backward")
 
@@ -41,6 +41,7 @@ def test_a_stream_has_the_codes_of_every_prefix(b, dtype):
     "In training mode, too, and its memory does not grow."
     net, x = network(directions="forward").to(dtype), torch.randn(b, 40, 13)
     stream, sizes = net.stream(b), set()
+    assert isinstance(stream, Stream)
     for s in range(40):
         frame = x[:, s].numpy() if s % 2 else x[:, s]
         assert torch.equal(stream.update(frame), net.encode(x[:, : s + 1]))
@@ -112,6 +113,16 @@ def test_lengths_and_videos_of_every_kind(tmp_path):
                 assert torch.equal(net.encode(videos, lengths=lengths), expected)
     whole = [70] * len(LENGTHS)
     assert torch.equal(net.encode(x, lengths=whole), net.encode(x))
+
+
+@pytest.mark.parametrize("bits", [4, 12])
+def test_codes_that_fill_no_byte(bits):
+    net, x = network(bits=bits, directions="forward"), torch.randn(len(LENGTHS), 70, 13)
+    alone = torch.cat([net.encode(x[[i], :t]) for i, t in enumerate(LENGTHS)])
+    assert torch.equal(net.encode(x, lengths=LENGTHS), alone)
+    stream = net.stream(len(x))
+    for s in range(5):
+        assert torch.equal(stream.update(x[:, s]), net.encode(x[:, : s + 1]))
 
 
 WRONG = [[3] * 8, [[3]] * 9, 3, [0] * 9, [71] * 9, [3.0] * 9, [True] * 9]

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..basics.checks import check
 from ..basics.config import bits_of, check_config
-from ..basics.devices import as_tensor, pick_device
+from ..basics.devices import Device, as_tensor, pick_device
 from ..basics.files import atomic_write, user_path
 from ..datasets.rows import LARGEST
 from ..ops.streams import GraphedCall
@@ -217,14 +217,14 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         cls,
         pretrained_model_name_or_path: str | Path,  # A folder, or a name on the Hub
         *,
-        map_location: str | torch.device = "cpu",  # Where the network goes, as for `pick_device`
+        map_location: Device = "cpu",  # Where the network goes
         **options,  # Of the Hub's mixin
     ) -> "HashNetwork":
         """The network that was saved or published.
 
         `ValueError` names a damaged file or a device that is not here, `FileNotFoundError` what is missing.
         """
-        name, device = pretrained_model_name_or_path, pick_device(str(map_location))
+        name, device = pretrained_model_name_or_path, pick_device(map_location)
         folder = _saved_folder(name)
         if folder is not None:
             _check_config(folder / "config.json", cls)

@@ -180,7 +180,8 @@ class _FirstFrames:
     "Some of the videos, cut to their first frames, when indexed."
 
     def __init__(self, x, rows: np.ndarray, frames: int):
-        self.x, self.rows, self.frames = x, rows, frames
+        self.x, self.rows = x, rows
+        self.frames = frames
 
     def __len__(self):
         return len(self.rows)
@@ -302,11 +303,10 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
         fits = lengths.shape == (n,) and lengths.dtype.kind in "iu"
         fits = fits and 1 <= lengths.min() <= lengths.max() <= t
         check(fits, "lengths", f"{n} whole numbers from 1 to {t}", f"{lengths.dtype} {lengths}")
-        codes = torch.empty(n, self.config.bits // 8, dtype=torch.uint8)
-        for length in map(int, np.unique(lengths)):
-            rows = np.flatnonzero(lengths == length)
-            codes[rows] = self._encode(_FirstFrames(x, rows, length), length, batch, progress)
-        return codes
+        alike = {int(length): np.flatnonzero(lengths == length) for length in np.unique(lengths)}
+        parts = [_FirstFrames(x, rows, length) for length, rows in alike.items()]
+        codes = [self._encode(part, part.frames, batch, progress) for part in parts]
+        return torch.cat(codes)[np.argsort(np.concatenate([*alike.values()]))]
 
     def _encode(self, x, t, batch, progress):
         return self.packed((x,), max(1, 32768 // max(1, t)) if batch is None else batch, progress)
