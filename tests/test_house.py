@@ -383,7 +383,7 @@ kept = RunRecord({"kind": "benchmark"}, {"row": told}, {}, "none", {}, "tests", 
 Archive(root, "smoke").save(kept, {})
 assert Archive(root, "smoke").find(kept.name).metrics == {"row": told}
 saved = save_table(pd.DataFrame({"a": [told]}), root / "t.csv")
-assert all(told.encode("utf-8") in path.read_bytes() for path in (saved, saved.with_suffix(".md")))
+assert told.encode("utf-8") in saved.read_bytes()
 """
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     words = [sys.executable, "-X", "warn_default_encoding", "-c", code]

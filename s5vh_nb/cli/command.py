@@ -27,7 +27,7 @@ from ..evidence.store import NO_TRAINING
 # %% ../../nbs/lib/cli/03_command.ipynb #36174484
 def _written(artefact: Artefact, profile: str) -> list:
     "Tables and figures of an artefact that exist, as paths relative to the root."
-    tables = [f"results/{profile}/tables/{artefact.paper}_{name}.md" for name in artefact.tables]
+    tables = [f"results/{profile}/tables/{artefact.paper}_{name}.csv" for name in artefact.tables]
     figures = [f"figures/{profile}/{artefact.paper}/{name}.png" for name in artefact.figures]
     return [path for path in tables + figures if (artefact.root / path).exists()]
 

@@ -58,17 +58,12 @@ def save_figure(
 def save_table(
     frame: pd.DataFrame,  # An index with names becomes columns, too
     path: Path,  # Ends in .csv
-    digits: int = 4,  # Decimals in the Markdown; the CSV has ten significant digits
 ) -> Path:
-    "Save a table as CSV and, beside it, as Markdown; returns the path of the CSV."
+    "Save a table as CSV, numbers with six significant digits; returns the path."
     if any(frame.index.names):
         frame = frame.reset_index()
     with atomic_write(path) as tmp:
-        frame.to_csv(tmp, index=False, float_format="%.10g", encoding="utf-8")
-    filled = frame.astype(object).where(frame.notna(), None)
-    text = filled.to_markdown(index=False, floatfmt=f".{digits}f", missingval="")
-    with atomic_write(path.with_suffix(".md")) as tmp:
-        tmp.write_text(text + "\n", "utf-8")
+        frame.to_csv(tmp, index=False, float_format="%.6g", encoding="utf-8")
     return path
 
 

@@ -123,11 +123,10 @@ class Study:
         self,
         frame: pd.DataFrame,
         name: str,  # Begins with the notebook's stem
-        digits: int = 4,  # Decimals in the Markdown
     ) -> Path:
-        "Save as `results/<profile>/tables/<paper>_<name>.csv` and `.md`; returns the path of the CSV."
+        "Save as `results/<profile>/tables/<paper>_<name>.csv`; returns the path."
         folder = folder_of(self.store.root, "results", self.profile) / "tables"
-        return save_table(frame, folder / f"{self._paper()}_{name}.csv", digits)
+        return save_table(frame, folder / f"{self._paper()}_{name}.csv")
 
     def save_figure(
         self,
