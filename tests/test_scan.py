@@ -361,8 +361,8 @@ def test_fused_layers_are_the_plain_ones_on_a_cpu():
 PROGRAM = """
 import torch
 from s5vh_nb.ops import compiled, dispatch
-kernels, njit = [], compiled.njit
-compiled.njit = lambda *a, **k: lambda f: kernels.append(njit(*a, **k)(f)) or kernels[-1]
+kernels, jit = [], compiled.jit
+compiled.jit = lambda *a, **k: kernels.append(jit(*a, **k)) or kernels[-1]
 dispatch.causal_conv1d(torch.ones(1, 2, 3), torch.ones(2, 4))
 print(sum(sum(k.stats.cache_hits.values()) for k in kernels), len(kernels))
 """
