@@ -6,6 +6,7 @@
 __all__ = ['FILE', 'FINGERPRINT', 'WIDTH', 'asl_words', 'draw_signs']
 
 # %% ../../nbs/lib/datasets/11_asl_words.ipynb #c05adc8d
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -29,16 +30,17 @@ def asl_words(
 ) -> Dataset:
     """Signed words, t=20, d=112, 14 classes: 1830 train = database (one signer), 1363 queries (two others).
 
-    `ValueError` naming the file when its content is another.
+    `ValueError` naming the file when its content is another, `FileNotFoundError` when it is not there.
     """
     path = user_path(folder) / FILE
     expected = "the file that `s5vh-nb get asl-words` makes"
+    check(path.is_file(), str(path), expected, "no such file", FileNotFoundError)
     try:
         with np.load(path, allow_pickle=False) as z:
             x, y = z["frames"].astype(np.float64), z["label"].astype(np.int64)
             first, session = z["signer"] == "A", z["session"]
             words = tuple(z["words"].tolist())
-    except (KeyError, ValueError, EOFError) as error:
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: expected {expected}, found: {error}") from error
     x = (x - x[first].mean((0, 1))) / (x[first].std((0, 1)) + 1e-6)  # (n, t, d)
     x = x.clip(-_LIMIT, _LIMIT).astype(np.float32)
@@ -67,7 +69,7 @@ _STEP = 3.0  # shoulder widths from one figure to the next
 
 
 def draw_signs(
-    frames: np.ndarray,  # (frames, 112) of one recording as in the file: `np.load(path)["frames"][split.ids]`
+    frames: np.ndarray,  # (frames, 112) as in the file: video i is `np.load(path)["frames"][split.ids[i]]`
     ax: Axes,  # Where the strip is drawn
     n: int = 5,  # Figures, evenly spaced in time
 ):

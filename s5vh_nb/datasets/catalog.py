@@ -96,7 +96,7 @@ def _find_folder(
     entry, root = CATALOG[name], _data_root(root)
     first = entry.files[0]
     remedy = f"; `s5vh-nb get {name}` makes it" * (entry.source == "one command")
-    expected = f"the folder that holds {first} ({name} isn't bundled{remedy}), here or in {DATA_ROOT}"
+    expected = f"the folder that holds {first} ({name} isn't bundled{remedy}), as data_root or in {DATA_ROOT}"
     check(root is not None, "data_root", expected, None)
     folders = [root, *(root / folder for folder in entry.folders)]
     found = next((folder for folder in folders if (folder / first).is_file()), None)

@@ -194,7 +194,7 @@ _GAIN = {
     "ConMH-style": VARIANTS["conmh"],
 }
 
-SCHEDULES = (15, 40, 100)  # epochs of trainings that are shorter than the profile's
+SCHEDULES = (15, 40, 100)  # epochs beside the profile's own; in full they are shorter
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the training clips, at as many steps as the whole set has
 _CLIPS = {"spoken-digits": 2250, "spoken-pairs": 2250, "asl-words": 1830}  # small: their last batches count
 
@@ -326,10 +326,10 @@ _PAPER1 = {
     ),
     "transfer": Experiment({"S5VH": {}, **_ITQ}, datasets=_BOTH_SPOKEN, bits=_ABLATION_BITS),
     "neighbours": Experiment(
-        {"S5VH": {}, "ITQ, flat": Fitted("itq", "flat")},
+        {"S5VH": {}, "ITQ, flattened": Fitted("itq", "flat")},
         datasets=_MOVING,
         bits=_LONGEST,
-        longest_only=_everywhere(["S5VH", "ITQ, flat"]),
+        longest_only=_everywhere(["S5VH", "ITQ, flattened"]),
         seeds={profile: seeds[:1] for profile, seeds in _SEEDS.items()},
     ),
     "convergence": Experiment(

@@ -317,7 +317,8 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
     ) -> Stream:
         """Codes of videos whose frames arrive one by one; `ValueError` unless the network only looks back.
 
-        After every frame they are those that `encode` gives for the frames so far. Later changes of the
+        After every frame they are those that `encode` gives for the frames so far, up to the rounding of a
+        number next to 0. Later changes of the
         weights change the stream, too.
         """
         return Stream(self, batch_size)

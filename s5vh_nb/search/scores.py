@@ -147,7 +147,7 @@ def _bucket_sums(
     m,  # Items in the bucket
     rho,  # How many of these are relevant
     J,  # How many of the bucket's positions count, 0..m
-    H,  # The table of `harmonic_numbers`, up to the last rank
+    H,  # The table of `_harmonic_numbers`, up to the last rank
     ties: str,  # "expected" | "lowest" | "highest"
 ) -> torch.Tensor:  # float64, S's shape
     "Each bucket's share of the sum of rel(r)*prec(r): its expectation over random orders, or an extreme."
