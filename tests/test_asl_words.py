@@ -259,3 +259,9 @@ def test_the_real_file():
     assert len(np.unique(data.query.labels)) == data.n_classes == 14
     assert abs(data.train.frames).max() <= 6 and abs(data.train.frames.mean((0, 1))).max() < 0.1
     assert Path(data.folder) == Path(ROOT) or Path(data.folder).parent == Path(ROOT)
+
+
+def test_an_experiment_that_trains_nothing_keeps_its_sets(checkout, monkeypatch):
+    monkeypatch.delenv(DATA_ROOT, raising=False)
+    study = open_study("dmmh/arithmetic", "smoke", root=checkout)
+    assert study.datasets == ["mirflickr25k", "nuswide", "mscoco"]  # published numbers of them

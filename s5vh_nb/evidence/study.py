@@ -203,7 +203,8 @@ def _default_datasets(experiment, store) -> list:
         found = available(experiment.kind, store.data_root)
         return found[:1] if experiment.first_only else found
     names = list(experiment.datasets[store.profile])
-    missing = [name for name in names if store.may_train and not is_there(name, store.data_root)]
+    trains = experiment.rows and store.may_train
+    missing = [name for name in names if trains and not is_there(name, store.data_root)]
     for name in missing:
         first = CATALOG[name].files[0]
         print(f"left out: {name} (no {first}; `s5vh-nb get {name}` makes it, {DATA_ROOT} names its folder)")
