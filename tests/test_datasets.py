@@ -20,7 +20,7 @@ from torch import nn
 
 from s5vh_nb.datasets import rows, splits
 from s5vh_nb.datasets.asl_source import get_asl_words
-from s5vh_nb.datasets.catalog import CATALOG, available, load
+from s5vh_nb.datasets.catalog import CATALOG, DATA_ROOT, available, load
 from s5vh_nb.datasets.emoji import emoji
 from s5vh_nb.datasets.features import (
     bag_of_words,
@@ -41,6 +41,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*not the sizes of:UserWarning")
 FEATS, LABELS = "ucf_train_feats.h5", "ucf_train_labels.mat"
 PAIRS = "mir_cnn_twt.mat"
 SMALL = dict(n=(120, 120, 40), d=8)
+
+
+@pytest.fixture(autouse=True)
+def no_data_root(monkeypatch):
+    "Whatever folder of data sets this machine names, these tests name their own."
+    monkeypatch.delenv(DATA_ROOT, raising=False)
 
 
 @pytest.fixture
@@ -735,7 +741,7 @@ def test_a_home_folder_in_paths(root, monkeypatch):
     data = load("ucf101", home)
     assert data is load("ucf101", root) and data.folder == root
     assert load_official("ucf101", home).folder == root
-    monkeypatch.setenv("S5VH_NB_DATA", home)
+    monkeypatch.setenv(DATA_ROOT, home)
     assert load("ucf101") is data and available("videos", None) == ["ucf101"]
     assert HDF5Rows(f"{home}/{FEATS}").path == root / FEATS
     write_official_pairs(f"{home}/pairs", "mirflickr25k", synthetic_pairs("mirflickr25k"))
