@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from ..basics.checks import check
-from .rows import PickedRows, RowStore, check_finite
+from ..basics.devices import as_tensor
+from .rows import PickedRows, RaggedRows, RowStore, check_finite, check_lengths, zeros_after
 
 # %% ../../nbs/lib/datasets/01_splits.ipynb #cecc631f
 _KINDS = {("frames",): "videos", ("image", "text"): "pairs"}  # names of the inputs -> what the items are
@@ -25,16 +26,20 @@ _RANKS = {"frames": (3, "(n, t, d)"), "image": (2, "(n, width)"), "text": (2, "(
 class Split:
     "One part of a dataset; `ValueError` when inputs and labels don't fit together."
 
-    # name -> float32 array or row store: `frames` (n, t, d), or `image` (n, di) and `text` (n, dt)
+    # name -> float32 array or row store: `frames` (n, t, d), or `image` (n, di) and `text` (n, dt);
+    # `frames` may be given as a list of n arrays (t_i, d)
     inputs: dict
     labels: np.ndarray | None  # (n,) int64 classes, (n, classes) uint8 multi-hot, or None without labels
     source: str  # Where it came from: file name or recipe
     ids: np.ndarray | None = None  # (n,) int64 number of each item in its collection, where there is one
     groups: np.ndarray | None = None  # (n,) int64: variants of one thing have one number
+    # (n,) int64 frames of each video that count, the first ones; None: all of them, in every video
+    lengths: np.ndarray | None = None
 
     def __post_init__(self):
         names = tuple(self.inputs)
         check(names in _KINDS, f"{self.source}: inputs", " or ".join(map(" and ".join, _KINDS)), names)
+        self._join_list()
         for name, x in self.inputs.items():
             _check_input(x, *_RANKS[name], f"{self.source}: {name}")
         if self.labels is not None:
@@ -44,6 +49,36 @@ class Split:
             if rows is not None:
                 expected = f"{len(self)} rows, one for each item"
                 check(len(rows) == len(self), f"{self.source}: {name}", expected, len(rows))
+        if self.lengths is not None:
+            self._cut_padding()
+
+    def _join_list(self):
+        "Frames that are a list become one array, and `lengths`."
+        frames = self.inputs.get("frames")
+        if isinstance(frames, (list, tuple)):
+            where = f"{self.source}: frames"
+            check(self.lengths is None, where, "one array where lengths are given", "a list of arrays")
+            padded, lengths = _padded(frames, where)
+            self._set(frames=padded, lengths=lengths)
+
+    def _cut_padding(self):
+        "Zeros after each video's end, no more frames than the longest has; no `lengths` if all have as many."
+        where = f"{self.source}: lengths"
+        check(self.kind == "videos", where, "None for pairs", type(self.lengths).__name__)
+        lengths = check_lengths(self.lengths, *self.frames.shape[:2], where)
+        if lengths.min() == self.frames.shape[1]:
+            self._set(frames=self.frames, lengths=None)
+        elif isinstance(self.frames, RowStore):
+            self._set(RaggedRows(self.frames, lengths), lengths)
+        else:
+            cut = as_tensor(self.frames[:, : lengths.max()])
+            self._set(zeros_after(cut, lengths).numpy(), lengths)
+
+    def _set(self, frames, lengths: np.ndarray | None):
+        if lengths is not None and lengths.min() == lengths.max() == frames.shape[1]:
+            lengths = None
+        object.__setattr__(self, "inputs", {"frames": frames})
+        object.__setattr__(self, "lengths", lengths)
 
     @property
     def kind(self) -> str:
@@ -86,7 +121,8 @@ class Split:
         "These rows; those of a row store are read when they are needed."
         lazy = {name: isinstance(x, RowStore) for name, x in self.inputs.items()}
         inputs = {name: PickedRows(x, rows) if lazy[name] else x[rows] for name, x in self.inputs.items()}
-        columns = [None if x is None else x[rows] for x in (self.labels, self.ids, self.groups)]
+        given = self.labels, self.ids, self.groups, self.lengths
+        columns = [None if x is None else x[rows] for x in given]
         return Split(inputs, columns[0], self.source, *columns[1:])
 
     def __len__(self):
@@ -95,6 +131,20 @@ class Split:
     def __repr__(self):
         labels = "no labels" if self.labels is None else "labels"
         return f"Split({len(self)} {self.kind}, {labels}, from {self.source})"
+
+
+def _padded(videos: list, where: str) -> tuple[np.ndarray, np.ndarray]:
+    "One array (n, t, d) of videos (t_i, d), with zeros after their ends, and their lengths (n,)."
+    check(len(videos) > 0, where, "at least one video", "none")
+    for i, x in enumerate(videos):
+        _check_input(x, 2, "(t, d)", f"{where}[{i}]")
+        d = videos[0].shape[1]
+        check(x.shape[1] == d, f"{where}[{i}]", f"frames of {d} numbers, as in the first video", x.shape[1])
+    lengths = np.array([len(x) for x in videos])
+    out = np.zeros((len(videos), lengths.max(), d), np.float32)
+    for row, x in zip(out, videos):
+        row[: len(x)] = x[:]
+    return out, lengths
 
 
 def _check_input(x, rank: int, shape: str, where: str):
@@ -186,8 +236,9 @@ class Dataset:
     def _check_like_train(self, split):
         names = tuple(self.train.inputs)
         check(tuple(split.inputs) == names, f"{split.source}: inputs", names, tuple(split.inputs))
+        first = 1 if self.train.lengths is None and split.lengths is None else 2  # t differs with lengths
         for name in names:
-            wanted, found = self.train.inputs[name].shape[1:], split.inputs[name].shape[1:]
+            wanted, found = self.train.inputs[name].shape[first:], split.inputs[name].shape[first:]
             expected = f"{wanted} as in {self.train.source}"
             check(found == wanted, f"{split.source}: shape of {name}", expected, found)
 
@@ -236,12 +287,18 @@ class Dataset:
                 title = role if self.kind == "videos" else f"{role} {name}"
                 digest.update(f"{title} {tuple(x.shape)} {labels.shape}".encode())
                 digest.update(np.ascontiguousarray(labels).tobytes() + content)
+            if split.lengths is not None:
+                digest.update(split.lengths.astype("<i8").tobytes())
         return prefix + digest.hexdigest()[:16]
 
     def __repr__(self):
         sizes = " / ".join(str(len(split)) for split in self.splits.values())
         same = [f"database = {role}" for role in ("train", "query") if self.database is self.splits[role]]
         shapes = [f"{name} {' x '.join(map(str, x.shape[1:]))}" for name, x in self.train.inputs.items()]
+        if self.train.lengths is not None:
+            shapes = [
+                f"frames {self.train.lengths.min()} to {' x '.join(map(str, self.train.frames.shape[1:]))}"
+            ]
         inside = ", ".join([*same, *shapes, f"{self.n_classes} classes"])
         return f"{self.name}: {sizes} train / database / query ({inside})"
 

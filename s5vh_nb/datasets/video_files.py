@@ -155,6 +155,8 @@ def write_official(
     layout, by_file = OFFICIAL[known(name, OFFICIAL, "dataset")], {}
     for role, files in layout.roles.items():
         split = videos.splits[role]
+        expected = "videos of one length, as in the files"
+        check(split.lengths is None, f"{name}: {role}", expected, "lengths")
         same = by_file.setdefault(files, split) is split
         check(same, f"{name}: {role}", "the protocol's splits to be the same object", "another one")
     for files, split in by_file.items():

@@ -32,7 +32,7 @@ _COSINE_STEPS = 10_000
 def _found_centers(subject: Subject) -> dict:
     "Kind of centers -> what `hash_centers` found for it."
     train = subject.data.train
-    means, found = time_means(train.frames), {}  # (n, d)
+    means, found = time_means(train.frames, lengths=train.lengths), {}  # (n, d)
     for kind, changes in CENTER_KINDS.items():
         config = replace(subject.config, **changes)
         given = centers_from_file(config, subject.data)

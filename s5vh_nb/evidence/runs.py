@@ -19,7 +19,7 @@ import s5vh_nb
 from ..basics.config import BaselineConfig, TrainConfig, replace
 from ..basics.devices import Device, pick_device
 from ..datasets.catalog import Described
-from ..datasets.splits import Dataset
+from ..datasets.splits import Dataset, Split
 from .identity import Config, method_name
 from .scoring import PROTOCOLS, score
 from ..learning.resolve import resolve
@@ -110,14 +110,20 @@ def learn(
     return Learnt(run.model, method_name(config), run.history, sum(run.seconds))
 
 # %% ../../nbs/lib/evidence/05_runs.ipynb #e656bbeb
+def _codes(hasher, split: Split) -> np.ndarray:
+    "Packed codes of a split, uint8 (n, k/8), those of videos from their own frames."
+    lengths = {} if split.lengths is None else {"lengths": split.lengths}
+    return np.asarray(hasher.encode(*split.arrays, **lengths))
+
+
 def encode_splits(
     hasher,  # A network or a fitted baseline
     data: Dataset,
     single: bool = False,  # Also queries that lack a modality
 ) -> dict:
     "Packed codes of the queries and the database by name, uint8 (n, k/8)."
-    query = np.asarray(hasher.encode(*data.query.arrays))
-    database = query if data.database is data.query else np.asarray(hasher.encode(*data.database.arrays))
+    query = _codes(hasher, data.query)
+    database = query if data.database is data.query else _codes(hasher, data.database)
     codes = {"query": query, "database": database}
     if single:
         codes["query_image"] = np.asarray(hasher.encode(data.query.image, None))

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..basics.checks import check
+from ..datasets.rows import own_frames
+from ..models.s5vh import take
 from ..ops.dispatch import frame_error
 
 # %% ../../nbs/lib/learning/02_losses.ipynb #94bb7c58
@@ -20,12 +22,17 @@ def reconstruction_loss(
     predicted: Tensor,  # (views*b, t_masked, d) the decoder's frames
     x: Tensor,  # (b, t, d) the true ones, all of them
     hidden: Tensor,  # (views*b, t_masked) the numbers of the masked ones
+    counts: Tensor | None = None,  # (views*b,) how many of them count, at least 1, the first ones; None: all
 ) -> Tensor:
     "Mean squared error on the masked frames, summed over the views (S5VH, L_TR)."
     fits = predicted.shape == (*hidden.shape, x.shape[2]) and len(hidden) % len(x) == 0
     expected = f"{tuple(hidden.shape)} frames, of views of {len(x)} videos, {x.shape[2]} wide"
     check(fits, "reconstruction", expected, tuple(predicted.shape))
-    return len(hidden) // len(x) * frame_error(predicted, x, hidden)
+    if counts is None:
+        return len(hidden) // len(x) * frame_error(predicted, x, hidden)
+    errors = F.mse_loss(predicted, take(x, hidden), reduction="none").mean(2)  # (views*b, t_masked)
+    errors = errors.masked_fill(~own_frames(counts, hidden.shape[1]), 0)
+    return (errors.sum(1) / counts).sum() / len(x)
 
 # %% ../../nbs/lib/learning/02_losses.ipynb #c197f015
 def contrastive_loss(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..basics.config import TrainConfig
+from ..datasets.rows import own_frames
 from .centers import HashCenters, hash_centers
 from s5vh_nb.learning.losses import (
     center_alignment_loss,
@@ -25,11 +26,28 @@ from ..ops.streams import SideStream
 def _two_views(
     order: Tensor,  # (b, t) a permutation of the frame numbers per video
     mask_ratio: float,  # Share of hidden frames
+    counts: tuple[Tensor, Tensor] | None = None,  # From `_view_counts`; then each has its own frames first
 ) -> Tensor:
     "Visible frames of both views, (2b, v) with v = t - int(mask_ratio*t), in time order (S5VH, Learning)."
     t = order.shape[1]
     v = t - int(mask_ratio * t)
-    return torch.cat([order[:, :v], order[:, t - v :]]).sort(1).values
+    if counts is None:
+        return torch.cat([order[:, :v], order[:, t - v :]]).sort(1).values
+    b = len(order)
+    hidden = counts[1][b:, None]  # (b, 1): the second view begins behind so many of the video's own frames
+    second = order.take_along_dim((hidden + torch.arange(v, device=order.device)).clamp(max=t - 1), 1)
+    own = own_frames(counts[0], v)
+    chosen = torch.cat([order[:, :v], second]).masked_fill(~own, 0)
+    return torch.where(own, chosen, chosen.amax(1, keepdim=True)).sort(1).values
+
+
+def _view_counts(
+    lengths: Tensor,  # (b,)
+    mask_ratio: float,  # Share of hidden frames
+) -> tuple[Tensor, Tensor]:
+    "How many frames of each video both views show, (2b,), and how many they hide, (2b,)."
+    hidden = (mask_ratio * lengths.double()).long()  # as `int(mask_ratio * t)` for each length
+    return (lengths - hidden).repeat(2), hidden.repeat(2)
 
 # %% ../../nbs/lib/learning/03_objectives.ipynb #4700e9a3
 def _weighted(
@@ -106,9 +124,10 @@ class SLGObjective(nn.Module):
         model: nn.Module,
         x: Tensor,  # (b, t, d) a batch
         rows: Tensor,  # (b,) the numbers of its videos
+        lengths: Tensor | None = None,  # (b,) how many of their frames count
     ):
         "Move the soft labels of a batch towards the network's prediction from all frames."
-        h = model(x, normed=self.c.refresh_with_norm).h.to(self.centers.dtype)  # (b, k)
+        h = model(x, normed=self.c.refresh_with_norm, lengths=lengths).h.to(self.centers.dtype)  # (b, k)
         with torch.autocast(x.device.type, enabled=False):
             logits = self.logits(h)  # (b, c)
         if not self.c.refresh_with_norm:
@@ -121,14 +140,20 @@ class SLGObjective(nn.Module):
         x: Tensor,  # (b, t, d) a batch
         rows: Tensor,  # (b,) its numbers in the training set
         order: Tensor,  # (b, t) a permutation of the frames per video
+        # (b,) how many frames of each count, the first ones in the video and in `order`; None: all
+        lengths: Tensor | None = None,
+        *,
         past_warmup: bool,  # The soft labels move
     ) -> dict:
         "The weighted sum `loss` and its terms, scalars."
-        beside, visible = SideStream(x.device), _two_views(order, self.c.mask_ratio)
+        counts = None if lengths is None else _view_counts(lengths, self.c.mask_ratio)
+        shown, masked = counts or (None, None)
+        beside, visible = SideStream(x.device), _two_views(order, self.c.mask_ratio, counts)
         found = {}
         if past_warmup and self.c.beta > 0 and self.c.refresh > 0:
-            beside(lambda: self.refresh(model, x, rows), x, rows)
-        out = model(x, visible)
+            given = [x, rows] if lengths is None else [x, rows, lengths]
+            beside(lambda: self.refresh(model, *given), *given)
+        out = model(x, visible, lengths=shown)
         h = out.h.to(self.centers.dtype)  # (2b, k)
 
         def terms_of_codes():
@@ -140,8 +165,8 @@ class SLGObjective(nn.Module):
 
         beside(terms_of_codes, h, rows)  # next to the decoder
         if self.c.reconstruction > 0:
-            rebuilt = model.decoder(out.codes, visible, out.hidden)
-            found["reconstruction"] = reconstruction_loss(rebuilt, x, out.hidden)
+            rebuilt = model.decoder(out.codes, visible, out.hidden, counts)
+            found["reconstruction"] = reconstruction_loss(rebuilt, x, out.hidden, masked)
         beside.join()
         weights = {
             "reconstruction": self.c.reconstruction,

@@ -60,12 +60,15 @@ def check_trainable(
     config: TrainConfig,  # Resolved
     data: Dataset,  # With the items to train on
 ):
-    "`ValueError` unless there are two items to contrast, and frames to hide as well as frames to show."
+    "`ValueError` unless there are two items to contrast, and each video has frames to hide and to show."
     n, expected = len(data.train), "at least 2: they are contrasted with each other"
     check(n > 1, f"{data.name}: training items", expected, n)
     if isinstance(config.objective, SLGConfig):
-        ratio, t = config.objective.mask_ratio, data.train.frames.shape[1]
-        expected = f"one that hides and shows at least one of the {t} frames"
+        ratio, lengths = config.objective.mask_ratio, data.train.lengths
+        i = 0 if lengths is None else int(lengths.argmin())
+        t = data.train.frames.shape[1] if lengths is None else int(lengths[i])
+        of = "" if lengths is None else f" of the shortest training video, number {i}"
+        expected = f"one that hides and shows at least one of the {t} frames{of}"
         shown = t - int(ratio * t)
         check(0 < shown < t, "mask_ratio", expected, f"{ratio} (shows {shown})")
 

@@ -26,7 +26,7 @@ from ..basics.config import TrainConfig, check_config
 from ..basics.devices import Device, as_tensor, free_memory, pick_device
 from ..basics.files import check_writable, user_path
 from ..datasets.catalog import load
-from ..datasets.rows import rows_of, to_tensor
+from ..datasets.rows import rows_of, to_tensor, zeros_after
 from ..datasets.splits import Dataset
 from .checkpoints import TrainedRun, load_checkpoint, new_run, save_checkpoint, start_from
 from .objectives import MetricObjective
@@ -41,11 +41,12 @@ class _EpochPlan:
 
     rows: Tensor  # (steps, b) numbers of the items
     order: Tensor | None  # (steps, b, t) a permutation of the frames per video; None without frames
+    lengths: Tensor | None  # (steps, b) the videos' own frames, which come first in `order`; None: all
 
     @property
     def draws(self) -> list:
-        "A tuple per step: rows (b,), and order (b, t) where there are frames."
-        return [(rows,) for rows in self.rows] if self.order is None else list(zip(self.rows, self.order))
+        "A tuple per step: rows (b,), order (b, t) where there are frames, lengths (b,) where they differ."
+        return list(zip(*(x for x in (self.rows, self.order, self.lengths) if x is not None)))
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
@@ -59,17 +60,21 @@ def _plan_epoch(
     seed: int,
     epoch: int,
     device="cpu",
+    lengths: Tensor | None = None,  # (n,) how many frames of each video count; None: all
 ) -> _EpochPlan:
-    "The batches and frame permutations of one epoch, a function of `seed` and `epoch` alone."
+    "The batches and frame permutations of one epoch, a function of `seed`, `epoch` and the sizes alone."
     generator = torch.Generator(device).manual_seed(_epoch_seed(seed, epoch))
     batch = min(batch, n)
     steps = math.ceil(n / batch)
     rows = torch.randperm(n, generator=generator, device=device)
     rows = torch.cat([rows, rows[: steps * batch - n]]).view(steps, batch)
     if t is None:
-        return _EpochPlan(rows, None)
-    order = torch.rand(steps, batch, t, generator=generator, device=device).argsort(-1)
-    return _EpochPlan(rows, order)
+        return _EpochPlan(rows, None, None)
+    drawn = torch.rand(steps, batch, t, generator=generator, device=device)
+    if lengths is not None:
+        lengths = lengths[rows]  # (steps, b)
+        drawn.masked_fill_(torch.arange(t, device=device) >= lengths[..., None], 2)  # the padding comes last
+    return _EpochPlan(rows, drawn.argsort(-1), lengths)
 
 # %% ../../nbs/lib/learning/06_training.ipynb #accd7e9e
 def _learning_rate(c: TrainConfig, epoch: int) -> float:
@@ -107,11 +112,18 @@ def time_means(
     features,  # (n, t, d) array or `RowStore`
     device: torch.device | str = "cpu",  # Where to compute
     block: int = 1024,  # Videos at a time
+    lengths: np.ndarray | None = None,  # (n,) how many frames of each count, the first ones; None: all
 ) -> Tensor:
     "Means over time of the features as they were given, float32 (n, d) on the CPU."
+
+    def means(rows):
+        x = rows_of(features, rows, device).float()  # (block, t, d)
+        if lengths is None:
+            return x.mean(1)
+        return zeros_after(x, lengths[rows]).sum(1) / as_tensor(lengths[rows]).to(device)[:, None]
+
     blocks = (slice(i, min(i + block, len(features))) for i in range(0, len(features), block))
-    parts = (rows_of(features, rows, device).float().mean(1).cpu() for rows in blocks)
-    return torch.cat(list(parts))
+    return torch.cat([means(rows).cpu() for rows in blocks])
 
 
 def _batches(
@@ -119,7 +131,7 @@ def _batches(
     plan: _EpochPlan,
     device: torch.device,
 ):
-    """Yield the draws of every step, on the device: (rows, order), or (rows,) without frames.
+    """Yield the draws of every step, on the device: see `_EpochPlan.draws`.
 
     Where the inputs are not on the device, their rows come first.
     """
@@ -175,8 +187,8 @@ def _make_step(
     if not _on_device(inputs):
         return GraphedCall(functools.partial(step, run, past_warmup))
 
-    def step_on_rows(rows, *order):
-        return step(run, past_warmup, *(x[rows] for x in inputs), rows, *order)
+    def step_on_rows(rows, *others):
+        return step(run, past_warmup, *(x[rows] for x in inputs), rows, *others)
 
     return GraphedCall(step_on_rows)
 
@@ -190,11 +202,12 @@ def train_epoch(
     run: TrainedRun,
     take_step,  # From `_make_step`
     inputs: tuple,  # (n, ...) each, from `move_if_they_fit`
+    lengths: Tensor | None = None,  # (n,) on the device: how many frames of each video count; None: all
 ) -> dict:
     "One pass over the training items; returns the mean of each loss term. Seeds torch's generators."
     c, shape = run.config, inputs[0].shape
     t = shape[1] if len(shape) == 3 else None
-    plan = _plan_epoch(shape[0], t, c.batch, c.seed, run.epoch, run.device)
+    plan = _plan_epoch(shape[0], t, c.batch, c.seed, run.epoch, run.device, lengths)
     totals = {}
     torch.manual_seed(_epoch_seed(c.seed, run.epoch))
     for group in run.optimizer.param_groups:
@@ -270,13 +283,14 @@ def fit_objective(
     if isinstance(run.objective, MetricObjective):
         run.objective.fit(data.train.labels)
     else:
-        means = time_means(data.train.frames, run.device)
+        means = time_means(data.train.frames, run.device, lengths=data.train.lengths)
         run.objective.fit(means, progress, centers_from_file(run.config, data))
 
 
 def _train_epochs(
     run: TrainedRun,
     inputs: tuple,  # (n, ...) each, from `move_if_they_fit`
+    lengths: Tensor | None,  # As for `train_epoch`
     checkpoint,
     every,
     evaluate,
@@ -290,7 +304,7 @@ def _train_epochs(
     with bar, matmul_precision(c.precision), torch.random.fork_rng(gpus):
         while run.epoch < c.epochs:
             clock = time.perf_counter()
-            terms = train_epoch(run, steps[run.objective.past_warmup(run.epoch)], inputs)
+            terms = train_epoch(run, steps[run.objective.past_warmup(run.epoch)], inputs, lengths)
             run.history.append({"epoch": run.epoch, **terms})
             run.epoch += 1
             if evaluate and is_evaluation_epoch(c, run.epoch):
@@ -319,6 +333,7 @@ def train(
 
     The same configuration on the same machine, with as many threads, gives the same weights, resumed or not.
     A finished checkpoint of fewer epochs is trained further, which is not the same as all epochs at once.
+    Videos of different lengths are trained on their own frames; on a GPU their layers are not fused.
     """
     check_config(config, "config", TrainConfig)
     check(every >= 1, "every", "a number of epochs, at least 1", every)
@@ -337,8 +352,9 @@ def train(
         fit_objective(run, data, progress)
     if run.epoch < config.epochs:
         inputs = move_if_they_fit(data.train.arrays, device, config.precision)
+        lengths = None if data.train.lengths is None else as_tensor(data.train.lengths).to(device)
         if not run.seconds:
             run.seconds.append(time.perf_counter() - clock)
-        _train_epochs(run, inputs, checkpoint, every, evaluate, progress)
+        _train_epochs(run, inputs, lengths, checkpoint, every, evaluate, progress)
     run.model.eval()
     return run

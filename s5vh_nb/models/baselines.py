@@ -6,6 +6,7 @@
 __all__ = ['METHODS', 'fit_matrix', 'fit_lsh', 'itq_rotation', 'Hasher', 'fit_baseline']
 
 # %% ../../nbs/lib/models/06_baselines.ipynb #8e4d1ca7
+import math
 from dataclasses import dataclass
 
 import faiss
@@ -20,7 +21,8 @@ from sklearn.preprocessing import StandardScaler
 
 from ..basics.checks import check, known
 from ..basics.config import check_bits
-from ..datasets.rows import row_blocks
+from ..basics.devices import as_tensor
+from ..datasets.rows import check_lengths, row_blocks, zeros_after
 from ..datasets.splits import Split
 from .codes import check_array, check_largest
 
@@ -32,12 +34,15 @@ _FIT_NUMBERS = 2**30  # the largest matrix that a fit gets, in float32 numbers
 def _vectors(
     arrays: list,  # The inputs of b items: (b, t, d) frames, or (b, di) images and (b, dt) texts
     view: str,  # A key of _VIEWS
+    lengths: np.ndarray | None = None,  # (b,) how many frames of each video count; None: all
 ) -> np.ndarray:
     "One vector per item, (b, width) float32; `ValueError` for NaN, infinity and numbers above 1e15."
     arrays = [np.asarray(x, np.float32) for x in arrays]
+    if lengths is not None:
+        arrays = [zeros_after(as_tensor(arrays[0]), lengths).numpy()]
     check_largest(np.max([np.abs(x).max() for x in arrays]))
     if view == "mean":
-        return arrays[0].mean(1)
+        return arrays[0].mean(1) if lengths is None else arrays[0].sum(1) / np.float32(lengths)[:, None]
     return np.concatenate([x.reshape(len(x), -1) for x in arrays], axis=1)
 
 
@@ -52,7 +57,8 @@ def fit_matrix(
     np.random.default_rng(seed).shuffle(keep)  # (n,) bool
     out, filled = np.empty((keep.sum(), width), np.float32), 0
     for rows in row_blocks(train.arrays[0]):
-        block = _vectors([x[rows] for x in train.arrays], view)[keep[rows]]  # (some, width)
+        lengths = None if train.lengths is None else train.lengths[rows]
+        block = _vectors([x[rows] for x in train.arrays], view, lengths)[keep[rows]]  # (some, width)
         out[filled : filled + len(block)] = block
         filled += len(block)
     return out, keep
@@ -178,6 +184,7 @@ class Hasher:
     mean: np.ndarray  # (width,), after the lift where there is one
     directions: np.ndarray  # (width, k)
     lift: Pipeline | None = None  # Applied before the mean is subtracted
+    ragged: bool = False  # Training videos differed in length; the longest had the t of `shapes`
 
     @property
     def bits(self) -> int:
@@ -187,23 +194,35 @@ class Hasher:
     def encode(
         self,
         *arrays,  # (n, ...) features of any kind, one per input: `split.arrays`
+        lengths=None,  # (n,) how many frames of each video count, the first ones; None: all
     ) -> np.ndarray:
         "Packed codes, uint8 (n, k/8); `TypeError` unless arrays, `ValueError` for other shapes and NaN."
-        self._check_inputs(arrays)
-        blocks = (_vectors([x[rows] for x in arrays], self.view) for rows in row_blocks(arrays[0]))
+        self._check_inputs(arrays, self.view != "pair" and (self.ragged or lengths is not None))
+        if lengths is not None:
+            check(self.view != "pair", "lengths", "None for pairs", type(lengths).__name__)
+            lengths = check_lengths(lengths, *arrays[0].shape[:2])
+        blocks = (
+            _vectors([x[rows] for x in arrays], self.view, None if lengths is None else lengths[rows])
+            for rows in row_blocks(arrays[0])
+        )
         return np.concatenate([self._encode_block(x) for x in blocks])
 
-    def _check_inputs(self, arrays):
+    def _check_inputs(self, arrays, any_length):
         expected, found = " and ".join(self.shapes), f"{len(arrays)} of them"
         check(len(arrays) == len(self.shapes), "inputs", expected, found)
         for (name, shape), x in zip(self.shapes.items(), arrays):
             check_array(x, name)
-            expected = f"shape (n, {', '.join(map(str, shape))}), as in training"
-            check(tuple(x.shape[1:]) == shape, name, expected, tuple(x.shape))
+            sizes = ("t", shape[1]) if any_length else shape
+            expected = f"shape (n, {', '.join(map(str, sizes))}), as in training"
+            found = ("t", *x.shape[2:]) if any_length else tuple(x.shape[1:])
+            check(found == sizes, name, expected, tuple(x.shape))
             check(len(x) == len(arrays[0]), name, f"{len(arrays[0])} rows, as many as images", len(x))
         check(len(arrays[0]) > 0, "features", "at least one item", "none")
 
     def _encode_block(self, x):
+        if self.view == "flat":  # zeros up to the longest training video, and nothing beyond
+            width = math.prod(*self.shapes.values())
+            x = np.pad(x[:, :width], ((0, 0), (0, max(0, width - x.shape[1]))))
         if self.lift is not None:
             x = self.lift.transform(x)  # (block, lifted width)
         return np.packbits((x - self.mean) @ self.directions > 0, axis=1)  # (block, k/8)
@@ -256,4 +275,5 @@ def fit_baseline(
     mean, directions = fits[method]()
     name = _NAMES[method] + " (Nystroem-lifted)" * (lift is not None) + _VIEW_NAMES[view]
     shapes = {name: tuple(x.shape[1:]) for name, x in train.inputs.items()}
-    return Hasher(name, view, shapes, mean / scale, (directions.T * scale).T, lift)
+    directions = (directions.T * scale).T
+    return Hasher(name, view, shapes, mean / scale, directions, lift, train.lengths is not None)

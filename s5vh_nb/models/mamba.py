@@ -30,6 +30,8 @@ def step_bias(
 class Mamba(nn.Module):
     "Mamba block with the parameters of `mamba_ssm.Mamba` (Gu & Dao, 2023, section 3.4). Causal."
 
+    causal = True
+
     def __init__(
         self,
         m: int,  # Model width
@@ -99,12 +101,26 @@ class Mamba(nn.Module):
         return self.out_proj(y.transpose(1, 2)), conv_state, ssm_state
 
 # %% ../../nbs/lib/models/01_mamba.ipynb #2eabc976
+def _turned(
+    x: Tensor,  # (b, t, m)
+    lengths: Tensor | None,  # (b,), as for `Bidirectional`
+) -> Tensor:
+    "Each video's frames from the last to the first; what follows its end stays there."
+    if lengths is None:
+        return x.flip(1)
+    place, ends = torch.arange(x.shape[1], device=x.device), lengths[:, None]
+    place = torch.where(place < ends, ends - 1 - place, place)  # (b, t)
+    return x.take_along_dim(place[..., None], 1)
+
+
 class Bidirectional(nn.Module):
     "Residual layer with a mixer in each direction of time (S5VH, section on the temporal encoder)."
 
     def __init__(
         self,
-        make_mixer,  # Called without arguments, returns a new mixer; its width `m` sizes the LayerNorms
+        # Called without arguments, returns a new mixer: its width `m` sizes the LayerNorms;
+        # it says whether it is `causal`, and where not, it takes lengths, too
+        make_mixer,
         tied: bool = False,  # One mixer for both directions
         directions: str = "both",  # "both", "forward" or "backward"
     ):
@@ -135,10 +151,14 @@ class Bidirectional(nn.Module):
         self,
         x: Tensor,  # (b, t, m)
         factor: Tensor | None = None,  # (b,), of what the layer adds to each video; None: 1
+        lengths: Tensor | None = None,  # (b,) how many frames of each count, the first ones; None: all
     ) -> Tensor:  # (b, t, m)
+        def mixed(mix, v):
+            return mix(v) if lengths is None or mix.causal else mix(v, lengths)
+
         flips = {"both": (False, True), "forward": (False,), "backward": (True,)}[self.directions]
         added = [
-            mix(norm(x).flip(1)).flip(1) if flip else mix(norm(x))
+            _turned(mixed(mix, _turned(norm(x), lengths)), lengths) if flip else mixed(mix, norm(x))
             for flip, (norm, mix) in zip(flips, self.branches())
         ]
         return sum(added, x) if factor is None else x + factor[:, None, None] * sum(added)
@@ -222,19 +242,20 @@ class Layers(nn.Sequential):
         self,
         x: Tensor,  # (b, t, m)
         factors: Tensor | None = None,  # (l, b), see `draw_factors`; None draws them
+        lengths: Tensor | None = None,  # (b,), see `Bidirectional`; with lengths, layers are not fused
     ) -> Tensor:  # (b, t, m)
         factors = self.draw_factors(x.shape[0]) if factors is None else factors
         # layers with a direction switched off have other shapes
         alike = len({layer.directions for layer in self}) == 1
         mamba = alike and all(isinstance(mix, Mamba) for layer in self for _, mix in layer.branches())
-        if not mamba:
-            return self._one_by_one(x, factors)
+        if not mamba or lengths is not None:
+            return self._one_by_one(x, factors, lengths)
         backward, eps = int(self[0].directions != "forward"), self[0].branches()[0][0].eps
         return mamba_layers(x, self._one_by_one, lambda: _stack_weights(list(self)), backward, eps, factors)
 
-    def _one_by_one(self, x, factors):
+    def _one_by_one(self, x, factors, lengths=None):
         for i, layer in enumerate(self):
-            x = layer(x, None if factors is None else factors[i])
+            x = layer(x, None if factors is None else factors[i], lengths)
         return x
 
     def allocate_inference_cache(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..basics.checks import check
+from ..datasets.rows import own_frames
 from .mamba import Mamba, step_bias
 from ..ops.dispatch import causal_conv1d, runs_on_triton
 
@@ -34,18 +35,20 @@ def _compile_on_gpu(
 class _TwoPart(nn.Module):
     "Mixing along time, then a feed-forward network for each frame; returns what they add to the input."
 
+    causal = True
+
     def __init__(
         self,
         m: int,  # Model width
-        mix: nn.Module,  # (b, t, m) -> (b, t, m)
+        mix: nn.Module,  # (b, t, m) -> (b, t, m); one that is not causal takes lengths, too
         feed: nn.Module,  # (b, t, m) -> (b, t, m)
     ):
         super().__init__()
         self.m, self.mix = m, mix
         self.norm, self.feed = nn.LayerNorm(m), feed
 
-    def forward(self, v: Tensor) -> Tensor:  # (b, t, m) -> (b, t, m)
-        a = self.mix(v)
+    def forward(self, v: Tensor, lengths: Tensor | None = None) -> Tensor:  # (b, t, m) -> (b, t, m)
+        a = self.mix(v) if lengths is None else self.mix(v, lengths)
         return a + self.feed(self.norm(v + a))
 
 
@@ -96,6 +99,8 @@ def _ssd(
 class Mamba2(nn.Module):
     "Mamba-2 block with the parameters of `mamba_ssm.Mamba2` (Dao & Gu, 2024, section 7). Causal."
 
+    causal = True
+
     def __init__(
         self,
         m: int,  # Model width
@@ -131,6 +136,8 @@ class Mamba2(nn.Module):
 # %% ../../nbs/lib/models/02_mixers.ipynb #cb8e5954
 class LSTM(nn.Module):
     "torch's LSTM with m units, batch first. Causal."
+
+    causal = True
 
     def __init__(
         self,
@@ -342,13 +349,16 @@ class _Attention(nn.Module):
         self.heads = heads
         self.qkv, self.out = nn.Linear(m, 3 * m), nn.Linear(m, m)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         qkv = [_to_heads(part, self.heads) for part in self.qkv(x).chunk(3, -1)]  # (b, h, t, w) each
-        return self.out(_from_heads(F.scaled_dot_product_attention(*qkv)))
+        seen = None if lengths is None else own_frames(lengths, x.shape[1])[:, None, None]  # (b, 1, 1, t)
+        return self.out(_from_heads(F.scaled_dot_product_attention(*qkv, attn_mask=seen)))
 
 
 class Transformer(_TwoPart):
-    "Encoder layer of a Transformer: full attention and a GELU network."
+    "Encoder layer of a Transformer: full attention and a GELU network; with lengths (b,), over own frames."
+
+    causal = False
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram, register_dataclass
 from ..basics.checks import check, known
 from ..basics.config import S5VHConfig
 from ..basics.devices import as_tensor
+from ..datasets.rows import check_lengths, own_frames
 from .codes import HashNetwork, check_array, check_largest, evaluation_view, pack, relax
 from .mamba import Bidirectional, Layers
 from .mixers import MIXERS
@@ -65,10 +66,10 @@ def take(
 
 
 def hidden_frames(
-    visible: Tensor,  # (views*b, v) frame numbers, each at most once per row
+    visible: Tensor,  # (views*b, v) frame numbers
     t: int,  # Frames of a video
 ) -> Tensor:
-    "The frames that are not in `visible`, in time order, (views*b, t-v)."
+    "The first t-v of the frames that are not in `visible`, in time order, (views*b, t-v)."
     hidden = torch.ones(len(visible), t, dtype=torch.int8, device=visible.device).scatter_(1, visible, 0)
     return hidden.argsort(dim=1, descending=True, stable=True)[:, : t - visible.shape[1]]
 
@@ -102,12 +103,13 @@ class _Encoder(nn.Module):
         self,
         x: Tensor,  # (b, t, d) frame features
         visible: Tensor | None = None,  # (views*b, v) frame numbers; None: all frames
+        lengths: Tensor | None = None,  # (views*b,) how many of them count, the first ones; None: all
     ) -> Tensor:  # (views*b, v, m)
         p = positions(x.shape[1], self.embed.out_features, x.device)  # (t, m)
         if visible is not None:
             x, p = take(x, visible), p[visible]  # (views*b, v, d), (views*b, v, m)
         z = self.embed(x) + p.to(x.dtype)  # (views*b, v, m)
-        return norm_linear(self.layers(z), self.norm, self.head)
+        return norm_linear(self.layers(z, lengths=lengths), self.norm, self.head)
 
     def step(
         self,
@@ -140,6 +142,17 @@ class _HashLayer(nn.Module):
         return relax(self.norm(bits) if normed else bits, self.relaxation)
 
 # %% ../../nbs/lib/models/04_s5vh.ipynb #2642f02a
+def _closed_up(
+    t: int,  # Places in all
+    v: int,  # Places for visible frames; the masked ones have those behind them
+    shown: Tensor,  # (b,) how many visible frames count, the first ones
+) -> tuple[Tensor, Tensor]:
+    "Which places make a sequence without a gap, (b, t), and where its masked frames are then, (b, t-v)."
+    place, shown = torch.arange(t, device=shown.device), shown[:, None]
+    close = torch.where(place < shown, place, place + v - shown).clamp(max=t - 1)
+    return close, place[: t - v] + shown
+
+
 class _Decoder(nn.Module):
     "Frame codes to the features of the hidden frames; used in training only (S5VH, Decoder)."
 
@@ -156,12 +169,19 @@ class _Decoder(nn.Module):
         codes: Tensor,  # (b, v, k) frame codes
         visible: Tensor,  # (b, v) their frame numbers
         hidden: Tensor,  # (b, t-v) the other frame numbers
+        # (b,) and (b,): how many visible and how many hidden ones count, the first ones; None: all
+        counts: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:  # (b, t-v, d)
         p = positions(visible.shape[1] + hidden.shape[1], len(self.mask_token), codes.device)
         p = p.to(codes.dtype)  # (t, m')
         # (b, t, m')
         z = torch.cat([self.embed(codes) + p[visible], self.mask_token + p[hidden]], dim=1)
-        return norm_linear(self.layers(z)[:, visible.shape[1] :], self.norm, self.head)
+        v = visible.shape[1]
+        if counts is None:
+            return norm_linear(self.layers(z)[:, v:], self.norm, self.head)
+        close, masked = _closed_up(z.shape[1], v, counts[0])
+        z = self.layers(z.take_along_dim(close[..., None], 1), lengths=sum(counts))
+        return norm_linear(z.take_along_dim(masked[..., None], 1), self.norm, self.head)
 
 # %% ../../nbs/lib/models/04_s5vh.ipynb #5c0da1b0
 @dataclasses.dataclass
@@ -240,6 +260,12 @@ def _start_linears(linears: list):
             nn.init.zeros_(linear.bias)
 
 
+def _mean_of_own(codes: Tensor, lengths: Tensor) -> Tensor:
+    "The mean of the codes (b, v, k) of each video's first frames, (b, k)."
+    own = own_frames(lengths, codes.shape[1])[..., None]  # (b, v, 1)
+    return codes.masked_fill(~own, 0).sum(1) / lengths[:, None]
+
+
 class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"]):
     "Self-supervised video hashing with selective state spaces (S5VH, AAAI 2025)."
 
@@ -265,13 +291,14 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
         x: Tensor,  # (b, t, d) frame features
         visible: Tensor | None = None,  # (views*b, v) frame numbers; None: all frames
         normed: bool = True,  # As for `_HashLayer`
+        lengths: Tensor | None = None,  # (views*b,) how many of these frames count, the first ones; None: all
     ) -> S5VHOutput:
         "Codes of the visible frames, their mean, the hidden frames; `ValueError` for another shape."
         check(isinstance(x, Tensor), "frames", "a tensor", type(x).__name__, TypeError)
         fits = x.ndim == 3 and x.shape[2] == self.config.d and x.shape[1] > 0
         check(fits, "frames", f"shape (b, t, {self.config.d}), t at least 1", tuple(x.shape))
-        codes = self.hash(self.encoder(x, visible), normed)  # (views*b, v, k)
-        h = codes.mean(1)  # (views*b, k)
+        codes = self.hash(self.encoder(x, visible, lengths), normed)  # (views*b, v, k)
+        h = codes.mean(1) if lengths is None else _mean_of_own(codes, lengths)  # (views*b, k)
         if visible is None:
             return S5VHOutput(codes, h, torch.empty(x.shape[0], 0, dtype=torch.long, device=x.device))
         hidden = hidden_frames(visible, x.shape[1])  # (views*b, t-v)
@@ -299,10 +326,7 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
         n, t = x.shape[:2]
         if lengths is None or n == 0:
             return self._encode(x, t, batch, progress)
-        lengths = np.asarray(torch.as_tensor(lengths).cpu())
-        fits = lengths.shape == (n,) and lengths.dtype.kind in "iu"
-        fits = fits and 1 <= lengths.min() <= lengths.max() <= t
-        check(fits, "lengths", f"{n} whole numbers from 1 to {t}", f"{lengths.dtype} {lengths}")
+        lengths = check_lengths(lengths, n, t)
         alike = {int(length): np.flatnonzero(lengths == length) for length in np.unique(lengths)}
         parts = [_FirstFrames(x, rows, length) for length, rows in alike.items()]
         codes = [self._encode(part, part.frames, batch, progress) for part in parts]
