@@ -59,7 +59,7 @@ class Split:
             where = f"{self.source}: frames"
             check(self.lengths is None, where, "one array where lengths are given", "a list of arrays")
             padded, lengths = _padded(frames, where)
-            self._set(frames=padded, lengths=lengths)
+            self._set(padded, lengths)
 
     def _cut_padding(self):
         "Zeros after each video's end, no more frames than the longest has; no `lengths` if all have as many."
@@ -67,18 +67,16 @@ class Split:
         check(self.kind == "videos", where, "None for pairs", type(self.lengths).__name__)
         lengths = check_lengths(self.lengths, *self.frames.shape[:2], where)
         if lengths.min() == self.frames.shape[1]:
-            self._set(frames=self.frames, lengths=None)
+            self._set(self.frames, lengths)
         elif isinstance(self.frames, RowStore):
             self._set(RaggedRows(self.frames, lengths), lengths)
         else:
             cut = as_tensor(self.frames[:, : lengths.max()])
             self._set(zeros_after(cut, lengths).numpy(), lengths)
 
-    def _set(self, frames, lengths: np.ndarray | None):
-        if lengths is not None and lengths.min() == lengths.max() == frames.shape[1]:
-            lengths = None
+    def _set(self, frames, lengths: np.ndarray):
         object.__setattr__(self, "inputs", {"frames": frames})
-        object.__setattr__(self, "lengths", lengths)
+        object.__setattr__(self, "lengths", None if lengths.min() == frames.shape[1] else lengths)
 
     @property
     def kind(self) -> str:

@@ -220,8 +220,8 @@ class Hasher:
         check(len(arrays[0]) > 0, "features", "at least one item", "none")
 
     def _encode_block(self, x):
-        if self.view == "flat":  # zeros up to the longest training video, and nothing beyond
-            width = math.prod(*self.shapes.values())
+        width = math.prod(next(iter(self.shapes.values())))
+        if self.view == "flat" and x.shape[1] != width:  # as long as the longest training video
             x = np.pad(x[:, :width], ((0, 0), (0, max(0, width - x.shape[1]))))
         if self.lift is not None:
             x = self.lift.transform(x)  # (block, lifted width)
