@@ -1,16 +1,19 @@
 "What only a GPU runs: fused layers, a norm and the layer behind it, encoding and training by CUDA graphs."
 
 import copy
+import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from s5vh_nb.basics.config import S5VHConfig
+from s5vh_nb.basics.config import S5VHConfig, replace
 from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.datasets.catalog import load
 from s5vh_nb.learning import training
 from s5vh_nb.learning.losses import reconstruction_loss
+from s5vh_nb.learning.objectives import SLGObjective
 from s5vh_nb.models.mamba import Bidirectional, Layers, Mamba
 from s5vh_nb.models.mixers import RWKV, RetNet
 from s5vh_nb.models.s5vh import S5VH, take
@@ -176,18 +179,27 @@ CONFIG = train_config("spoken-digits", "smoke", epochs=4, warmup=1, precision="f
 TERMS = ("loss", "reconstruction", "contrast", "alignment")
 
 
-def trained(**options):
+def digits(ragged):
+    "The data set, or one whose training videos have 12 to 25 frames."
     data = load("spoken-digits")
-    return training.train(CONFIG, data, progress=False, **{"device": "cuda", **options})
+    if not ragged:
+        return data
+    train = dataclasses.replace(data.train, lengths=12 + np.arange(len(data.train)) % 14)
+    return dataclasses.replace(data, train=train, database=train)
+
+
+def trained(ragged=False, **options):
+    return training.train(CONFIG, digits(ragged), progress=False, **{"device": "cuda", **options})
 
 
 def losses(run):
     return torch.tensor([[h[name] for name in TERMS] for h in run.history])
 
 
-def test_captured_steps_are_the_ordinary_steps(monkeypatch):
+@pytest.mark.parametrize("ragged", [False, True])
+def test_captured_steps_are_the_ordinary_steps(monkeypatch, ragged):
     "Before and after the warm-up, with labels that move and a learning rate that falls."
-    captured = trained()
+    captured = trained(ragged)
 
     def ordinary_step(run, past_warmup, inputs):
         def take_step(rows, *order):
@@ -196,10 +208,26 @@ def test_captured_steps_are_the_ordinary_steps(monkeypatch):
         return take_step
 
     monkeypatch.setattr(training, "_make_step", ordinary_step)
-    ordinary = trained()
+    ordinary = trained(ragged)
     assert torch.allclose(losses(captured), losses(ordinary), rtol=1e-3)
     labels = [run.objective.soft_labels for run in (captured, ordinary)]
     assert torch.allclose(*labels, atol=1e-4)
+
+
+@pytest.mark.parametrize("mixer", ["Mamba", "Transformer", "RetNet"])
+def test_the_loss_of_videos_of_different_lengths_is_that_on_a_cpu(mixer):
+    config = replace(CONFIG, mixer=mixer, relaxation="tanh", drop_path=0.0, d=13)
+    lengths = torch.tensor([25, 4, 13, 24, 7])
+    x, drawn = torch.randn(5, 25, 13), torch.rand(5, 25)
+    order = drawn.masked_fill(torch.arange(25) >= lengths[:, None], 2).argsort(1)
+    found = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        torch.manual_seed(0)
+        model, objective = S5VH(config.model).to(device, dtype), SLGObjective(config, 5).to(device, dtype)
+        parts = [x.to(device, dtype), *(v.to(device) for v in (torch.arange(5), order, lengths))]
+        loss = objective(model, *parts, past_warmup=True)["loss"]
+        found.append(with_gradients(loss, loss, model.parameters()))
+    assert_near(*reversed(found), 1e-3)
 
 
 def test_features_that_do_not_fit_are_fetched_meanwhile(monkeypatch):

@@ -118,12 +118,12 @@ def own_frames(
 
 
 def zeros_after(
-    x: torch.Tensor,  # (b, t, ...) frames
+    x: torch.Tensor,  # (b, t, d)
     lengths: np.ndarray | torch.Tensor,  # (b,)
 ) -> torch.Tensor:
     "The same with zeros in place of the padding, whatever it held."
     own = own_frames(as_tensor(lengths).to(x.device), x.shape[1])  # (b, t)
-    return x.masked_fill(~own.view(*own.shape, *[1] * (x.ndim - 2)), 0)
+    return x.masked_fill(~own[..., None], 0)
 
 
 class RaggedRows(RowStore):
