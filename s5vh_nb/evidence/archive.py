@@ -20,16 +20,21 @@ from ..basics.profiles import PROFILES
 from .records import RunRecord, from_line, to_line
 
 # %% ../../nbs/lib/evidence/02_archive.ipynb #fcfd8a15
-_STEPS = 2**16 - 1
+_STEPS = 2**8 - 1
 
 
-def to_fractions(values) -> np.ndarray:  # numbers in [0, 1]
-    "The nearest multiples of 1/65535, as uint16."
-    return np.round(np.asarray(values, float) * _STEPS).astype(np.uint16)
+def to_fractions(
+    values,  # Numbers in [0, 1]
+    axis: int = 0,  # Along which their means stay right
+) -> np.ndarray:
+    "Multiples of 1/255 as bytes, less than one step away; what one is rounded by, the next one makes up for."
+    sums = np.round(np.cumsum(np.asarray(values, float) * _STEPS, axis))
+    return np.diff(sums, axis=axis, prepend=0).astype(np.uint8)
 
 
 def from_fractions(fractions: np.ndarray) -> np.ndarray:
-    "The numbers that `to_fractions` was given, float64, within 1/131070."
+    "The numbers that `to_fractions` was given, float64, within 1/255; `TypeError` unless bytes."
+    check(fractions.dtype == np.uint8, "fractions", "uint8", fractions.dtype, TypeError)
     return fractions / _STEPS
 
 # %% ../../nbs/lib/evidence/02_archive.ipynb #3aece2fd

@@ -132,7 +132,7 @@ def measure_directions(subject: Subject) -> dict:
         for out in ("backward", "forward")
     }
     alike = {"trained": _alike(network, x), "untrained": _alike(untrained, x)}
-    arrays = {"silenced": to_fractions(np.stack(silenced))}
+    arrays = {"silenced": to_fractions(np.stack(silenced), axis=1)}
     return {"metrics": {**alike, "layers": single}, "arrays": arrays, "columns": {"silenced": list(SILENCED)}}
 
 

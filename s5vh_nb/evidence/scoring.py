@@ -21,7 +21,7 @@ class Scores:
     "What a record keeps of a set of codes."
 
     metrics: dict  # score -> value
-    arrays: dict  # `ap` (nq, cuts) as fractions, of pairs also `ap image`, `ap text`; `within` (2, k+1)
+    arrays: dict  # `ap` (nq, cuts) in bytes, of pairs also `ap image`, `ap text`; `within` (2, k+1)
     columns: dict  # array -> names of its columns
 
 
@@ -104,7 +104,7 @@ def _over_all(counts, ap, columns, protocol) -> dict:
 
 # %% ../../nbs/lib/evidence/03_scoring.ipynb #9765111c
 def query_parts(
-    ap: np.ndarray,  # (nq, cuts) uint16, as a record keeps it
+    ap: np.ndarray,  # (nq, cuts) uint8, as a record keeps it
     names: list,  # of the cuts
 ) -> dict:
     "Score -> every query's part of it, (nq,) float64; the main score comes last."
