@@ -1,6 +1,7 @@
 "House rules: package and notebooks agree, imports go one way, code has one style, files are few."
 
 import ast
+import asyncio
 import fnmatch
 import importlib.util
 import os
@@ -13,10 +14,11 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import jupyter_client
 import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
-from nbdev.clean import clean_jupyter
+from traitlets.config import PyFileConfigLoader
 
 from s5vh_nb.cli.artefacts import PAPERS, read_artefact
 
@@ -89,15 +91,28 @@ def test_notebooks_are_clean(remade):
     assert not unclean, f"nbdev_clean would change {unclean} (make prepare)"
 
 
-def test_lab_saves_a_notebook_as_it_was_committed():
-    "The hook that `make lab` gives it takes off what Lab writes when a kernel has started."
-    assert "pre_save_hook=nbdev.clean.clean_jupyter" in (ROOT / "Makefile").read_text(encoding="utf-8")
-    for path in (LIBRARY[0], ARTEFACTS[0]):
-        nb = nbformat.read(path, as_version=4)
-        nb.metadata["kernelspec"]["display_name"] = "Python 3 (ipykernel)"
-        nb.metadata["language_info"] = {"name": "python", "version": "3.11.7"}
-        clean_jupyter(str(path), {"type": "notebook", "content": nb})
-        assert nbformat.writes(nb) + "\n" == path.read_text(encoding="utf-8"), name_of(path)
+def test_lab_takes_a_notebook_for_unchanged(remade, monkeypatch):
+    """Lab finds in a notebook what it writes into it once a kernel has started, so it marks nothing.
+
+    The notebook is saved as it was committed, and an artefact notebook that ran as well.
+    """
+    assert "jupyter lab --config=tools/lab.py" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    config = PyFileConfigLoader("lab.py", ROOT / "tools").load_config()
+    monkeypatch.chdir(remade)
+    files = config.ServerApp.contents_manager_class(root_dir=str(remade))
+    with jupyter_client.run_kernel(kernel_name="python3") as client:
+        info = client.kernel_info(reply=True, timeout=60)["content"]["language_info"]
+    spec = jupyter_client.kernelspec.get_kernel_spec("python3")
+    named = dict(name="python3", display_name=spec.display_name, language=spec.language)
+    for path in map(name_of, (LIBRARY[0], ARTEFACTS[0])):
+        model = asyncio.run(files.get(path))
+        nb = model["content"]
+        assert (nb.metadata.kernelspec, nb.metadata.language_info) == (named, info)
+        if path == name_of(ARTEFACTS[0]):
+            ran = next(cell for cell in nb.cells if cell.cell_type == "code")
+            ran.update(execution_count=1, outputs=[nbformat.v4.new_output("stream", text="done")])
+        asyncio.run(files.save(model, path))
+        assert (remade / path).read_bytes() == (ROOT / path).read_bytes(), path
     with_widgets = [name_of(path) for path in NOTEBOOKS if b"widget-view" in path.read_bytes()]
     assert not with_widgets, "Lab writes the numbers of widgets anew"
 
