@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import copy
 import fnmatch
 import importlib.util
 import os
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import jupyter_client
@@ -301,6 +303,43 @@ def test_package_needs_no_development_tools():
         m for m, tree in MODULES.items() for name in imports(tree, m) if name and name.split(".")[0] in tools
     }
     assert not needing
+
+
+def distributions(requirements):
+    "The names of required distributions, as pip compares them."
+    return {re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", text)[0]).lower() for text in requirements}
+
+
+class Needed(ast.NodeTransformer):
+    "Code without what it only tries to import."
+
+    def visit_Try(self, node):
+        if any(handler.type and "ImportError" in ast.unparse(handler.type) for handler in node.handlers):
+            node.body = [ast.Pass()]
+        return self.generic_visit(node)
+
+
+def undeclared(trees, requirements):
+    "`{package: places}` of what code needs and no requirement names."
+    found, known, installed = {}, distributions(requirements), packages_distributions()
+    for where, tree in trees:
+        for name in imports(Needed().visit(copy.deepcopy(tree)), "s5vh_nb.wing.module"):
+            first = (name or "s5vh_nb").partition(".")[0]
+            ours = first == "s5vh_nb" or first in sys.stdlib_module_names or first in {p.stem for p in TESTS}
+            if not ours and not known & distributions(installed.get(first, [first])):
+                found.setdefault(first, set()).add(where)
+    return found
+
+
+def test_imported_packages_are_declared():
+    "Also those that come with another package. A notebook of nbs/data installs what it needs by itself."
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    needed = PYPROJECT["project"]["dependencies"]
+    assert not undeclared(MODULES.items(), needed + extras["gpu"])
+    notebooks = [path for path in NOTEBOOKS if path.parent.name != "data"]
+    assert not undeclared(code(notebooks, SCRIPTS + TESTS), needed + extras["gpu"] + extras["dev"])
+    tree = ast.parse("import sklearn, made_up\ntry:\n    import rare\nexcept ImportError:\n    import dear")
+    assert set(undeclared([("here", tree)], ["scikit-learn>=1.5"])) == {"made_up", "dear"}
 
 
 def test_package_works_without_a_folder_for_compiled_code():
