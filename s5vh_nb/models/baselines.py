@@ -168,7 +168,7 @@ def _fit_supervised(
     return x.mean(0) - shift, ridge.coef_.T.astype(np.float32)
 
 # %% ../../nbs/lib/models/06_baselines.ipynb #4105c5eb
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Hasher:
     "Features to packed codes; made by `fit_baseline`."
 
@@ -178,6 +178,10 @@ class Hasher:
     mean: np.ndarray  # (width,), after the lift where there is one
     directions: np.ndarray  # (width, k)
     lift: Pipeline | None = None  # Applied before the mean is subtracted
+
+    def __repr__(self):
+        inputs = " and ".join(f"{name} {shape}" for name, shape in self.shapes.items())
+        return f"{self.name}: {inputs} to {self.bits} bits"
 
     @property
     def bits(self) -> int:

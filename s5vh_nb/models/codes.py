@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from tqdm.auto import tqdm
 
-from ..basics.checks import check
+from ..basics.checks import check, is_whole
 from ..basics.config import bits_of, check_config
 from ..basics.devices import Device, as_tensor, pick_device
 from ..basics.files import atomic_write, user_path
@@ -153,6 +153,18 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         check_config(config, "config", type(self).__init__.__annotations__.get("config", object))
         super().__init__()
         self.config = config
+
+    def __repr__(self):
+        fields = {f: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
+        told = [
+            f"{f.name}={value!r}"
+            for f, value in fields.items()
+            if is_whole(value) or f.name == "mixer" or value != f.default
+        ]
+        weights = list(self.parameters())
+        places = sorted({f"{str(w.dtype).removeprefix('torch.')} on {w.device}" for w in weights})
+        size = f"{sum(w.numel() for w in weights):,} weights"
+        return f"{type(self).__name__}, {', '.join(told)}: {', '.join([size, *places])}"
 
     @property
     def bits(self) -> int:
