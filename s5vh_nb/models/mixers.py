@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..basics.checks import check
 from .mamba import Mamba, step_bias
 from ..ops.dispatch import causal_conv1d, runs_on_triton
+from ..ops.reference import each_step
 
 # %% ../../nbs/lib/models/02_mixers.ipynb #8b102b31
 def _compile_on_gpu(
@@ -81,6 +82,14 @@ def _ssd(
 ) -> Tensor:  # (b, t, h, p)
     "State space duality: products in a chunk, a recurrence between chunks (Dao & Gu, 2024, section 6)."
     S, ys = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[2]), []  # (b, h, p, n)
+    if torch.compiler.is_exporting():
+
+        def advance(S, step):  # a frame's x (b, h, p, 1), decay (b, h, 1, 1), B, C (b, 1, 1, n)
+            S = step[1] * S + step[0] * step[2]
+            return S, (S * step[3]).sum(-1)
+
+        BC = B[:, :, None, None], C[:, :, None, None]
+        return each_step(advance, S, (x[..., None], log_decay.exp()[..., None, None], *BC), 1)[1]
     for v, a, Bs, Cs in zip(*(part.split(chunk, 1) for part in (x, log_decay, B, C))):
         total = a.cumsum(1)  # (b, l, h)
         future = torch.ones(a.shape[1], a.shape[1], dtype=torch.bool, device=a.device).triu(1)[..., None]
@@ -140,7 +149,20 @@ class LSTM(nn.Module):
         self.m, self.lstm = m, nn.LSTM(m, m, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:  # (b, t, m) -> (b, t, m)
-        return self.lstm(x)[0]
+        return self._by_frame(x) if torch.compiler.is_exporting() else self.lstm(x)[0]
+
+    def _by_frame(self, x):
+        of_input = F.linear(x, self.lstm.weight_ih_l0, self.lstm.bias_ih_l0)  # (b, t, 4*m)
+
+        def advance(state, step):  # h, c (b, m), and `of_input` of a frame (b, 4*m)
+            gates = step[0] + F.linear(state[0], self.lstm.weight_hh_l0, self.lstm.bias_hh_l0)
+            gates = gates.chunk(4, -1)  # i, f, g, o
+            c = gates[1].sigmoid() * state[1] + gates[0].sigmoid() * gates[2].tanh()
+            h = gates[3].sigmoid() * c.tanh()
+            return (h, c), h.clone()  # torch's loop must not return a tensor twice
+
+        start = x.new_zeros(x.shape[0], self.m), x.new_zeros(x.shape[0], self.m)
+        return each_step(advance, start, (of_input,), 1)[1]
 
 # %% ../../nbs/lib/models/02_mixers.ipynb #453e6f1b
 def _rotate(
@@ -233,10 +255,18 @@ def _wkv(
     "RWKV-6's recurrence in chunks (Peng et al., 2024, section on Finch's time mixing)."
     log_w = log_w.clamp(min=math.log(torch.finfo(log_w.dtype).eps))
     S, outs = r.new_zeros(*r.shape[:2], r.shape[3], v.shape[3]), []
+    bonus = (r * u[:, None] * k).sum(-1, keepdim=True) * v  # (b, h, t, w)
+    if torch.compiler.is_exporting():
+
+        def advance(S, step):  # a frame's r, k, decay (b, h, w, 1), v (b, h, 1, w)
+            return step[3] * S + step[1] * step[2], (step[0] * S).sum(-2)
+
+        steps = r[..., None], k[..., None], v[..., None, :], log_w.exp()[..., None]
+        return each_step(advance, S, steps, 2)[1] + bonus
     for parts in zip(*(x.split(chunk, 2) for x in (r, k, v, log_w))):
         out, S = _wkv_chunk(*parts, S)
         outs.append(out)
-    return torch.cat(outs, 2) + (r * u[:, None] * k).sum(-1, keepdim=True) * v
+    return torch.cat(outs, 2) + bonus
 
 # %% ../../nbs/lib/models/02_mixers.ipynb #5e354948
 def _token_shift(x: Tensor) -> Tensor:  # (b, t, m) -> (b, t, m)

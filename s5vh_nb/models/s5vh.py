@@ -326,9 +326,8 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
     def export_program(self) -> ExportedProgram:
         """Frames (n, t, d) to packed codes (n, k/8), n and t free, as a program for `torch.onnx` and others.
 
-        Features are not checked. `ValueError` for a mixer whose chunks would fix the number of frames.
+        Features are not checked.
         """
-        known(self.config.mixer, ("Mamba", "RetNet", "Transformer"), "mixer of an exported network")
         return self.program_of(_Codes, (None, None, self.config.d))
 
     @classmethod
