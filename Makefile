@@ -63,7 +63,7 @@ readme: $(READY)  ## README.md from nbs/index.ipynb
 prepare: $(READY)  ## after editing notebooks: format, export the package, clean the notebooks, make README.md and docs/equations.md
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format --quiet .
-	$(BIN)/nbdev_export
+	$(BIN)/python tools/export.py
 	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level WARN $(wildcard nbs/s5vh/*.ipynb nbs/dmmh/*.ipynb nbs/beyond/*.ipynb)
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/readme.py

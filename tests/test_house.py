@@ -4,7 +4,8 @@ import ast
 import asyncio
 import copy
 import fnmatch
-import importlib.util
+import importlib
+import inspect
 import os
 import re
 import shutil
@@ -20,9 +21,12 @@ import jupyter_client
 import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
+from nbdev.showdoc import show_doc
 from traitlets.config import PyFileConfigLoader
 
+from s5vh_nb.basics.config import S5VHConfig
 from s5vh_nb.cli.artefacts import PAPERS, read_artefact
+from s5vh_nb.search.scores import average_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "s5vh_nb"
@@ -75,9 +79,11 @@ def remade():
         shutil.copytree(PACKAGE / "data", copy / "s5vh_nb" / "data")
         for name in ("__init__.py", "py.typed"):
             shutil.copy(PACKAGE / name, copy / "s5vh_nb")
-        for command in ("nbdev_export", "nbdev_clean"):
+        (copy / "tools").mkdir()
+        shutil.copy(ROOT / "tools" / "export.py", copy / "tools")
+        for command in ([sys.executable, "tools/export.py"], [BIN / "nbdev_clean"]):
             env = {**os.environ, "PYTHONPATH": ""}
-            subprocess.run([BIN / command], cwd=copy, check=True, capture_output=True, env=env)
+            subprocess.run(command, cwd=copy, check=True, capture_output=True, env=env)
         yield copy
 
 
@@ -148,6 +154,147 @@ def load_tool(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
+
+
+CODE = '''class Box:
+    "A box.  # no comment"
+
+    def __init__(
+        self,
+        *sides: int,  # in cm
+        lid="\\n",  # \\n: none
+    ):
+        pass
+
+    def put(
+        self,
+        x: "Box",
+        # below the lid,
+        # not above
+        where: int | None = None,  # in cm
+        **more,  # Anything
+    ) -> list:  # What was there
+        return []
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A shape.
+
+    It has fields.
+    """
+
+    d: int = 4  # width
+
+
+def area(
+    box,  # This and all others as for `volume`
+    height: float,
+):
+    pass
+
+
+def volume(
+    box,  # From `Box`
+    height: float,  # in cm
+):
+    pass
+
+
+def _half(x):  # Anything
+    def inner(
+        y,  # Anything
+    ):
+        pass
+'''
+
+DOCSTRINGS = {
+    "Box": """A box.  # no comment
+
+Parameters
+----------
+*sides : int
+    in cm
+lid
+    \\n: none""",
+    "put": """Parameters
+----------
+x : Box
+where : int | None
+    below the lid,
+    not above
+    in cm
+**more
+    Anything
+
+Returns
+-------
+list
+    What was there""",
+    "Shape": """A shape.
+
+It has fields.
+
+Parameters
+----------
+d : int
+    width""",
+    "area": """Parameters
+----------
+box
+    From `Box`
+height : float
+    in cm""",
+}
+
+
+def test_comments_of_parameters_become_docstrings():
+    made = load_tool("export").documented(CODE)
+    found = {getattr(node, "name", ""): node for node in ast.walk(ast.parse(made))}
+    docs = {name: ast.get_docstring(node) for name, node in found.items() if hasattr(node, "body") and name}
+    assert docs == {
+        **DOCSTRINGS,
+        "volume": DOCSTRINGS["area"],
+        "__init__": None,
+        "_half": None,
+        "inner": None,
+    }
+    lines = [line.strip() for line in made.split("\n")]
+    assert [line.strip() for line in CODE.split("\n") if line.strip() not in lines] == [
+        '"A box.  # no comment"'
+    ]
+
+
+def public_functions():
+    "`(name, object)` of what the package exports, and of the methods of its classes."
+    for module in sorted(set(MODULES)):
+        for name in exported(MODULES[module]):
+            each = getattr(importlib.import_module(module), name)
+            if inspect.isfunction(each) or inspect.isclass(each):
+                yield f"{module}.{name}", each
+            if inspect.isclass(each):
+                own = {n: v for n, v in vars(each).items() if not n.startswith("_") and inspect.isfunction(v)}
+                yield from ((f"{module}.{name}.{n}", v) for n, v in own.items())
+
+
+def test_help_shows_parameters():
+    "All of every public function, class and method."
+    missing = []
+    for name, each in public_functions():
+        if inspect.isclass(each) and "__init__" not in vars(each) and not hasattr(each, "_fields"):
+            continue  # has the constructor of another class
+        wanted = [n for n in inspect.signature(each).parameters if n not in ("self", "cls", "ctx")]
+        section = inspect.cleandoc(each.__doc__ or "").partition("Parameters\n")[2]
+        documented = re.findall(r"^\*{0,2}(\w+)(?: : .+)?$", section, re.MULTILINE)
+        missing += [f"{name}: {n}" for n in wanted if n not in documented]
+    assert not missing, "\n".join(missing)
+
+
+def test_documentation_shows_parameters_once():
+    "nbdev reads the comments in the source, too."
+    for each, text in ((average_precision, "Cuts N of 1..n"), (S5VHConfig, "width of a frame feature")):
+        page = show_doc(each)._repr_markdown_()
+        assert (each.__doc__.count(text), page.count(text), page.count("Parameters")) == (1, 1, 0)
 
 
 def test_equations_are_current():

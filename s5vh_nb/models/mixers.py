@@ -45,7 +45,20 @@ class _TwoPart(nn.Module):
         self.m, self.mix = m, mix
         self.norm, self.feed = nn.LayerNorm(m), feed
 
-    def forward(self, v: Tensor) -> Tensor:  # (b, t, m) -> (b, t, m)
+    def forward(
+        self,
+        v: Tensor,  # (b, t, m)
+    ) -> Tensor:  # (b, t, m)
+        """Parameters
+        ----------
+        v : Tensor
+            (b, t, m)
+
+        Returns
+        -------
+        Tensor
+            (b, t, m)
+        """
         a = self.mix(v)
         return a + self.feed(self.norm(v + a))
 
@@ -54,7 +67,15 @@ def mlp(
     m: int,  # Model width
     expand: int,  # Hidden width over model width
 ) -> nn.Sequential:
-    "Linear, GELU, Linear: (..., m) -> (..., m)."
+    """Linear, GELU, Linear: (..., m) -> (..., m).
+
+    Parameters
+    ----------
+    m : int
+        Model width
+    expand : int
+        Hidden width over model width
+    """
     return nn.Sequential(nn.Linear(m, expand * m), nn.GELU(), nn.Linear(expand * m, m))
 
 
@@ -103,7 +124,21 @@ def _ssd(
 
 
 class Mamba2(nn.Module):
-    "Mamba-2 block with the parameters of `mamba_ssm.Mamba2` (Dao & Gu, 2024, section 7). Causal."
+    """Mamba-2 block with the parameters of `mamba_ssm.Mamba2` (Dao & Gu, 2024, section 7). Causal.
+
+    Parameters
+    ----------
+    m : int
+        Model width
+    d_state : int
+        States per channel, n
+    d_conv : int
+        Taps of the convolution
+    expand : int
+        Inner width over model width
+    headdim : int
+        Channels of a head, p, at most
+    """
 
     def __init__(
         self,
@@ -126,7 +161,20 @@ class Mamba2(nn.Module):
         self.norm = nn.RMSNorm(d, eps=1e-5)
         self.out_proj = nn.Linear(d, m, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # (b, t, m) -> (b, t, m)
+    def forward(
+        self,
+        x: Tensor,  # (b, t, m)
+    ) -> Tensor:  # (b, t, m)
+        """Parameters
+        ----------
+        x : Tensor
+            (b, t, m)
+
+        Returns
+        -------
+        Tensor
+            (b, t, m)
+        """
         parts = self.in_proj(x).split(self.split, -1)  # (b, t, d), (b, t, d + 2*n), (b, t, h)
         z, u = parts[0], parts[1].transpose(1, 2)
         u = causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
@@ -139,7 +187,13 @@ class Mamba2(nn.Module):
 
 # %% ../../nbs/lib/models/02_mixers.ipynb #cb8e5954
 class LSTM(nn.Module):
-    "torch's LSTM with m units, batch first. Causal."
+    """torch's LSTM with m units, batch first. Causal.
+
+    Parameters
+    ----------
+    m : int
+        Model width
+    """
 
     def __init__(
         self,
@@ -148,7 +202,20 @@ class LSTM(nn.Module):
         super().__init__()
         self.m, self.lstm = m, nn.LSTM(m, m, batch_first=True)
 
-    def forward(self, x: Tensor) -> Tensor:  # (b, t, m) -> (b, t, m)
+    def forward(
+        self,
+        x: Tensor,  # (b, t, m)
+    ) -> Tensor:  # (b, t, m)
+        """Parameters
+        ----------
+        x : Tensor
+            (b, t, m)
+
+        Returns
+        -------
+        Tensor
+            (b, t, m)
+        """
         return self._by_frame(x) if torch.compiler.is_exporting() else self.lstm(x)[0]
 
     def _by_frame(self, x):
@@ -192,7 +259,20 @@ def _retention(
 class _HeadNorm(nn.GroupNorm):
     "Normalises every head of every frame on its own, then applies gain and bias per channel."
 
-    def forward(self, y: Tensor) -> Tensor:  # (b, t, h*w) -> (b, t, h*w)
+    def forward(
+        self,
+        y: Tensor,  # (b, t, h*w)
+    ) -> Tensor:  # (b, t, h*w)
+        """Parameters
+        ----------
+        y : Tensor
+            (b, t, h*w)
+
+        Returns
+        -------
+        Tensor
+            (b, t, h*w)
+        """
         heads = y.unflatten(-1, (self.num_groups, -1))  # (b, t, h, w)
         return F.layer_norm(heads, heads.shape[-1:], eps=self.eps).flatten(2) * self.weight + self.bias
 
@@ -223,7 +303,15 @@ class _Retention(nn.Module):
 
 
 class RetNet(_TwoPart):
-    "RetNet block: retention and a GELU network (Sun et al., 2023). Causal."
+    """RetNet block: retention and a GELU network (Sun et al., 2023). Causal.
+
+    Parameters
+    ----------
+    m : int
+        Model width
+    heads : int
+        Heads
+    """
 
     def __init__(
         self,
@@ -347,7 +435,15 @@ class _ChannelMix(nn.Module):
 
 
 class RWKV(_TwoPart):
-    "RWKV-6 block: time mixing and channel mixing (Peng et al., 2024). Causal."
+    """RWKV-6 block: time mixing and channel mixing (Peng et al., 2024). Causal.
+
+    Parameters
+    ----------
+    m : int
+        Model width
+    heads : int
+        Heads
+    """
 
     def __init__(
         self,
@@ -378,7 +474,15 @@ class _Attention(nn.Module):
 
 
 class Transformer(_TwoPart):
-    "Encoder layer of a Transformer: full attention and a GELU network."
+    """Encoder layer of a Transformer: full attention and a GELU network.
+
+    Parameters
+    ----------
+    m : int
+        Model width
+    heads : int
+        Heads
+    """
 
     def __init__(
         self,

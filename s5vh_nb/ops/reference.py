@@ -30,7 +30,24 @@ def each_step(
     steps: tuple,  # Tensors with time in dimension `dim`
     dim: int,  # Of time, in `steps` and in the result
 ) -> tuple:  # The last state, and all `y` in one tensor
-    "A recurrence. While torch exports a program, the loop stays a loop in it, so that its length is free."
+    """A recurrence. While torch exports a program, the loop stays a loop in it, so that its length is free.
+
+    Parameters
+    ----------
+    advance : Callable
+        (state, step) -> state, y; a step has a part of each of `steps`
+    state
+        Before the first step: a tensor, or a tuple of tensors
+    steps : tuple
+        Tensors with time in dimension `dim`
+    dim : int
+        Of time, in `steps` and in the result
+
+    Returns
+    -------
+    tuple
+        The last state, and all `y` in one tensor
+    """
     steps = [v.movedim(dim, 0) for v in steps]
     if torch.compiler.is_exporting():
         state, y = scan(advance, state, steps)
@@ -73,7 +90,18 @@ def _recurrence(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last
 def by_flipping(
     scan: Callable,  # Arguments as of `scan_reference` up to `return_last_state`, then `initial_state`
 ) -> Callable:  # Arguments as of `scan_reference`
-    "`scan` for both directions: channels that run from the end are flipped in time before and after it."
+    """`scan` for both directions: channels that run from the end are flipped in time before and after it.
+
+    Parameters
+    ----------
+    scan : Callable
+        Arguments as of `scan_reference` up to `return_last_state`, then `initial_state`
+
+    Returns
+    -------
+    Callable
+        Arguments as of `scan_reference`
+    """
 
     def scan_both_ways(
         u,
@@ -123,6 +151,38 @@ def scan_reference(
     """The selective scan by its recurrence (Gu & Dao 2023, eqs. 2 and 4, Mamba's discretisation).
 
     It computes in float64 if `u` is float64, else in float32.
+
+    Parameters
+    ----------
+    u : Tensor
+        Input (b, d, t)
+    delta : Tensor
+        Step sizes (b, d, t)
+    A : Tensor
+        Decay rates (d, n), real
+    B : Tensor
+        Input matrix (b, n, t), (b, g, n, t) or (d, n)
+    C : Tensor
+        Output matrix (b, n, t), (b, g, n, t) or (d, n)
+    D : Tensor | None
+        Direct path (d,)
+    z : Tensor | None
+        Gate (b, d, t): the output is multiplied by silu(z)
+    delta_bias : Tensor | None
+        Added to `delta` (d,)
+    delta_softplus : bool
+        Pass `delta` through softplus
+    return_last_state : bool
+        Also return the last state (b, d, n), float32 or float64
+    reversed_channels : int
+        So many channels, the last ones, run from t-1 to 0: whole groups
+    initial_state : Tensor | None
+        State before the first step (b, d, n); None: zeros
+
+    Returns
+    -------
+    Tensor | tuple
+        Output (b, d, t) in the dtype of `u`; with the last state a pair
     """
     scan = by_flipping(_recurrence)
     options = delta_softplus, return_last_state, reversed_channels, initial_state
@@ -134,7 +194,22 @@ def by_group(
     b: int,  # Sequences
     t: int,  # Steps
 ) -> Tensor:  # (b, t, g, n)
-    "`B` or `C` with time first; a constant one becomes groups of a single channel."
+    """`B` or `C` with time first; a constant one becomes groups of a single channel.
+
+    Parameters
+    ----------
+    B : Tensor
+        `B` or `C` in any of its three shapes
+    b : int
+        Sequences
+    t : int
+        Steps
+
+    Returns
+    -------
+    Tensor
+        (b, t, g, n)
+    """
     if B.dim() == 2:
         return B.expand(b, t, -1, -1)  # (d, n) -> (b, t, d, n)
     return B.transpose(1, 2)[:, :, None] if B.dim() == 3 else B.permute(0, 3, 1, 2)  # -> (b, t, g, n)
@@ -243,18 +318,48 @@ def scan_by_passes(
     options: tuple,  # What both passes get before the tensors
     *arguments: Tensor | None,  # u, delta, A, B, C, D, z, delta_bias, initial_state, as for `scan_reference`
 ) -> tuple:  # Output (b, d, t) in the dtype of u, last state (b, d, n)
-    "A scan whose forward and backward pass are written by hand, for token-major tensors."
+    """A scan whose forward and backward pass are written by hand, for token-major tensors.
+
+    Parameters
+    ----------
+    passes : tuple
+        (forward, backward); `backward` gets the gradients of output and last state first
+    options : tuple
+        What both passes get before the tensors
+    *arguments : Tensor | None
+        u, delta, A, B, C, D, z, delta_bias, initial_state, as for `scan_reference`
+
+    Returns
+    -------
+    tuple
+        Output (b, d, t) in the dtype of u, last state (b, d, n)
+    """
     out, last = _Scan.apply(passes, options, *_token_major(*arguments))
     return out.transpose(1, 2).to(arguments[0].dtype), last  # (b, t, d) -> (b, d, t)
 
 # %% ../../nbs/lib/ops/01_reference.ipynb #81c22f68
 @by_flipping
-def scan_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, initial_state):
-    "`scan_reference` with a hand-written backward pass, on any device: the `torch` backend."
+def _scan_by_hand(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, initial_state):
     passes = _torch_forward, _torch_backward
     given = u, delta, A, B, C, D, z, delta_bias, initial_state
     out, last = scan_by_passes(passes, (delta_softplus,), *given)
     return (out, last) if return_last_state else out
+
+
+def scan_torch(
+    *arguments: Tensor | bool | int | None,  # As for `scan_reference`
+    **options: Tensor | bool | int | None,  # Likewise
+) -> Tensor | tuple:
+    """`scan_reference` with a hand-written backward pass, on any device: the `torch` backend.
+
+    Parameters
+    ----------
+    *arguments : Tensor | bool | int | None
+        As for `scan_reference`
+    **options : Tensor | bool | int | None
+        Likewise
+    """
+    return _scan_by_hand(*arguments, **options)
 
 # %% ../../nbs/lib/ops/01_reference.ipynb #0d5a08ad
 def conv_torch(
@@ -264,7 +369,26 @@ def conv_torch(
     activation: str | None = None,  # "silu", or "swish", which is the same; None leaves the sum as it is
     reversed_channels: int = 0,  # So many channels, the last ones, run from t-1 to 0
 ) -> Tensor:  # Output (b, d, t) in the dtype of `x`
-    "Causal depthwise convolution by torch's own `conv1d`: the `torch` backend."
+    """Causal depthwise convolution by torch's own `conv1d`: the `torch` backend.
+
+    Parameters
+    ----------
+    x : Tensor
+        Input (b, d, t)
+    weight : Tensor
+        Taps (d, width), the last one for the present step
+    bias : Tensor | None
+        Added before the activation (d,)
+    activation : str | None
+        "silu", or "swish", which is the same; None leaves the sum as it is
+    reversed_channels : int
+        So many channels, the last ones, run from t-1 to 0
+
+    Returns
+    -------
+    Tensor
+        Output (b, d, t) in the dtype of `x`
+    """
     zeros, first = weight.shape[1] - 1, len(weight) - reversed_channels
     ahead = F.pad(weight[:first], (0, zeros))
     back = F.pad(weight[first:].flip(1), (zeros, 0))
