@@ -130,7 +130,6 @@ def by_flipping(
         out, last = scan(*given, True, initial_state)
         return flip(out), last
 
-    scan_both_ways.__doc__ = scan.__doc__
     return scan_both_ways
 
 
