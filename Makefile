@@ -46,13 +46,13 @@ test-artefacts: $(READY)
 	$(BIN)/papermill --log-level ERROR --no-progress-bar -p profile smoke nbs/s5vh/retrieval.ipynb results/smoke/plain.ipynb
 	$(BIN)/s5vh-nb reproduce --all --profile smoke
 
-# the hook saves a notebook as it is committed, without what tells of this kernel; and Lab does not ask about news
+# Lab does not ask about news
 NEWS := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}
 
 lab: $(READY)  ## JupyterLab for the whole project, opened at the index
 	@mkdir -p $(VENV)/etc/jupyter/labconfig
 	@echo '$(NEWS)' > $(VENV)/etc/jupyter/labconfig/default_setting_overrides.json
-	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs/index.ipynb
+	$(BIN)/jupyter lab --config=tools/lab.py --ServerApp.root_dir="$(CURDIR)" nbs/index.ipynb
 
 expected: $(READY)  ## results/expected.csv: what the main job should give, from three seeds of it
 	$(BIN)/python tools/expected.py
@@ -63,7 +63,7 @@ readme: $(READY)  ## README.md from nbs/index.ipynb
 prepare: $(READY)  ## after editing notebooks: format, export the package, clean the notebooks, make README.md and docs/equations.md
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format --quiet .
-	$(BIN)/nbdev_export
+	$(BIN)/python tools/export.py
 	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level WARN $(wildcard nbs/s5vh/*.ipynb nbs/dmmh/*.ipynb nbs/beyond/*.ipynb)
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/readme.py

@@ -198,3 +198,19 @@ def test_missing_weights_are_named(saved):
         FileNotFoundError, match="model.safetensors: expected the weights, found no such file"
     ):
         S5VH.from_pretrained(saved)
+
+
+@both_networks
+def test_a_network_prints_as_one_line(kind):
+    "With its sizes, what differs from the default, and its weights; its parts print as torch's."
+    net, _ = network(kind)
+    shape = {
+        "videos": "S5VH, d=13, bits=16, m=16, depth=2, decoder_m=16, decoder_depth=1, mixer='Mamba'",
+        "pairs": "DMMH, di=12, dt=9, bits=16, width=16, image_hidden=16, text_hidden=1024, mixer='Mamba', "
+        "layers=2, cnn_width=8",
+    }[kind]
+    size = sum(w.numel() for w in net.parameters())
+    assert str(net) == repr(net) == f"{shape}: {size:,} weights, float32 on cpu"
+    assert repr(net.to("meta")).endswith(f"{size:,} weights, float32 on meta")
+    for part in net.children():
+        assert repr(part) == torch.nn.Module.__repr__(part)

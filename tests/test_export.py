@@ -1,19 +1,20 @@
 "Networks as programs of torch's own operations, and as ONNX files: their codes are those of the networks."
 
+import functools
 import importlib
 import io
 
 import pytest
 import torch
+from torch.export import Dim
 
 from s5vh_nb.basics.config import DMMHConfig, S5VHConfig
 from s5vh_nb.models.dmmh import DMMH
-from s5vh_nb.models.mamba import Mamba
+from s5vh_nb.models.mamba import Bidirectional, Layers, Mamba
 from s5vh_nb.models.mixers import MIXERS
 from s5vh_nb.models.s5vh import S5VH, positions
 from s5vh_nb.ops.dispatch import use_backend
 
-FREE = ("Mamba", "RetNet", "Transformer")
 without_onnx = not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime")))
 
 
@@ -37,27 +38,40 @@ def exported():
     return net, torch.export.load(file)
 
 
-SHAPES = (1, 1, 13), (3, 3, 13), (1, 40, 13), (5, 1, 13), (32, 16, 13), (16, 32, 13)
+SHAPES = (1, 1, 13), (3, 3, 13), (1, 70, 13), (5, 1, 13), (32, 16, 13), (16, 32, 13)
 
 
 def test_numbers_of_videos_and_frames_are_free(exported):
     "Also where they equal a width inside the network. A network in training mode stays in it."
-    net, program = exported
+    net, program = exported[0], exported[1].module()
     for x in map(torch.randn, SHAPES):
-        assert torch.equal(program.module()(x), net.encode(x))
+        assert torch.equal(program(x), net.encode(x))
     assert net.training
 
 
-@pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "Mamba"])
-def test_other_mixers_do_the_same_or_say_so(mixer):
-    net = videos(mixer=mixer)
-    if mixer not in FREE:
-        with pytest.raises(ValueError, match="mixer of an exported network: expected one of Mamba, RetNet"):
-            net.export_program()
-        return
-    program = net.export_program().module()
+@pytest.fixture(scope="module")
+def mixed():
+    "A network with a layer of every mixer, and its program."
+    net = videos()
+    makes = [functools.partial(make, 16) for make in MIXERS.values()]
+    net.encoder.layers = Layers(*[Bidirectional(make, directions="backward") for make in makes])
+    return net, net.export_program()
+
+
+def test_they_are_free_with_every_mixer(mixed):
+    net, program = mixed[0], mixed[1].module()
     for x in map(torch.randn, SHAPES):
         assert torch.equal(program(x), net.encode(x))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_layer_by_frames_is_the_layer(mixer):
+    "The loop of a program against chunks and kernels, also where the last chunk is short."
+    torch.manual_seed(0)
+    net, x = MIXERS[mixer](16).double(), torch.randn(2, 5, 16).double()
+    program = torch.export.export(net, (x,), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)).module()
+    for x in (torch.randn(3, 70, 16).double(), torch.randn(1, 1, 16).double()):
+        torch.testing.assert_close(program(x), net(x), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("mixer", ["LSTM", "none"])
@@ -87,10 +101,10 @@ def test_an_export_leaves_nothing_behind(exported):
 
 
 @pytest.mark.skipif(without_onnx, reason="the extra dev is not installed")
-def test_onnxruntime_computes_the_same_codes(exported, tmp_path):
+def test_onnxruntime_computes_the_same_codes(mixed, tmp_path):
     import onnxruntime
 
-    net, program = exported
+    net, program = mixed
     torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "net.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
     for x in map(torch.randn, SHAPES):

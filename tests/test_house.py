@@ -1,8 +1,11 @@
 "House rules: package and notebooks agree, imports go one way, code has one style, files are few."
 
 import ast
+import asyncio
+import copy
 import fnmatch
-import importlib.util
+import importlib
+import inspect
 import os
 import re
 import shutil
@@ -11,14 +14,19 @@ import sys
 import tempfile
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import jupyter_client
 import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
-from nbdev.clean import clean_jupyter
+from nbdev.showdoc import show_doc
+from traitlets.config import PyFileConfigLoader
 
+from s5vh_nb.basics.config import S5VHConfig
 from s5vh_nb.cli.artefacts import PAPERS, read_artefact
+from s5vh_nb.search.scores import average_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "s5vh_nb"
@@ -71,9 +79,11 @@ def remade():
         shutil.copytree(PACKAGE / "data", copy / "s5vh_nb" / "data")
         for name in ("__init__.py", "py.typed"):
             shutil.copy(PACKAGE / name, copy / "s5vh_nb")
-        for command in ("nbdev_export", "nbdev_clean"):
+        (copy / "tools").mkdir()
+        shutil.copy(ROOT / "tools" / "export.py", copy / "tools")
+        for command in ([sys.executable, "tools/export.py"], [BIN / "nbdev_clean"]):
             env = {**os.environ, "PYTHONPATH": ""}
-            subprocess.run([BIN / command], cwd=copy, check=True, capture_output=True, env=env)
+            subprocess.run(command, cwd=copy, check=True, capture_output=True, env=env)
         yield copy
 
 
@@ -89,15 +99,28 @@ def test_notebooks_are_clean(remade):
     assert not unclean, f"nbdev_clean would change {unclean} (make prepare)"
 
 
-def test_lab_saves_a_notebook_as_it_was_committed():
-    "The hook that `make lab` gives it takes off what Lab writes when a kernel has started."
-    assert "pre_save_hook=nbdev.clean.clean_jupyter" in (ROOT / "Makefile").read_text(encoding="utf-8")
-    for path in (LIBRARY[0], ARTEFACTS[0]):
-        nb = nbformat.read(path, as_version=4)
-        nb.metadata["kernelspec"]["display_name"] = "Python 3 (ipykernel)"
-        nb.metadata["language_info"] = {"name": "python", "version": "3.11.7"}
-        clean_jupyter(str(path), {"type": "notebook", "content": nb})
-        assert nbformat.writes(nb) + "\n" == path.read_text(encoding="utf-8"), name_of(path)
+def test_lab_takes_a_notebook_for_unchanged(remade, monkeypatch):
+    """Lab finds in a notebook what it writes into it once a kernel has started, so it marks nothing.
+
+    The notebook is saved as it was committed, and an artefact notebook that ran as well.
+    """
+    assert "jupyter lab --config=tools/lab.py" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    config = PyFileConfigLoader("lab.py", ROOT / "tools").load_config()
+    monkeypatch.chdir(remade)
+    files = config.ServerApp.contents_manager_class(root_dir=str(remade))
+    with jupyter_client.run_kernel(kernel_name="python3") as client:
+        info = client.kernel_info(reply=True, timeout=60)["content"]["language_info"]
+    spec = jupyter_client.kernelspec.get_kernel_spec("python3")
+    named = dict(name="python3", display_name=spec.display_name, language=spec.language)
+    for path in map(name_of, (LIBRARY[0], ARTEFACTS[0])):
+        model = asyncio.run(files.get(path))
+        nb = model["content"]
+        assert (nb.metadata.kernelspec, nb.metadata.language_info) == (named, info)
+        if path == name_of(ARTEFACTS[0]):
+            ran = next(cell for cell in nb.cells if cell.cell_type == "code")
+            ran.update(execution_count=1, outputs=[nbformat.v4.new_output("stream", text="done")])
+        asyncio.run(files.save(model, path))
+        assert (remade / path).read_bytes() == (ROOT / path).read_bytes(), path
     with_widgets = [name_of(path) for path in NOTEBOOKS if b"widget-view" in path.read_bytes()]
     assert not with_widgets, "Lab writes the numbers of widgets anew"
 
@@ -131,6 +154,147 @@ def load_tool(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
+
+
+CODE = '''class Box:
+    "A box.  # no comment"
+
+    def __init__(
+        self,
+        *sides: int,  # in cm
+        lid="\\n",  # \\n: none
+    ):
+        pass
+
+    def put(
+        self,
+        x: "Box",
+        # below the lid,
+        # not above
+        where: int | None = None,  # in cm
+        **more,  # Anything
+    ) -> list:  # What was there
+        return []
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A shape.
+
+    It has fields.
+    """
+
+    d: int = 4  # width
+
+
+def area(
+    box,  # This and all others as for `volume`
+    height: float,
+):
+    pass
+
+
+def volume(
+    box,  # From `Box`
+    height: float,  # in cm
+):
+    pass
+
+
+def _half(x):  # Anything
+    def inner(
+        y,  # Anything
+    ):
+        pass
+'''
+
+DOCSTRINGS = {
+    "Box": """A box.  # no comment
+
+Parameters
+----------
+*sides : int
+    in cm
+lid
+    \\n: none""",
+    "put": """Parameters
+----------
+x : Box
+where : int | None
+    below the lid,
+    not above
+    in cm
+**more
+    Anything
+
+Returns
+-------
+list
+    What was there""",
+    "Shape": """A shape.
+
+It has fields.
+
+Parameters
+----------
+d : int
+    width""",
+    "area": """Parameters
+----------
+box
+    From `Box`
+height : float
+    in cm""",
+}
+
+
+def test_comments_of_parameters_become_docstrings():
+    made = load_tool("export").documented(CODE)
+    found = {getattr(node, "name", ""): node for node in ast.walk(ast.parse(made))}
+    docs = {name: ast.get_docstring(node) for name, node in found.items() if hasattr(node, "body") and name}
+    assert docs == {
+        **DOCSTRINGS,
+        "volume": DOCSTRINGS["area"],
+        "__init__": None,
+        "_half": None,
+        "inner": None,
+    }
+    lines = [line.strip() for line in made.split("\n")]
+    assert [line.strip() for line in CODE.split("\n") if line.strip() not in lines] == [
+        '"A box.  # no comment"'
+    ]
+
+
+def public_functions():
+    "`(name, object)` of what the package exports, and of the methods of its classes."
+    for module in sorted(set(MODULES)):
+        for name in exported(MODULES[module]):
+            each = getattr(importlib.import_module(module), name)
+            if inspect.isfunction(each) or inspect.isclass(each):
+                yield f"{module}.{name}", each
+            if inspect.isclass(each):
+                own = {n: v for n, v in vars(each).items() if not n.startswith("_") and inspect.isfunction(v)}
+                yield from ((f"{module}.{name}.{n}", v) for n, v in own.items())
+
+
+def test_help_shows_parameters():
+    "All of every public function, class and method."
+    missing = []
+    for name, each in public_functions():
+        if inspect.isclass(each) and "__init__" not in vars(each) and not hasattr(each, "_fields"):
+            continue  # has the constructor of another class
+        wanted = [n for n in inspect.signature(each).parameters if n not in ("self", "cls", "ctx")]
+        section = inspect.cleandoc(each.__doc__ or "").partition("Parameters\n")[2]
+        documented = re.findall(r"^\*{0,2}(\w+)(?: : .+)?$", section, re.MULTILINE)
+        missing += [f"{name}: {n}" for n in wanted if n not in documented]
+    assert not missing, "\n".join(missing)
+
+
+def test_documentation_shows_parameters_once():
+    "nbdev reads the comments in the source, too."
+    for each, text in ((average_precision, "Cuts N of 1..n"), (S5VHConfig, "width of a frame feature")):
+        page = show_doc(each)._repr_markdown_()
+        assert (each.__doc__.count(text), page.count(text), page.count("Parameters")) == (1, 1, 0)
 
 
 def test_equations_are_current():
@@ -286,6 +450,43 @@ def test_package_needs_no_development_tools():
         m for m, tree in MODULES.items() for name in imports(tree, m) if name and name.split(".")[0] in tools
     }
     assert not needing
+
+
+def distributions(requirements):
+    "The names of required distributions, as pip compares them."
+    return {re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", text)[0]).lower() for text in requirements}
+
+
+class Needed(ast.NodeTransformer):
+    "Code without what it only tries to import."
+
+    def visit_Try(self, node):
+        if any(handler.type and "ImportError" in ast.unparse(handler.type) for handler in node.handlers):
+            node.body = [ast.Pass()]
+        return self.generic_visit(node)
+
+
+def undeclared(trees, requirements):
+    "`{package: places}` of what code needs and no requirement names."
+    found, known, installed = {}, distributions(requirements), packages_distributions()
+    for where, tree in trees:
+        for name in imports(Needed().visit(copy.deepcopy(tree)), "s5vh_nb.wing.module"):
+            first = (name or "s5vh_nb").partition(".")[0]
+            ours = first == "s5vh_nb" or first in sys.stdlib_module_names or first in {p.stem for p in TESTS}
+            if not ours and not known & distributions(installed.get(first, [first])):
+                found.setdefault(first, set()).add(where)
+    return found
+
+
+def test_imported_packages_are_declared():
+    "Also those that come with another package. A notebook of nbs/data installs what it needs by itself."
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    needed = PYPROJECT["project"]["dependencies"]
+    assert not undeclared(MODULES.items(), needed + extras["gpu"])
+    notebooks = [path for path in NOTEBOOKS if path.parent.name != "data"]
+    assert not undeclared(code(notebooks, SCRIPTS + TESTS), needed + extras["gpu"] + extras["dev"])
+    tree = ast.parse("import sklearn, made_up\ntry:\n    import rare\nexcept ImportError:\n    import dear")
+    assert set(undeclared([("here", tree)], ["scikit-learn>=1.5"])) == {"made_up", "dear"}
 
 
 def test_package_works_without_a_folder_for_compiled_code():

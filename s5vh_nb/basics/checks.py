@@ -17,7 +17,21 @@ def check(
     found,  # What was there instead
     error: type = ValueError,  # The exception class to raise
 ):
-    "Raise `error` with the text `where: expected ..., found ...` unless `ok`."
+    """Raise `error` with the text `where: expected ..., found ...` unless `ok`.
+
+    Parameters
+    ----------
+    ok : bool
+        The condition that must hold
+    where : str
+        The file, key or parameter at fault
+    expected : str
+        What would have been right
+    found
+        What was there instead
+    error : type
+        The exception class to raise
+    """
     if not ok:
         raise error(f"{where}: expected {expected}, found {found}")
 
@@ -25,7 +39,13 @@ def check(
 def is_whole(
     value,  # Anything
 ) -> bool:
-    "Whether `value` is a whole number, of Python or numpy; `True` and `False` are not."
+    """Whether `value` is a whole number, of Python or numpy; `True` and `False` are not.
+
+    Parameters
+    ----------
+    value
+        Anything
+    """
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 # %% ../../nbs/lib/basics/00_checks.ipynb #fbb1f521
@@ -34,7 +54,17 @@ def known(
     names,  # The names there are
     where: str,  # The parameter, for the message
 ) -> str:
-    "`name`, which must be one of `names`; else a `ValueError` that lists them and suggests the closest one."
+    """`name`, which must be one of `names`; else a `ValueError` that lists them and suggests the closest one.
+
+    Parameters
+    ----------
+    name : str
+        The name that was asked for
+    names
+        The names there are
+    where : str
+        The parameter, for the message
+    """
     names = list(names)
     close = difflib.get_close_matches(str(name), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
@@ -50,6 +80,15 @@ def parse_list(
     """The parameter as a list of whole numbers or of names.
 
     `TypeError` for entries of another type, `ValueError` for no entry, an empty or a repeated one.
+
+    Parameters
+    ----------
+    value
+        None, one value, a list, or text with commas
+    default
+        The list that None stands for; its type decides between whole numbers and names
+    where : str
+        The parameter, for the message
     """
     default = list(default)
     if value is None:

@@ -26,7 +26,12 @@ def _check_types(config):
 
 
 def check_bits(bits: int):
-    "`ValueError` unless a positive whole number."
+    """`ValueError` unless a positive whole number.
+
+    Parameters
+    ----------
+    bits : int
+    """
     check(is_whole(bits) and bits > 0, "bits", "a positive whole number", repr(bits))
 
 
@@ -34,7 +39,15 @@ def bits_of(
     size: int,  # Bytes of a packed code
     bits: int | None = None,  # How many of its bits count; None: all
 ) -> int:
-    "The length k of packed codes; `ValueError` unless `bits` fit into these bytes and need all of them."
+    """The length k of packed codes; `ValueError` unless `bits` fit into these bytes and need all of them.
+
+    Parameters
+    ----------
+    size : int
+        Bytes of a packed code
+    bits : int | None
+        How many of its bits count; None: all
+    """
     if bits is None:
         return 8 * size
     check_bits(bits)
@@ -55,7 +68,17 @@ def check_config(
     where: str,  # The parameter, for the message
     *kinds: type,  # Classes that it may have; none: any dataclass
 ):
-    "`TypeError` unless `config` is a configuration; a dictionary is told what makes one of it."
+    """`TypeError` unless `config` is a configuration; a dictionary is told what makes one of it.
+
+    Parameters
+    ----------
+    config
+        Anything
+    where : str
+        The parameter, for the message
+    *kinds : type
+        Classes that it may have; none: any dataclass
+    """
     made = dataclasses.is_dataclass(config) and not isinstance(config, type)
     found = repr(config) if isinstance(config, type) else type(config).__name__
     found += " (`from_dict` makes a configuration of what `to_dict` gave)" * isinstance(config, dict)
@@ -68,7 +91,37 @@ _DEPTHS = {"mini": 1, "small": 6, "base": 12}  # the paper's three encoder sizes
 
 @dataclass(frozen=True)
 class S5VHConfig:
-    "Shape of the S5VH network (S5VH, Method: encoder, hash layer, decoder)."
+    """Shape of the S5VH network (S5VH, Method: encoder, hash layer, decoder).
+
+    Parameters
+    ----------
+    d : int
+        width of a frame feature
+    bits : int
+        k, of any length
+    m : int
+        width of the encoder
+    depth : int
+        bidirectional layers of the encoder
+    decoder_m : int
+        width of the decoder
+    decoder_depth : int
+        bidirectional layers of the decoder
+    mixer : str
+        temporal layer: a name of `models.mixers.MIXERS`
+    directions : str
+        "both", "forward" or "backward" in time
+    tied : bool
+        one set of weights for both directions (as the released code runs)
+    relaxation : str
+        training codes: "sign" (straight-through) or "tanh"
+    drop_path : float
+        stochastic depth: probability to drop the last of several encoder layers, in [0, 1) (the released code)
+    start : str
+        first weights: "mamba", each mixer's own, or "released", all Xavier without biases
+    frozen : bool
+        mixers keep their random weights (the released code draws those of the rivals anew in every pass)
+    """
 
     d: int = 4096  # width of a frame feature
     bits: int = 64  # k, of any length
@@ -105,7 +158,40 @@ class S5VHConfig:
 # %% ../../nbs/lib/basics/03_config.ipynb #d1e95bc1
 @dataclass(frozen=True)
 class SLGConfig:
-    "S5VH's self-local-global objective (S5VH, Learning; values of UCF101)."
+    """S5VH's self-local-global objective (S5VH, Learning; values of UCF101).
+
+    Parameters
+    ----------
+    reconstruction : float
+        weight of L_TR; the paper has 1, its ablation 0
+    alpha : float
+        weight of L_CL, the contrast between the views
+    beta : float
+        weight of L_CA, the alignment to the centers
+    mask_ratio : float
+        share of frames that a view does not see
+    tau_plus : float
+        class prior of the debiased contrast
+    temperature : float
+        of the contrast
+    n_centers : int
+        c
+    pca : int
+        dimensions kept before k-means
+    centers : str
+        "semantic", "plain" (no semantic term), "hadamard" (start only), "random"; `learning.resolve` sets
+        "file:<digest>" for centers from a file
+    centers_in_loss : bool
+        logits from the centers; False: from a trainable Linear, as the released code runs
+    labels_follow_centers : bool
+        label i means center i; False: labels of a second k-means, as the released code runs
+    warmup : int
+        epochs before the soft labels start to move
+    refresh : float
+        share of the new prediction in a soft label, per step; 0 keeps the labels
+    refresh_with_norm : bool
+        the refresh uses LayerNorm and temperature as training does; False: neither, as the released code runs
+    """
 
     reconstruction: float = 1.0  # weight of L_TR; the paper has 1, its ablation 0
     alpha: float = 1.0  # weight of L_CL, the contrast between the views
@@ -150,7 +236,41 @@ class SLGConfig:
 # %% ../../nbs/lib/basics/03_config.ipynb #77acbd2f
 @dataclass(frozen=True)
 class DMMHConfig:
-    "Shape of the DMMH network (DMMH, section 2); all values [inferred]."
+    """Shape of the DMMH network (DMMH, section 2); all values [inferred].
+
+    Parameters
+    ----------
+    di : int
+        width of an image feature
+    dt : int
+        width of a text feature
+    bits : int
+        k, of any length
+    width : int
+        m, width of a token
+    image_hidden : int
+        hidden width of the image's MLP
+    text_hidden : int
+        hidden width of the text's MLP
+    modality : str
+        "both", "image" or "text": what it learns from
+    dilation : str
+        a vector becomes k tokens: by weights per "bit", a shared "bottleneck", a "reshape"; "none" leaves one
+    positions : bool
+        sinusoidal positions on the tokens
+    dropout : float
+        after the dilation
+    mixer : str
+        a name of `models.mixers.MIXERS`, or "none"
+    directions : str
+        "forward" or "both" along the tokens
+    layers : int
+        mixer layers per modality
+    fusion : str
+        of the modalities: "sum", "concat" or "gate"
+    cnn_width : int
+        hidden width per bit of the CNN; 0 leaves the CNN out
+    """
 
     di: int = 4096  # width of an image feature
     dt: int = 1386  # width of a text feature
@@ -195,7 +315,19 @@ class DMMHConfig:
 
 @dataclass(frozen=True)
 class MetricConfig:
-    "The supervised objective of DMMH's sister works; the paper states none [inferred]."
+    """The supervised objective of DMMH's sister works; the paper states none [inferred].
+
+    Parameters
+    ----------
+    n_classes : int
+        labels
+    similarity : float
+        weight of MSE(hn hn^T, S)
+    classification : float
+        weight of MSE(sigmoid(Linear(h)), Y)
+    quantization : float
+        weight of MSE(h, sign h); 0.01 where a sister work has it
+    """
 
     n_classes: int = 24  # labels
     similarity: float = 1.0  # weight of MSE(hn hn^T, S)
@@ -222,22 +354,50 @@ class MetricConfig:
 # %% ../../nbs/lib/basics/03_config.ipynb #cce016a5
 @dataclass(frozen=True)
 class TrainConfig:
-    "One training run: data, seed, schedule, and a network with its objective (S5VH, Implementation details)."
+    """One training run: data, seed, schedule, and a network with its objective (S5VH, Implementation details).
+
+    Parameters
+    ----------
+    dataset : str
+        a name that `datasets.load` knows
+    seed : int
+        of everything random
+    epochs : int
+        passes over the training items
+    share : float
+        of the training items; below 1 a random part, drawn by the seed
+    batch : int
+        items of a step
+    lr : float
+        learning rate of the first epoch
+    lr_end : float
+        what it falls to, along a cosine
+    weight_decay : float
+        of AdamW
+    precision : str
+        matrix products on a GPU: "float32", "tf32" (19 bits in, 32 out), or "bfloat16" autocast
+    evaluate_every : int
+        epochs between two evaluations during training, for curves; 0: none. Nothing is chosen by them
+    model : S5VHConfig | DMMHConfig
+        the network
+    objective : SLGConfig | MetricConfig
+        what it minimises
+    """
 
     dataset: str = "spoken-digits"  # a name that `datasets.load` knows
-    seed: int = 1
-    epochs: int = 350
+    seed: int = 1  # of everything random
+    epochs: int = 350  # passes over the training items
     share: float = 1.0  # of the training items; below 1 a random part, drawn by the seed
-    batch: int = 128
-    lr: float = 5e-4
-    lr_end: float = 1e-5
-    weight_decay: float = 1e-4
+    batch: int = 128  # items of a step
+    lr: float = 5e-4  # learning rate of the first epoch
+    lr_end: float = 1e-5  # what it falls to, along a cosine
+    weight_decay: float = 1e-4  # of AdamW
     # matrix products on a GPU: "float32", "tf32" (19 bits in, 32 out), or "bfloat16" autocast
     precision: str = "tf32"
     # epochs between two evaluations during training, for curves; 0: none. Nothing is chosen by them
     evaluate_every: int = 0
-    model: S5VHConfig | DMMHConfig = field(default_factory=S5VHConfig)
-    objective: SLGConfig | MetricConfig = field(default_factory=SLGConfig)
+    model: S5VHConfig | DMMHConfig = field(default_factory=S5VHConfig)  # the network
+    objective: SLGConfig | MetricConfig = field(default_factory=SLGConfig)  # what it minimises
 
     def __post_init__(self):
         _check_types(self)
@@ -276,7 +436,15 @@ def replace(
     config,  # A `TrainConfig`, or any dataclass whose parts are dataclasses
     **changes,  # Fields of it or of its parts
 ):
-    "`config` with the fields in `changes` replaced, in whichever part they live; unknown names are an error."
+    """`config` with the fields in `changes` replaced, in whichever part they live; unknown names are an error.
+
+    Parameters
+    ----------
+    config
+        A `TrainConfig`, or any dataclass whose parts are dataclasses
+    **changes
+        Fields of it or of its parts
+    """
     check_config(config, "config")
     own = [f.name for f in dataclasses.fields(config)]
     homes = {f.name: part for part in _parts(config) for f in dataclasses.fields(getattr(config, part))}
@@ -311,21 +479,45 @@ PAIR_VARIANTS = {  # rows of paper 2's tables, by what they change in DMMH
 }
 
 
-def variant(config: TrainConfig, name: str) -> TrainConfig:  # "paper", "released", "conmh" or "ssth"
-    "`config` with the settings of a variant."
+def variant(
+    config: TrainConfig,
+    name: str,  # "paper", "released", "conmh" or "ssth"
+) -> TrainConfig:
+    """`config` with the settings of a variant.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    name : str
+        "paper", "released", "conmh" or "ssth"
+    """
     return replace(config, **VARIANTS[known(name, VARIANTS, "variant")])
 
 # %% ../../nbs/lib/basics/03_config.ipynb #1d2922f9
 @dataclass(frozen=True)
 class BaselineConfig:
-    "A hash function that is fitted, not trained by gradient."
+    """A hash function that is fitted, not trained by gradient.
 
-    dataset: str = "spoken-digits"
+    Parameters
+    ----------
+    dataset : str
+        a name that `datasets.load` knows
+    method : str
+        a method of `models.baselines.fit_baseline`
+    view : str
+        of a video: "mean" over time, or "flat", the frames side by side; of an image-text pair: "pair"
+    bits : int
+        k, of any length
+    seed : int
+        of everything random
+    """
+
+    dataset: str = "spoken-digits"  # a name that `datasets.load` knows
     method: str = "itq"  # a method of `models.baselines.fit_baseline`
     # of a video: "mean" over time, or "flat", the frames side by side; of an image-text pair: "pair"
     view: str = "mean"
-    bits: int = 64
-    seed: int = 1
+    bits: int = 64  # k, of any length
+    seed: int = 1  # of everything random
 
     def __post_init__(self):
         _check_types(self)
@@ -335,7 +527,15 @@ class BaselineConfig:
 # %% ../../nbs/lib/basics/03_config.ipynb #d14a4642
 @dataclass(frozen=True)
 class TransferConfig:
-    "A run whose codes are of another data set than it learnt from (S5VH, transfer)."
+    """A run whose codes are of another data set than it learnt from (S5VH, transfer).
+
+    Parameters
+    ----------
+    dataset : str
+        what is indexed and searched
+    source : TrainConfig | BaselineConfig
+        the run that learns
+    """
 
     dataset: str  # what is indexed and searched
     source: TrainConfig | BaselineConfig  # the run that learns
@@ -356,7 +556,12 @@ KINDS = {
 
 
 def to_dict(config) -> dict:
-    "A configuration as nested plain values, each part with its `kind`."
+    """A configuration as nested plain values, each part with its `kind`.
+
+    Parameters
+    ----------
+    config
+    """
     check_config(config, "config")
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     return {
@@ -369,7 +574,15 @@ def from_dict(
     values: dict,  # What `to_dict` made
     where: str = "configuration",  # The file it came from, for messages
 ):
-    "The configuration that `to_dict` was given; unknown kinds and fields are an error."
+    """The configuration that `to_dict` was given; unknown kinds and fields are an error.
+
+    Parameters
+    ----------
+    values : dict
+        What `to_dict` made
+    where : str
+        The file it came from, for messages
+    """
     check(isinstance(values, dict), where, "a dictionary of `to_dict`", type(values).__name__, TypeError)
     cls = KINDS[known(values.get("kind"), KINDS, f"{where}, kind")]
     parts = {k: from_dict(v, where) if isinstance(v, dict) else v for k, v in values.items() if k != "kind"}

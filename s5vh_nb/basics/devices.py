@@ -25,6 +25,10 @@ def pick_device(
     """The device to run on; a GPU chosen by number becomes torch's current one.
 
     `TypeError` for anything but text, a `torch.device` and None, `ValueError` for a device that is not here.
+
+    Parameters
+    ----------
+    device : Device
     """
     if device is None or device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +59,12 @@ _CONTAINER = (  # files with the bytes that a Linux container allows, by version
 def free_memory(
     device: torch.device,
 ) -> int:
-    "Bytes that this process can still get there: on a GPU what is free, on a CPU what its limits leave."
+    """Bytes that this process can still get there: on a GPU what is free, on a CPU what its limits leave.
+
+    Parameters
+    ----------
+    device : torch.device
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     process, free = psutil.Process(), [psutil.virtual_memory().available]
@@ -73,7 +82,13 @@ def free_memory(
 def as_tensor(
     x: np.ndarray | torch.Tensor,  # Of any shape and number type
 ) -> torch.Tensor:
-    "`x` as a tensor of the same numbers and shape, without a copy where that is possible."
+    """`x` as a tensor of the same numbers and shape, without a copy where that is possible.
+
+    Parameters
+    ----------
+    x : np.ndarray | torch.Tensor
+        Of any shape and number type
+    """
     if isinstance(x, np.ndarray):
         x = np.asarray(x, x.dtype.newbyteorder("="), order="C")
     return torch.as_tensor(x)
@@ -84,7 +99,17 @@ def as_array(
     where: str,  # The parameter, for the message
     dtype=None,  # Of the result; None: that of `x`, float32 for bfloat16
 ) -> np.ndarray:
-    "`x` as an array of the same shape; `TypeError` or `ValueError` naming `where` if numpy can't make one."
+    """`x` as an array of the same shape; `TypeError` or `ValueError` naming `where` if numpy can't make one.
+
+    Parameters
+    ----------
+    x
+        An array, a tensor of any device, a table, or lists
+    where : str
+        The parameter, for the message
+    dtype
+        Of the result; None: that of `x`, float32 for bfloat16
+    """
     if isinstance(x, torch.Tensor):
         x = x.detach().cpu()
         x = x.float() if x.dtype == torch.bfloat16 else x
@@ -99,7 +124,17 @@ def jit(
     *signatures,  # Types of its arguments, where they are known before the first call
     **options,  # Of `numba.njit`, without `cache`
 ):
-    "The function as machine code, kept on the disk where there is a folder that can be written to."
+    """The function as machine code, kept on the disk where there is a folder that can be written to.
+
+    Parameters
+    ----------
+    function
+        To compile
+    *signatures
+        Types of its arguments, where they are known before the first call
+    **options
+        Of `numba.njit`, without `cache`
+    """
     try:
         return numba.njit(*signatures, cache=function.__module__ != "__main__", **options)(function)
     except RuntimeError:  # no folder for a cache

@@ -19,7 +19,13 @@ from .checks import check
 def user_path(
     path: str | Path,  # As a user gives it
 ) -> Path:
-    "The path, where `~` at its start is the home folder."
+    """The path, where `~` at its start is the home folder.
+
+    Parameters
+    ----------
+    path : str | Path
+        As a user gives it
+    """
     return Path(os.path.expanduser(path))
 
 # %% ../../nbs/lib/basics/01_files.ipynb #1fe8a7d9
@@ -45,7 +51,13 @@ def _temporary_beside(path: Path) -> Path:
 def atomic_write(
     path: str | Path,  # The file to create or replace; its folder is made when missing
 ):
-    "Yield a temporary `Path` beside `path` that replaces it at the end; after an error `path` is unchanged."
+    """Yield a temporary `Path` beside `path` that replaces it at the end; after an error `path` is unchanged.
+
+    Parameters
+    ----------
+    path : str | Path
+        The file to create or replace; its folder is made when missing
+    """
     path = user_path(path)
     tmp = _temporary_beside(path)
     try:
@@ -66,7 +78,13 @@ def atomic_write(
 def check_writable(
     path: str | Path,  # A file to be written later; its folder is made when missing
 ):
-    "`OSError` naming `path` unless it can be written, `ValueError` for a folder: known before hours of work."
+    """`OSError` naming `path` unless it can be written, `ValueError` for a folder: known before hours of work.
+
+    Parameters
+    ----------
+    path : str | Path
+        A file to be written later; its folder is made when missing
+    """
     path = user_path(path)
     _temporary_beside(path).unlink()
     check(not path.is_dir(), str(path), "the name of a file", "a folder")
@@ -76,7 +94,14 @@ def write_text(
     path: str | Path,  # The file to create or replace; its folder is made when missing
     text: str,
 ):
-    "Write `text` as UTF-8, whole or not at all."
+    """Write `text` as UTF-8, whole or not at all.
+
+    Parameters
+    ----------
+    path : str | Path
+        The file to create or replace; its folder is made when missing
+    text : str
+    """
     with atomic_write(path) as tmp:
         tmp.write_text(text, encoding="utf-8", newline="\n")
 
@@ -92,7 +117,13 @@ def _is_checkout(folder: Path) -> bool:
 def find_root(
     root: str | Path | None = None,  # The project's folder; None looks for it
 ) -> Path:
-    "The absolute path of the folder with `results`, `figures` and `nbs`; `FileNotFoundError` without one."
+    """The absolute path of the folder with `results`, `figures` and `nbs`; `FileNotFoundError` without one.
+
+    Parameters
+    ----------
+    root : str | Path | None
+        The project's folder; None looks for it
+    """
     if root is not None:
         return user_path(root).absolute()
     here = Path.cwd()

@@ -56,7 +56,17 @@ def train_config(
     profile: str = "quick",  # "smoke", "quick", "full" or "paper"
     **changes,  # Fields to set on top, e.g. `bits=16, seed=2, beta=0.0`
 ) -> TrainConfig:
-    "A data set's configuration: the paper's values, then the profile's, then `changes`."
+    """A data set's configuration: the paper's values, then the profile's, then `changes`.
+
+    Parameters
+    ----------
+    dataset : str
+        A name that `datasets.catalog.load` knows
+    profile : str
+        "smoke", "quick", "full" or "paper"
+    **changes
+        Fields to set on top, e.g. `bits=16, seed=2, beta=0.0`
+    """
     name = dataset.removeprefix("synthetic-like:")
     known(profile, PROFILES, "profile")
     if name in _PAIR_DATASETS:

@@ -23,7 +23,25 @@ PAPERS = ("s5vh", "dmmh", "beyond")  # folders of nbs/ with artefact notebooks, 
 
 @dataclass(frozen=True)
 class Artefact:
-    "What an artefact notebook says about itself."
+    """What an artefact notebook says about itself.
+
+    Parameters
+    ----------
+    path : Path
+        the notebook, <root>/nbs/<paper>/<stem>.ipynb
+    title : str
+        the first heading
+    summary : str
+        the sentence quoted below it
+    parameters : dict
+        name -> default value as it is written
+    default : bool
+        whether it is part of the main job
+    tables : tuple
+        names given to save_table
+    figures : tuple
+        names given to save_figure
+    """
 
     path: Path  # the notebook, <root>/nbs/<paper>/<stem>.ipynb
     title: str  # the first heading
@@ -57,7 +75,13 @@ class Artefact:
 def heading(
     nb,  # A notebook
 ) -> tuple:
-    "`(title, summary)`: the first heading and the sentence quoted below it; empty text where there is none."
+    """`(title, summary)`: the first heading and the sentence quoted below it; empty text where there is none.
+
+    Parameters
+    ----------
+    nb
+        A notebook
+    """
     text = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
     title = re.search(r"^# +(.+)$", text, re.MULTILINE)
     quoted = re.search(r"(^>.*$\n?)+", text, re.MULTILINE)
@@ -86,7 +110,13 @@ def _outputs(
 def read_artefact(
     path: str | Path,  # An artefact notebook
 ) -> Artefact:
-    "What the notebook says; a `ValueError` names it when it has no title or no `parameters` cell."
+    """What the notebook says; a `ValueError` names it when it has no title or no `parameters` cell.
+
+    Parameters
+    ----------
+    path : str | Path
+        An artefact notebook
+    """
     path = Path(path).absolute()
     nb = nbformat.read(path, as_version=4)
     title, summary = heading(nb)
@@ -108,7 +138,13 @@ def read_artefact(
 def artefacts(
     root: str | Path | None = None,  # The project's folder; see `find_root`
 ) -> list:
-    "All artefacts of the project, paper by paper; `FileNotFoundError` when there is none."
+    """All artefacts of the project, paper by paper; `FileNotFoundError` when there is none.
+
+    Parameters
+    ----------
+    root : str | Path | None
+        The project's folder; see `find_root`
+    """
     notebooks = find_root(root) / "nbs"
     paths = [path for paper in PAPERS for path in sorted((notebooks / paper).glob("*.ipynb"))]
     folders = f"artefact notebooks in one of the folders {', '.join(PAPERS)}"
@@ -122,7 +158,17 @@ def select(
     everything: bool = False,  # All artefacts, whatever the names
     root: str | Path | None = None,  # The project's folder; see `find_root`
 ) -> list:
-    "The chosen artefacts in the order of `artefacts`; an unknown name is a `ValueError`."
+    """The chosen artefacts in the order of `artefacts`; an unknown name is a `ValueError`.
+
+    Parameters
+    ----------
+    names : list
+        Artefacts by `paper/stem` or by stem alone; empty for those of the main job
+    everything : bool
+        All artefacts, whatever the names
+    root : str | Path | None
+        The project's folder; see `find_root`
+    """
     found = artefacts(root)
     for name in names:
         known(name, [a.name if "/" in name else a.stem for a in found], "artefact")

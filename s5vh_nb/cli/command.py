@@ -36,7 +36,15 @@ def run_all(
     chosen: list,  # Artefacts
     given: dict,  # Parameters as typed; has `profile`
 ) -> dict:
-    "Run the notebooks one after the other and print a summary; returns the failures by artefact name."
+    """Run the notebooks one after the other and print a summary; returns the failures by artefact name.
+
+    Parameters
+    ----------
+    chosen : list
+        Artefacts
+    given : dict
+        Parameters as typed; has `profile`
+    """
     profile = known(given["profile"], PROFILES, "profile")
     jobs = [(artefact, parameters_for(artefact.parameters, given, artefact.name)) for artefact in chosen]
     for artefact in chosen[:1]:
@@ -170,7 +178,13 @@ def _dispatch(args) -> int:
 def main(
     argv: list | None = None,  # The command's words; None takes those of the shell
 ) -> int:
-    "The command `s5vh-nb`; returns its exit status."
+    """The command `s5vh-nb`; returns its exit status.
+
+    Parameters
+    ----------
+    argv : list | None
+        The command's words; None takes those of the shell
+    """
     args = _parser().parse_args(argv)
     try:
         return _dispatch(args)

@@ -44,7 +44,17 @@ def shareable(
     root: Path,  # The project's folder
     data_root: str | None = None,  # The data folder given as a parameter
 ) -> str:
-    "The notebook as text without clock times and folders of this machine: equal results give equal text."
+    """The notebook as text without clock times and folders of this machine: equal results give equal text.
+
+    Parameters
+    ----------
+    nb
+        An executed notebook; its metadata are changed
+    root : Path
+        The project's folder
+    data_root : str | None
+        The data folder given as a parameter
+    """
     for cell in nb.cells:
         tags = cell.metadata.get("tags", [])
         cell.metadata = nbformat.from_dict({"tags": tags})
@@ -91,7 +101,13 @@ def _shrink_pictures(
 def environment(
     **variables,  # Name = text
 ):
-    "Set environment variables for a while; kernels and other processes started meanwhile inherit them."
+    """Set environment variables for a while; kernels and other processes started meanwhile inherit them.
+
+    Parameters
+    ----------
+    **variables
+        Name = text
+    """
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -151,7 +167,13 @@ def _first_failure(
 
 
 def executed_path(artefact: Artefact, profile: str) -> Path:
-    "Where the executed copy is kept: `results/<profile>/executed/<paper>_<stem>.ipynb`."
+    """Where the executed copy is kept: `results/<profile>/executed/<paper>_<stem>.ipynb`.
+
+    Parameters
+    ----------
+    artefact : Artefact
+    profile : str
+    """
     folder = folder_of(artefact.root, "results", profile) / "executed"
     return folder / f"{artefact.paper}_{artefact.stem}.ipynb"
 
@@ -183,7 +205,13 @@ def _executed(artefact: Artefact, parameters: dict) -> tuple:
 
 
 def last_words(artefact: Artefact, profile: str) -> list:
-    "The lines that the last cell of the executed copy printed."
+    """The lines that the last cell of the executed copy printed.
+
+    Parameters
+    ----------
+    artefact : Artefact
+    profile : str
+    """
     code = [c for c in nbformat.read(executed_path(artefact, profile), 4).cells if c.cell_type == "code"]
     return "".join(output.get("text", "") for output in code[-1].outputs).splitlines()
 
@@ -195,6 +223,12 @@ def execute(
     """Run a notebook and keep its executed copy, `*.failed.ipynb` when a cell fails.
 
     Returns None when all went well, else one line on what failed; a copy that can't be written counts, too.
+
+    Parameters
+    ----------
+    artefact : Artefact
+    parameters : dict
+        Name -> value; has at least `profile`
     """
     out, failure = executed_path(artefact, parameters["profile"]), None
     failed = out.with_suffix(".failed.ipynb")

@@ -31,7 +31,13 @@ def _parse_value(
 def parse_pairs(
     pairs: list,  # Words such as "bits=16,64"
 ) -> dict:
-    "Name -> value as typed, the last one of a repeated name; `ValueError` for a word without `=`."
+    """Name -> value as typed, the last one of a repeated name; `ValueError` for a word without `=`.
+
+    Parameters
+    ----------
+    pairs : list
+        Words such as "bits=16,64"
+    """
     split = [pair.partition("=") for pair in pairs]
     for name, sign, _ in split:
         check(sign == "=", "-p", "NAME=VALUE", repr(name))
@@ -43,7 +49,17 @@ def parameters_for(
     given: dict,  # Name -> value as typed
     where: str,  # The notebook, for the message
 ) -> dict:
-    "Name -> Python value; `ValueError` for a name that the notebook does not have."
+    """Name -> Python value; `ValueError` for a name that the notebook does not have.
+
+    Parameters
+    ----------
+    names
+        The parameters that the notebook has
+    given : dict
+        Name -> value as typed
+    where : str
+        The notebook, for the message
+    """
     for name in given:
         known(name, names, f"parameter of {where}")
     return {name: _parse_value(name, text) for name, text in given.items()}

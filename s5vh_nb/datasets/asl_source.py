@@ -109,6 +109,11 @@ def sign_arrays(
     """The file's arrays: `frames` (n, t, 112) float16, `label`, `words`, `signer`, `session`, `sequence`.
 
     `ValueError` for a folder that is no clone, or one without the commit or its history.
+
+    Parameters
+    ----------
+    clone : str | Path
+        A git clone of the repository, bare or not
     """
     clone = user_path(clone)
     _check_clone(clone)
@@ -144,6 +149,13 @@ def get_asl_words(
     """Make the file of asl-words, whole and checked, or none; returns its path.
 
     `ValueError` for a clone that is another, `OSError` without git, network, or a folder to write to.
+
+    Parameters
+    ----------
+    folder : str | Path
+        Where the file goes; made when missing
+    clone : str | Path | None
+        A git clone of the repository; None clones it, some 280 MB
     """
     check(shutil.which("git"), "git", "the command on this machine's PATH", "none", FileNotFoundError)
     path = user_path(folder) / FILE

@@ -31,6 +31,11 @@ def asl_words(
     """Signed words, t=20, d=112, 14 classes: 1830 train = database (one signer), 1363 queries (two others).
 
     `ValueError` naming the file when its content is another, `FileNotFoundError` when it is not there.
+
+    Parameters
+    ----------
+    folder : str | Path
+        With asl_words.npz
     """
     path = user_path(folder) / FILE
     expected = "the file that `s5vh-nb get asl-words` makes"
@@ -73,7 +78,17 @@ def draw_signs(
     ax: Axes,  # Where the strip is drawn
     n: int = 5,  # Figures, evenly spaced in time
 ):
-    "One recording as a strip of stick figures, time to the right; what MediaPipe has not seen is not drawn."
+    """One recording as a strip of stick figures, time to the right; what MediaPipe has not seen is not drawn.
+
+    Parameters
+    ----------
+    frames : np.ndarray
+        (frames, 112) as in the file: video i is `np.load(path)["frames"][split.ids[i]]`
+    ax : Axes
+        Where the strip is drawn
+    n : int
+        Figures, evenly spaced in time
+    """
     chosen = np.linspace(0, len(frames) - 1, n).round().astype(int)
     points = np.asarray(frames, np.float64)[chosen].reshape(n, -1, 2)  # (n, 56, 2)
     shifted = points + np.stack([_STEP * np.arange(n), np.zeros(n)], axis=1)[:, None]

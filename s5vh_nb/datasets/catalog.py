@@ -110,7 +110,15 @@ def is_there(
     name: str,  # A row of CATALOG
     root: str | Path | None = None,  # The data root
 ) -> bool:
-    "Whether `load` would find the set."
+    """Whether `load` would find the set.
+
+    Parameters
+    ----------
+    name : str
+        A row of CATALOG
+    root : str | Path | None
+        The data root
+    """
     try:
         return not CATALOG[name].files or bool(_find_folder(name, root))
     except (ValueError, FileNotFoundError):  # no data root, or not below it
@@ -142,6 +150,13 @@ def load(
     """The data set called `name`; all callers share its arrays, so do not write to them.
 
     `ValueError` for an unknown name or a missing root, `FileNotFoundError` where the files are not there.
+
+    Parameters
+    ----------
+    name : str
+        A row of CATALOG, e.g. "spoken-digits"
+    root : str | Path | None
+        The data root, for sets with files; None: that of the environment
     """
     entry = CATALOG[known(name, CATALOG, "dataset")]
     if not entry.files:
@@ -154,7 +169,15 @@ def available(
     kind: str,  # "videos" or "pairs"
     root: str | Path | None,  # The data root
 ) -> list:
-    "The papers' sets of this kind whose files are below the root; `ValueError` when there is none."
+    """The papers' sets of this kind whose files are below the root; `ValueError` when there is none.
+
+    Parameters
+    ----------
+    kind : str
+        "videos" or "pairs"
+    root : str | Path | None
+        The data root
+    """
     names = [name for name, entry in CATALOG.items() if entry.kind == kind and entry.source == "files"]
     found = [name for name in names if is_there(name, root)]
     wanted = f"a folder with the files of at least one of {', '.join(names)}"
@@ -164,7 +187,17 @@ def available(
 
 @dataclass(frozen=True)
 class Described:
-    "What a record tells of the data set that it needs, where the set's file is not there."
+    """What a record tells of the data set that it needs, where the set's file is not there.
+
+    Parameters
+    ----------
+    name : str
+    kind : str
+    widths : dict
+        see `Dataset.widths`
+    fingerprint : str
+    folder : None
+    """
 
     name: str
     kind: str
@@ -177,7 +210,15 @@ def describe(
     name: str,  # A row of CATALOG
     root: str | Path | None = None,  # The data root
 ) -> Dataset | Described:
-    "The data set, or its description where it is not there but can be only one; errors are those of `load`."
+    """The data set, or its description where it is not there but can be only one; errors are those of `load`.
+
+    Parameters
+    ----------
+    name : str
+        A row of CATALOG
+    root : str | Path | None
+        The data root
+    """
     entry = CATALOG[known(name, CATALOG, "dataset")]
     if entry.pinned and not is_there(name, root):
         return Described(name, entry.kind, *entry.pinned)

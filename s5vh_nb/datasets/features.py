@@ -26,7 +26,17 @@ def bag_of_words(
     vocabulary: Sequence[str] | None = None,  # The words of the columns; None learns them from the captions
     size: int = 2000,  # How many words to learn at most: the most frequent, without English stop words
 ) -> tuple[np.ndarray, tuple]:
-    "Which words occur, (n, words) float32 of 0 and 1, and the vocabulary; `ValueError` for bad captions."
+    """Which words occur, (n, words) float32 of 0 and 1, and the vocabulary; `ValueError` for bad captions.
+
+    Parameters
+    ----------
+    captions : Sequence[str]
+        One text for each item
+    vocabulary : Sequence[str] | None
+        The words of the columns; None learns them from the captions
+    size : int
+        How many words to learn at most: the most frequent, without English stop words
+    """
     texts = _check_texts(captions, "captions")
     check(size > 0, "size", "at least 1 word", size)
     if vocabulary is None:
@@ -45,7 +55,15 @@ def hashed_words(
     captions: Sequence[str],  # One text for each item
     size: int = 2048,  # Columns; words with equal hashes share one
 ) -> np.ndarray:
-    "Which words occur, each in the column that its hash names, (n, size) float32 of 0 and 1."
+    """Which words occur, each in the column that its hash names, (n, size) float32 of 0 and 1.
+
+    Parameters
+    ----------
+    captions : Sequence[str]
+        One text for each item
+    size : int
+        Columns; words with equal hashes share one
+    """
     texts = _check_texts(captions, "captions")
     check(size > 0, "size", "at least 1 column", size)  # scikit-learn would divide by it
     words = dict(stop_words="english", binary=True, norm=None, alternate_sign=False)
@@ -74,6 +92,15 @@ def group_split(
     """Which items are queries, (n,) bool: whole groups, at most `n_query` items.
 
     `ValueError` when no group fits or nothing is left.
+
+    Parameters
+    ----------
+    groups : np.ndarray
+        (n,) group of each item
+    n_query : int
+        Queries wanted; there are fewer where whole groups don't add up to that
+    seed : int
+        Decides which groups are drawn
     """
     one_each = np.ndim(groups) == 1 and len(groups) > 0
     check(one_each, "groups", "one group for each item, (n,)", f"shape {np.shape(groups)}")
@@ -113,7 +140,13 @@ def _upright(path: str | Path) -> Image.Image:
 def vgg_input(
     path: str | Path,  # Any image file that pillow reads
 ) -> torch.Tensor:
-    "VGG-16's input of a picture, (3, 224, 224) float32; `FileNotFoundError` or `ValueError` names the file."
+    """VGG-16's input of a picture, (3, 224, 224) float32; `FileNotFoundError` or `ValueError` names the file.
+
+    Parameters
+    ----------
+    path : str | Path
+        Any image file that pillow reads
+    """
     image = _upright(path)
     image = image.resize([side * 256 // min(image.size) for side in image.size], Image.Resampling.BILINEAR)
     left, top = (round((side - 224) / 2) for side in image.size)
@@ -128,6 +161,11 @@ def vgg_fc7(
     """VGG-16 up to fc7, (b, 3, 224, 224) -> (b, 4096).
 
     `ImportError` without torchvision, `ValueError` without the weights.
+
+    Parameters
+    ----------
+    weights : str | Path
+        Name that torchvision knows (it downloads them), or a file with VGG-16's state dict
     """
     try:
         from torchvision.models import vgg16
@@ -152,7 +190,19 @@ def vgg_features(
     device: str | None = None,  # See `pick_device`
     batch: int = 32,  # Pictures at a time
 ) -> np.ndarray:
-    "fc7 features of image files, (n, 4096) float32; errors of `vgg_fc7` and `vgg_input`."
+    """fc7 features of image files, (n, 4096) float32; errors of `vgg_fc7` and `vgg_input`.
+
+    Parameters
+    ----------
+    paths : Sequence[str | Path]
+        Image files
+    weights : str | Path
+        See `vgg_fc7`
+    device : str | None
+        See `pick_device`
+    batch : int
+        Pictures at a time
+    """
     sequence = not isinstance(paths, (str, Path)) and len(paths) > 0
     check(sequence, "paths", "a sequence of image files", repr(paths)[:60])
     device = pick_device(device)

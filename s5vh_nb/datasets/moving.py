@@ -92,7 +92,17 @@ def precision_of_neighbours(
     view: Callable,  # From frames (n, t, d) to vectors (n, width), for the database
     view_query: Callable,  # The same for the queries
 ) -> np.ndarray:
-    "Share of each query's 20 nearest database videos by cosine that have its class, (queries,)."
+    """Share of each query's 20 nearest database videos by cosine that have its class, (queries,).
+
+    Parameters
+    ----------
+    data : Dataset
+        Of videos with one class each
+    view : Callable
+        From frames (n, t, d) to vectors (n, width), for the database
+    view_query : Callable
+        The same for the queries
+    """
     db, q = view(data.database.frames), view_query(data.query.frames)
     db, q = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (db, q))  # (n, width)
     nearest = np.argsort(-q @ db.T, axis=1)[:, :20]  # (queries, 20)

@@ -122,7 +122,15 @@ def load_official_pairs(
     name: str,  # One of PAIR_LAYOUTS
     folder: str | Path,  # With the set's file
 ) -> Dataset:
-    "The papers' features of an image-text set, read on demand where possible; errors name file and key."
+    """The papers' features of an image-text set, read on demand where possible; errors name file and key.
+
+    Parameters
+    ----------
+    name : str
+        One of PAIR_LAYOUTS
+    folder : str | Path
+        With the set's file
+    """
     layout = PAIR_LAYOUTS[known(name, PAIR_LAYOUTS, "dataset")]
     path = user_path(folder) / layout.file
     found = read_matrices(path, _keys())
@@ -154,7 +162,19 @@ def write_official_pairs(
     pairs: Dataset,  # What to write
     version: str = "7.3",  # See `write_matrices`
 ):
-    "Write `pairs` so that `load_official_pairs(name, folder)` reads them back."
+    """Write `pairs` so that `load_official_pairs(name, folder)` reads them back.
+
+    Parameters
+    ----------
+    folder : str | Path
+        Folder to write to
+    name : str
+        One of PAIR_LAYOUTS: whose file name
+    pairs : Dataset
+        What to write
+    version : str
+        See `write_matrices`
+    """
     layout = PAIR_LAYOUTS[known(name, PAIR_LAYOUTS, "dataset")]
     matrices = {
         f"{prefix}_{suffix}": getattr(pairs.splits[role], part)

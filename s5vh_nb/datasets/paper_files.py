@@ -32,6 +32,13 @@ def read_matrices(
     """Matrices (n, width) by name: arrays, or row stores of what lies dense in a v7.3 file.
 
     `FileNotFoundError` without a file; `ValueError` naming the file, the key at fault and what it holds.
+
+    Parameters
+    ----------
+    path : str | Path
+        MATLAB file, v5 or v7.3
+    keys : Sequence[str]
+        Names of the variables
     """
     path = user_path(path)
     check(path.is_file(), f"{path}", "a file", "nothing there", FileNotFoundError)
@@ -98,7 +105,13 @@ def _hdf5_matrix(
 def binary_labels(
     found: dict,  # File and key -> (n, classes) or (n, 1) array or row store: the labels of a set's splits
 ) -> dict:
-    "The labels of each split as uint8 (n, classes) of 0 and 1; `ValueError` unless they have one meaning."
+    """The labels of each split as uint8 (n, classes) of 0 and 1; `ValueError` unless they have one meaning.
+
+    Parameters
+    ----------
+    found : dict
+        File and key -> (n, classes) or (n, 1) array or row store: the labels of a set's splits
+    """
     values = {where: x[:] for where, x in found.items()}
     if all(1 in x.shape for x in values.values()):
         return _from_numbers({where: x.ravel() for where, x in values.items()})
@@ -131,7 +144,17 @@ def write_matrices(
     matrices: dict,  # Name -> (n, width) array or row store
     version: str = "5",  # "7.3" (written block by block) or "5" (in memory, at most 4 GB a matrix)
 ):
-    "Write a MATLAB file that `read_matrices` reads back."
+    """Write a MATLAB file that `read_matrices` reads back.
+
+    Parameters
+    ----------
+    path : str | Path
+        File to write
+    matrices : dict
+        Name -> (n, width) array or row store
+    version : str
+        "7.3" (written block by block) or "5" (in memory, at most 4 GB a matrix)
+    """
     check(version in ("7.3", "5"), "version", "'7.3' or '5'", repr(version))
     with atomic_write(path) as tmp:
         if version == "5":
@@ -155,7 +178,19 @@ def size_notes(
     expected: dict,  # What is counted -> its size in the paper
     found: dict,  # What is counted -> its size here
 ) -> tuple[str, ...]:
-    "One note for each size that is not the paper's, and one warning with all of them."
+    """One note for each size that is not the paper's, and one warning with all of them.
+
+    Parameters
+    ----------
+    name : str
+        Of the set
+    where : str | Path
+        Its file or folder
+    expected : dict
+        What is counted -> its size in the paper
+    found : dict
+        What is counted -> its size here
+    """
     sizes = [(what, n, found[what]) for what, n in expected.items() if found[what] != n]
     notes = tuple(f"{what}: {paper} in the paper, {here} here" for what, paper, here in sizes)
     if notes:

@@ -28,7 +28,13 @@ def _emoji_sheet() -> np.ndarray:
 def emoji_picture(
     i: int,  # Number of the emoji, an entry of `ids`
 ) -> np.ndarray:
-    "The drawing of emoji `i`, (64, 64, 3) uint8."
+    """The drawing of emoji `i`, (64, 64, 3) uint8.
+
+    Parameters
+    ----------
+    i : int
+        Number of the emoji, an entry of `ids`
+    """
     row, column = divmod(int(i), _emoji_sheet().shape[1] // 64)
     return _emoji_sheet()[64 * row : 64 * (row + 1), 64 * column : 64 * (column + 1)]
 
@@ -52,7 +58,19 @@ def show_retrieved(
     hits,  # (q, top) bool: does it share a label with its query?
     titles: Sequence[str] | None = None,  # (q,) text beside each row; None = the query's name
 ) -> plt.Figure:
-    "One row for each query: the query, then what was found; frames are blue where relevant, else orange."
+    """One row for each query: the query, then what was found; frames are blue where relevant, else orange.
+
+    Parameters
+    ----------
+    queries
+        (q,) emoji to search for, entries of `ids`
+    found
+        (q, top) emoji found for each, best first
+    hits
+        (q, top) bool: does it share a label with its query?
+    titles : Sequence[str] | None
+        (q,) text beside each row; None = the query's name
+    """
     rows, gap = [], np.full((76, 24, 3), 255, np.uint8)
     for query, line, right in zip(queries, found, hits):
         tiles = [_framed(emoji_picture(i), _HIT if ok else _MISS) for i, ok in zip(line, right)]

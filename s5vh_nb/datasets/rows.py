@@ -53,7 +53,13 @@ class RowStore:
         self,
         k: int,  # How many numbers
     ) -> np.ndarray:
-        "The first `k` numbers of every row, (n, at most k)."
+        """The first `k` numbers of every row, (n, at most k).
+
+        Parameters
+        ----------
+        k : int
+            How many numbers
+        """
         return np.concatenate([self[rows].reshape(len(self[rows]), -1)[:, :k] for rows in row_blocks(self)])
 
 
@@ -61,13 +67,28 @@ def row_blocks(
     features,  # (n, ...) array or `RowStore`
     block_bytes: int = 2**26,  # Size of a block
 ) -> list:
-    "Slices that cover the rows in blocks of about `block_bytes`, at least one row each."
+    """Slices that cover the rows in blocks of about `block_bytes`, at least one row each.
+
+    Parameters
+    ----------
+    features
+        (n, ...) array or `RowStore`
+    block_bytes : int
+        Size of a block
+    """
     step = max(1, block_bytes * len(features) // features.nbytes)
     return [slice(i, min(i + step, len(features))) for i in range(0, len(features), step)]
 
 # %% ../../nbs/lib/datasets/00_rows.ipynb #e13532e3
 class PickedRows(RowStore):
-    "Some rows of another store, read when indexed."
+    """Some rows of another store, read when indexed.
+
+    Parameters
+    ----------
+    store : RowStore
+    rows
+        Index of rows, as for an array
+    """
 
     def __init__(
         self,
@@ -83,14 +104,29 @@ class PickedRows(RowStore):
         stop: int,  # The one after the last
         device: str | torch.device = "cpu",
     ) -> torch.Tensor:
-        "Rows start to stop on `device`."
+        """Rows start to stop on `device`.
+
+        Parameters
+        ----------
+        start : int
+            First row
+        stop : int
+            The one after the last
+        device : str | torch.device
+        """
         return torch.from_numpy(self.store[self.rows[start:stop]]).to(device)
 
     def leading(
         self,
         k: int,  # How many numbers
     ) -> np.ndarray:
-        "The first `k` numbers of every row, (n, at most k)."
+        """The first `k` numbers of every row, (n, at most k).
+
+        Parameters
+        ----------
+        k : int
+            How many numbers
+        """
         return self.store.leading(k)[self.rows]
 
 # %% ../../nbs/lib/datasets/00_rows.ipynb #ad7e4ece
@@ -100,7 +136,19 @@ def check_lengths(
     t: int,  # Frames of each, padding included
     where: str = "lengths",  # What they are, for the message
 ) -> np.ndarray:
-    "The lengths, (n,) int64; `ValueError` unless each video has one from 1 to `t`."
+    """The lengths, (n,) int64; `ValueError` unless each video has one from 1 to `t`.
+
+    Parameters
+    ----------
+    lengths
+        Whole numbers: a list, an array or a tensor
+    n : int
+        Videos
+    t : int
+        Frames of each, padding included
+    where : str
+        What they are, for the message
+    """
     lengths = as_array(lengths, where)
     expected, found = f"{n} whole numbers from 1 to {t}", f"{lengths.dtype} {lengths.shape}"
     check(lengths.shape == (n,) and lengths.dtype.kind in "iu", where, expected, found)
@@ -113,7 +161,15 @@ def own_frames(
     lengths: torch.Tensor,  # (b,)
     t: int,  # Frames, padding included
 ) -> torch.Tensor:
-    "Which frames are a video's own, bool (b, t)."
+    """Which frames are a video's own, bool (b, t).
+
+    Parameters
+    ----------
+    lengths : torch.Tensor
+        (b,)
+    t : int
+        Frames, padding included
+    """
     return torch.arange(t, device=lengths.device) < lengths[:, None]
 
 
@@ -121,13 +177,29 @@ def zeros_after(
     x: torch.Tensor,  # (b, t, d)
     lengths: np.ndarray | torch.Tensor,  # (b,)
 ) -> torch.Tensor:
-    "The same with zeros in place of the padding, whatever it held."
+    """The same with zeros in place of the padding, whatever it held.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        (b, t, d)
+    lengths : np.ndarray | torch.Tensor
+        (b,)
+    """
     own = own_frames(as_tensor(lengths).to(x.device), x.shape[1])  # (b, t)
     return x.masked_fill(~own[..., None], 0)
 
 
 class RaggedRows(RowStore):
-    "Videos of different lengths from another store, with zeros after the end of each."
+    """Videos of different lengths from another store, with zeros after the end of each.
+
+    Parameters
+    ----------
+    store : RowStore
+        (n, t, d)
+    lengths : np.ndarray
+        (n,) of its videos
+    """
 
     def __init__(
         self,
@@ -143,7 +215,16 @@ class RaggedRows(RowStore):
         stop: int,  # The one after the last
         device: str | torch.device = "cpu",
     ) -> torch.Tensor:
-        "Rows start to stop on `device`, as long as the longest video of all."
+        """Rows start to stop on `device`, as long as the longest video of all.
+
+        Parameters
+        ----------
+        start : int
+            First row
+        stop : int
+            The one after the last
+        device : str | torch.device
+        """
         x = self.store.read(start, stop, device)[:, : self.shape[1]]
         return zeros_after(x, self.lengths[start:stop])
 
@@ -156,7 +237,17 @@ def check_finite(
     where: str,  # What `x` is, for the message
     first: int = 0,  # Number of the first row, for the message
 ):
-    "`ValueError` with the number of the first row that holds NaN, infinity or a number beyond 1e15."
+    """`ValueError` with the number of the first row that holds NaN, infinity or a number beyond 1e15.
+
+    Parameters
+    ----------
+    x : np.ndarray
+        (rows, ...)
+    where : str
+        What `x` is, for the message
+    first : int
+        Number of the first row, for the message
+    """
     axes = tuple(range(1, x.ndim))
     size = np.maximum(x.max(axes), -x.min(axes))  # (rows,), NaN where one is NaN
     wrong = np.flatnonzero(~(size <= LARGEST))  # numbers of rows
@@ -168,7 +259,13 @@ def check_finite(
 def open_hdf5(
     path: str | Path,  # The file
 ):
-    "An open `h5py.File`; `FileNotFoundError` without a file, `ValueError` when it is cut or not HDF5."
+    """An open `h5py.File`; `FileNotFoundError` without a file, `ValueError` when it is cut or not HDF5.
+
+    Parameters
+    ----------
+    path : str | Path
+        The file
+    """
     path = user_path(path)
     check(path.is_file(), f"{path}", "a file", "nothing there", FileNotFoundError)
     try:
@@ -181,7 +278,13 @@ def open_hdf5(
 def hdf5_keys(
     f: h5py.File,  # An open file
 ) -> list:
-    "The names of its arrays, without groups, links that lead nowhere, and arrays without a shape."
+    """The names of its arrays, without groups, links that lead nowhere, and arrays without a shape.
+
+    Parameters
+    ----------
+    f : h5py.File
+        An open file
+    """
     return [k for k in f if isinstance(f.get(k), h5py.Dataset) and f[k].shape is not None]
 
 
@@ -189,13 +292,35 @@ def hdf5_array(
     f: h5py.File,  # An open file
     key: str,  # Name of the array
 ) -> h5py.Dataset:
-    "The array called `key`, not yet read; `ValueError` with file and key where there is none."
+    """The array called `key`, not yet read; `ValueError` with file and key where there is none.
+
+    Parameters
+    ----------
+    f : h5py.File
+        An open file
+    key : str
+        Name of the array
+    """
     check(key in hdf5_keys(f), f.filename, f"the key {key!r}", f"the keys {sorted(hdf5_keys(f))}")
     return f[key]
 
 # %% ../../nbs/lib/datasets/00_rows.ipynb #337e607a
 class HDF5Rows(RowStore):
-    "The rows of an array in an HDF5 file; `FileNotFoundError` or `ValueError` names file and key."
+    """The rows of an array in an HDF5 file; `FileNotFoundError` or `ValueError` names file and key.
+
+    Parameters
+    ----------
+    path : str | Path
+        The file
+    key : str
+        Name of the array
+    rank : int
+        Its number of axes: 3 for (n, t, d), 2 for (n, width)
+    items_last : bool
+        Items lie along the last axis, as in MATLAB's files
+    numbers : str
+        Kinds of numbers allowed, numpy's `dtype.kind`: "f" are floating-point numbers
+    """
 
     def __init__(
         self,
@@ -229,14 +354,29 @@ class HDF5Rows(RowStore):
         stop: int,  # The one after the last
         device: str | torch.device = "cpu",
     ) -> torch.Tensor:
-        "Rows start to stop as float32 on `device`; `ValueError` at NaN and infinity."
+        """Rows start to stop as float32 on `device`; `ValueError` at NaN and infinity.
+
+        Parameters
+        ----------
+        start : int
+            First row
+        stop : int
+            The one after the last
+        device : str | torch.device
+        """
         return torch.from_numpy(self.part(slice(start, stop))).to(device)
 
     def leading(
         self,
         k: int,  # How many numbers
     ) -> np.ndarray:
-        "The first `k` numbers of every row, (n, at most k): one piece of the file."
+        """The first `k` numbers of every row, (n, at most k): one piece of the file.
+
+        Parameters
+        ----------
+        k : int
+            How many numbers
+        """
         columns = -(-k // math.prod(self.shape[2:]))
         return self.part(slice(None), slice(columns)).reshape(len(self), -1)[:, :k]
 
@@ -245,7 +385,15 @@ class HDF5Rows(RowStore):
         rows: slice,  # Part of the first axis
         columns: slice = slice(None),  # Part of the second
     ) -> np.ndarray:
-        "A block of the array, float32; `ValueError` at NaN and infinity."
+        """A block of the array, float32; `ValueError` at NaN and infinity.
+
+        Parameters
+        ----------
+        rows : slice
+            Part of the first axis
+        columns : slice
+            Part of the second
+        """
         with open_hdf5(self.path) as f:
             x = f[self.key][..., columns, rows].T if self.items_last else f[self.key][rows, columns]
         with np.errstate(over="ignore"):  # what is too large becomes infinite, and is found
@@ -259,7 +407,16 @@ def rows_of(
     rows: slice,  # With both ends
     device: str | torch.device = "cpu",
 ) -> torch.Tensor:
-    "Some rows on the device; a row store may make them there."
+    """Some rows on the device; a row store may make them there.
+
+    Parameters
+    ----------
+    features
+        (n, ...) array or `RowStore`
+    rows : slice
+        With both ends
+    device : str | torch.device
+    """
     if isinstance(features, RowStore):
         return features.read(rows.start, rows.stop, device)
     return as_tensor(features[rows]).to(device)
@@ -270,7 +427,16 @@ def to_tensor(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,  # e.g. torch.bfloat16 to halve the memory
 ) -> torch.Tensor:
-    "All features as one tensor of the same shape, filled block by block."
+    """All features as one tensor of the same shape, filled block by block.
+
+    Parameters
+    ----------
+    features
+        (n, ...) array or `RowStore`
+    device : str | torch.device
+    dtype : torch.dtype
+        e.g. torch.bfloat16 to halve the memory
+    """
     out = torch.empty(tuple(features.shape), dtype=dtype, device=device)
     for rows in tqdm(row_blocks(features), desc="features", leave=False, disable=features.nbytes < 2**30):
         out[rows] = rows_of(features, rows, device)  # (block, ...)
@@ -283,7 +449,19 @@ def write_rows(
     features,  # (n, ...) array or `RowStore`
     items_last: bool = False,  # Items along the last axis, see `HDF5Rows`
 ) -> h5py.Dataset:
-    "Write the features as an array of the file, block by block."
+    """Write the features as an array of the file, block by block.
+
+    Parameters
+    ----------
+    f : h5py.File
+        Open for writing
+    key : str
+        Name of the array
+    features
+        (n, ...) array or `RowStore`
+    items_last : bool
+        Items along the last axis, see `HDF5Rows`
+    """
     out = f.create_dataset(key, features.shape[::-1] if items_last else features.shape, features.dtype)
     for rows in row_blocks(features):
         if items_last:

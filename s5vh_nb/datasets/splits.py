@@ -24,7 +24,24 @@ _RANKS = {"frames": (3, "(n, t, d)"), "image": (2, "(n, width)"), "text": (2, "(
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    "One part of a dataset; `ValueError` when inputs and labels don't fit together."
+    """One part of a dataset; `ValueError` when inputs and labels don't fit together.
+
+    Parameters
+    ----------
+    inputs : dict
+        name -> float32 array or row store: `frames` (n, t, d), or `image` (n, di) and `text` (n, dt);
+        `frames` may be given as a list of n arrays (t_i, d)
+    labels : np.ndarray | None
+        (n,) int64 classes, (n, classes) uint8 multi-hot, or None without labels
+    source : str
+        Where it came from: file name or recipe
+    ids : np.ndarray | None
+        (n,) int64 number of each item in its collection, where there is one
+    groups : np.ndarray | None
+        (n,) int64: variants of one thing have one number
+    lengths : np.ndarray | None
+        (n,) int64 frames of each video that count, the first ones; None: all of them, in every video
+    """
 
     # name -> float32 array or row store: `frames` (n, t, d), or `image` (n, di) and `text` (n, dt);
     # `frames` may be given as a list of n arrays (t_i, d)
@@ -116,7 +133,13 @@ class Split:
         self,
         rows,  # Index of rows, as for an array
     ) -> "Split":
-        "These rows; those of a row store are read when they are needed."
+        """These rows; those of a row store are read when they are needed.
+
+        Parameters
+        ----------
+        rows
+            Index of rows, as for an array
+        """
         lazy = {name: isinstance(x, RowStore) for name, x in self.inputs.items()}
         inputs = {name: PickedRows(x, rows) if lazy[name] else x[rows] for name, x in self.inputs.items()}
         given = self.labels, self.ids, self.groups, self.lengths
@@ -170,7 +193,15 @@ def check_single_column(
     y: np.ndarray,  # All labels of one column, of any shape
     where: str,  # What they are, for the message
 ):
-    "`ValueError` for a column of which nobody can say whether it has two classes or one label."
+    """`ValueError` for a column of which nobody can say whether it has two classes or one label.
+
+    Parameters
+    ----------
+    y : np.ndarray
+        All labels of one column, of any shape
+    where : str
+        What they are, for the message
+    """
     expected = "class numbers from 1, or a column for each class"
     found = f"a single column of {', '.join(f'{v:g}' for v in np.unique(y)[:3])} (two classes, or one label?)"
     check(not np.isin(y, (-1, 0, 1)).all(), where, expected, found)
@@ -192,7 +223,15 @@ def find_items(
     needles: Split,  # Items to search for
     haystack: Split,  # Where to search
 ) -> np.ndarray:
-    "(needles,) int64: the first row of an equal item, -1 where there is none; equal means equal probes."
+    """(needles,) int64: the first row of an equal item, -1 where there is none; equal means equal probes.
+
+    Parameters
+    ----------
+    needles : Split
+        Items to search for
+    haystack : Split
+        Where to search
+    """
     probes, first = np.unique(haystack.probe, return_index=True)  # both (different items,)
     place = np.searchsorted(probes, needles.probe).clip(max=len(probes) - 1)  # (needles,)
     return np.where(probes[place] == needles.probe, first[place], -1)  # (needles,)
@@ -203,7 +242,31 @@ _CONTENT_LIMIT = 256 * 2**20  # bytes of an input up to which a fingerprint cove
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    "Training, database and query items; `ValueError` when the three don't belong together."
+    """Training, database and query items; `ValueError` when the three don't belong together.
+
+    Parameters
+    ----------
+    name : str
+        What `load` calls it
+    train : Split
+        Labels of videos, if any, serve evaluation only
+    database : Split
+        What is searched; the same object as `train` or `query` where the protocol says so
+    query : Split
+        What is searched for
+    classes : tuple[str, ...]
+        Name of each class or label
+    origin : str
+        Where it comes from, and the licence
+    train_ids : np.ndarray | None
+        (train,) rows of the database that are the training items
+    vocabulary : tuple[str, ...]
+        The words of the text's columns, where they are known
+    notes : tuple[str, ...]
+        What a reader of results should know, e.g. sizes unlike the paper's
+    folder : Path | None
+        Where the files of one of the papers' sets lie
+    """
 
     name: str  # What `load` calls it
     train: Split  # Labels of videos, if any, serve evaluation only

@@ -18,7 +18,15 @@ def resample(
     x: np.ndarray,  # (..., frames, d) sequence or batch of sequences
     t: int,  # Frames wanted, at least 2
 ) -> np.ndarray:
-    "Linear interpolation along time to `t` frames, (..., t, d) float64."
+    """Linear interpolation along time to `t` frames, (..., t, d) float64.
+
+    Parameters
+    ----------
+    x : np.ndarray
+        (..., frames, d) sequence or batch of sequences
+    t : int
+        Frames wanted, at least 2
+    """
     frames = x.shape[-2]
     low, rest = np.divmod(np.arange(t) * (frames - 1), t - 1)  # (t,) (t,)
     high, w = np.minimum(low + 1, frames - 1), (rest / (t - 1))[:, None]  # (t,) (t, 1)

@@ -41,7 +41,16 @@ class _SyntheticFrames(RowStore):
         stop: int,  # The one after the last
         device: str | torch.device = "cpu",
     ) -> torch.Tensor:
-        "Rows start to stop on `device`, (stop - start, t, d)."
+        """Rows start to stop on `device`, (stop - start, t, d).
+
+        Parameters
+        ----------
+        start : int
+            First row
+        stop : int
+            The one after the last
+        device : str | torch.device
+        """
         first, last = start // self.block, -(-stop // self.block)
         x = torch.cat([self._block(i, device) for i in range(first, last)])  # whole blocks
         return x[start - first * self.block : stop - first * self.block]
@@ -62,7 +71,19 @@ def synthetic_like(
     d: int | None = None,  # Feature width; None = the paper's
     seed: int = 0,  # Same seed, same numbers
 ) -> Dataset:
-    "Random clustered videos in the shape and protocol of an official set, never for quality."
+    """Random clustered videos in the shape and protocol of an official set, never for quality.
+
+    Parameters
+    ----------
+    name : str
+        One of OFFICIAL
+    n : tuple[int, int, int] | None
+        Videos in train, database, query; None = the paper's
+    d : int | None
+        Feature width; None = the paper's
+    seed : int
+        Same seed, same numbers
+    """
     layout = OFFICIAL[known(name, OFFICIAL, "name")]
     roles = layout.roles
     n = n or [files.size for files in roles.values()]
@@ -89,7 +110,21 @@ def synthetic_pairs(
     dt: int = 40,  # Width of the text features
     seed: int = 0,  # Same seed, same numbers
 ) -> Dataset:
-    "Random clustered pairs in the form of an official set, for tests, never for quality."
+    """Random clustered pairs in the form of an official set, for tests, never for quality.
+
+    Parameters
+    ----------
+    name : str
+        One of PAIR_LAYOUTS: whose labels and name
+    n : tuple[int, int, int]
+        Pairs in train (inside the database), database, query
+    di : int
+        Width of the image features
+    dt : int
+        Width of the text features
+    seed : int
+        Same seed, same numbers
+    """
     sound = len(n) == 3 and 0 < n[0] <= n[1] and n[2] > 0
     check(sound, "n", "sizes of training set, database (at least as many) and queries", n)
     classes = PAIR_LAYOUTS[known(name, PAIR_LAYOUTS, "dataset")].n_classes

@@ -125,7 +125,15 @@ def load_official(
     name: str,  # One of OFFICIAL
     folder: str | Path,  # With the set's files
 ) -> Dataset:
-    "S5VH's own features, read on demand; errors name the file at fault."
+    """S5VH's own features, read on demand; errors name the file at fault.
+
+    Parameters
+    ----------
+    name : str
+        One of OFFICIAL
+    folder : str | Path
+        With the set's files
+    """
     layout, folder = OFFICIAL[known(name, OFFICIAL, "dataset")], user_path(folder)
     each = dict.fromkeys(layout.roles.values())  # each split once, in order
     onehot = _read_labels(folder, [files for files in each if files.labels])
@@ -151,7 +159,17 @@ def write_official(
     name: str,  # One of OFFICIAL: whose layout
     videos: Dataset,  # What to write; must follow the same protocol
 ):
-    "Write `videos` so that `load_official(name, folder)` reads them back."
+    """Write `videos` so that `load_official(name, folder)` reads them back.
+
+    Parameters
+    ----------
+    folder : str | Path
+        Folder to write to
+    name : str
+        One of OFFICIAL: whose layout
+    videos : Dataset
+        What to write; must follow the same protocol
+    """
     layout, by_file = OFFICIAL[known(name, OFFICIAL, "dataset")], {}
     for role, files in layout.roles.items():
         split = videos.splits[role]

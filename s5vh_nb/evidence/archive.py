@@ -20,16 +20,34 @@ from ..basics.profiles import PROFILES
 from .records import RunRecord, from_line, to_line
 
 # %% ../../nbs/lib/evidence/02_archive.ipynb #fcfd8a15
-_STEPS = 2**16 - 1
+_STEPS = 2**8 - 1
 
 
-def to_fractions(values) -> np.ndarray:  # numbers in [0, 1]
-    "The nearest multiples of 1/65535, as uint16."
-    return np.round(np.asarray(values, float) * _STEPS).astype(np.uint16)
+def to_fractions(
+    values,  # Numbers in [0, 1]
+    axis: int = 0,  # Along which their means stay right
+) -> np.ndarray:
+    """Multiples of 1/255 as bytes, less than one step away; what one is rounded by, the next one makes up for.
+
+    Parameters
+    ----------
+    values
+        Numbers in [0, 1]
+    axis : int
+        Along which their means stay right
+    """
+    sums = np.round(np.cumsum(np.asarray(values, float) * _STEPS, axis))
+    return np.diff(sums, axis=axis, prepend=0).astype(np.uint8)
 
 
 def from_fractions(fractions: np.ndarray) -> np.ndarray:
-    "The numbers that `to_fractions` was given, float64, within 1/131070."
+    """The numbers that `to_fractions` was given, float64, within 1/255; `TypeError` unless bytes.
+
+    Parameters
+    ----------
+    fractions : np.ndarray
+    """
+    check(fractions.dtype == np.uint8, "fractions", "uint8", fractions.dtype, TypeError)
     return fractions / _STEPS
 
 # %% ../../nbs/lib/evidence/02_archive.ipynb #3aece2fd
@@ -93,7 +111,15 @@ class _Source(NamedTuple):
 
 
 class Archive:
-    "The records of one profile below a project's folder."
+    """The records of one profile below a project's folder.
+
+    Parameters
+    ----------
+    root : Path
+        The project's folder
+    profile : str
+        "smoke", "quick", "full" or "paper"
+    """
 
     def __init__(
         self,
@@ -109,8 +135,17 @@ class Archive:
         paths = sorted(self.evidence.glob("*.jsonl"))
         return {path: _packed(path, path.stat().st_mtime_ns) for path in paths}
 
-    def path_of(self, name: str) -> Path:  # A run's name
-        "The file of a record that has not been packed."
+    def path_of(
+        self,
+        name: str,  # A run's name
+    ) -> Path:
+        """The file of a record that has not been packed.
+
+        Parameters
+        ----------
+        name : str
+            A run's name
+        """
         return self.runs / f"{name}.json"
 
     def _source(self, name: str) -> _Source | None:
@@ -126,8 +161,17 @@ class Archive:
             found.append(_Source(record, path.with_suffix(".npz"), "", None))
         return max(found, key=lambda source: source.record.created, default=None)
 
-    def find(self, name: str) -> RunRecord | None:  # A run's name
-        "The record, packed or not; None when there is none; `ValueError` when its file is damaged."
+    def find(
+        self,
+        name: str,  # A run's name
+    ) -> RunRecord | None:
+        """The record, packed or not; None when there is none; `ValueError` when its file is damaged.
+
+        Parameters
+        ----------
+        name : str
+            A run's name
+        """
         source = self._source(name)
         return source and source.record
 
@@ -137,7 +181,16 @@ class Archive:
         arrays: dict,  # name -> array
         codes: dict | None = None,  # Packed codes by split, uint8 (n, k/8)
     ) -> RunRecord:
-        "Write a record, its arrays before it; returns the record; `ValueError` for codes not packed."
+        """Write a record, its arrays before it; returns the record; `ValueError` for codes not packed.
+
+        Parameters
+        ----------
+        record : RunRecord
+        arrays : dict
+            name -> array
+        codes : dict | None
+            Packed codes by split, uint8 (n, k/8)
+        """
         for split, array in (codes or {}).items():
             fits = array.dtype == np.uint8 and array.ndim == 2
             check(fits, f"codes of {split}", "uint8 (n, k/8)", f"{array.dtype} {array.shape}")
@@ -151,14 +204,24 @@ class Archive:
         return record
 
     def arrays(self, record: RunRecord) -> dict:
-        "The arrays of a record by name; `FileNotFoundError` or `ValueError` naming the file."
+        """The arrays of a record by name; `FileNotFoundError` or `ValueError` naming the file.
+
+        Parameters
+        ----------
+        record : RunRecord
+        """
         source = self._source(record.name)
         check(source, f"record {record.name}", "a record of this archive", "none", FileNotFoundError)
         found = _read_arrays(source.arrays, source.prefix)
         return {name: array for name, array in found.items() if not name.startswith(_CODES)}
 
     def codes(self, record: RunRecord) -> dict | None:
-        "The packed codes of a run by split, uint8 (n, k/8); None where they are not kept any more."
+        """The packed codes of a run by split, uint8 (n, k/8); None where they are not kept any more.
+
+        Parameters
+        ----------
+        record : RunRecord
+        """
         path = self.path_of(record.name)
         if not path.exists() or _read_record(path).created != record.created:
             return None
@@ -175,8 +238,17 @@ class Archive:
         names = {name for records in self.tables().values() for name in records}
         return [self._source(name).record for name in sorted(names | set(self.waiting()))]
 
-    def forget(self, name: str):  # A run's name
-        "Remove a record, packed or not, so that it is run again; `FileNotFoundError` when there is none."
+    def forget(
+        self,
+        name: str,  # A run's name
+    ):
+        """Remove a record, packed or not, so that it is run again; `FileNotFoundError` when there is none.
+
+        Parameters
+        ----------
+        name : str
+            A run's name
+        """
         source = self._source(name)
         check(source, f"results/{self.profile}", f"a record called {name}", "none", FileNotFoundError)
         for path in (self.path_of(name), self.path_of(name).with_suffix(".npz")):
@@ -190,7 +262,15 @@ def pack(
     root: Path,  # The project's folder
     profile: str,  # "smoke", "quick", "full" or "paper"
 ) -> list:
-    "Gather the runs of a profile into the files of their artefacts; returns what was written, below `root`."
+    """Gather the runs of a profile into the files of their artefacts; returns what was written, below `root`.
+
+    Parameters
+    ----------
+    root : Path
+        The project's folder
+    profile : str
+        "smoke", "quick", "full" or "paper"
+    """
     archive, by_table = Archive(root, profile), {}
     packed = {name: table for table, records in archive.tables().items() for name in records}
     for name in archive.waiting():

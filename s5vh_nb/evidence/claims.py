@@ -22,7 +22,27 @@ _DEGREES = ("does not hold", "undecided", "holds")  # from the weakest to the st
 
 @dataclass(frozen=True)
 class Claim:
-    "One statement of a paper with the comparisons that test it; without any it is not testable here."
+    """One statement of a paper with the comparisons that test it; without any it is not testable here.
+
+    Parameters
+    ----------
+    says : str
+        the claim, a short sentence
+    test : str
+        what is compared with what, or why nothing can be
+    notebook : str
+        the artefact that shows it, e.g. "s5vh/temporal"
+    data : str
+        data sets
+    findings : dict
+        setting, e.g. "64 bits" -> `Interval` of the effect, or None where a run has no record yet
+    seeds : int | None
+        trainings behind each interval; None where it is not one over trainings
+    unit : str
+        of the effect
+    wanted : tuple
+        the range in which the claim puts the effect
+    """
 
     says: str  # the claim, a short sentence
     test: str  # what is compared with what, or why nothing can be
@@ -37,7 +57,12 @@ class Claim:
 
 
 def weakest(claim: Claim) -> str | None:
-    "The setting whose comparison does least for the claim; None when none has been run."
+    """The setting whose comparison does least for the claim; None when none has been run.
+
+    Parameters
+    ----------
+    claim : Claim
+    """
     run = {setting: effect for setting, effect in claim.findings.items() if effect is not None}
 
     def strength(effect):
@@ -49,7 +74,12 @@ def weakest(claim: Claim) -> str | None:
 
 
 def conclusion(claim: Claim) -> str:
-    "The verdict on the weakest comparison, `so far` where missing ones could change it."
+    """The verdict on the weakest comparison, `so far` where missing ones could change it.
+
+    Parameters
+    ----------
+    claim : Claim
+    """
     if not claim.findings:
         return "not testable here"
     at = weakest(claim)
@@ -89,12 +119,22 @@ def _line(claim):
 
 
 def claims_table(claims: list) -> pd.DataFrame:
-    "One line per claim: its weakest comparison, the wanted range, how many hold, and the verdict."
+    """One line per claim: its weakest comparison, the wanted range, how many hold, and the verdict.
+
+    Parameters
+    ----------
+    claims : list
+    """
     return _without_nan(pd.DataFrame([_line(claim) for claim in claims]).astype({"seeds": "Int64"}))
 
 
 def comparisons_table(claims: list) -> pd.DataFrame:
-    "One line per comparison of every claim."
+    """One line per comparison of every claim.
+
+    Parameters
+    ----------
+    claims : list
+    """
     lines = [
         {
             "claim": claim.says,
@@ -125,8 +165,16 @@ def _span(row) -> str:  # A line of `claims_table`
     return f"{row.effect:.3f}{ends} {row.unit}"
 
 
-def claims_markdown(table: pd.DataFrame) -> str:  # From `claims_table`
-    "The table in Markdown: an effect, its interval and its unit in one cell."
+def claims_markdown(
+    table: pd.DataFrame,  # From `claims_table`
+) -> str:
+    """The table in Markdown: an effect, its interval and its unit in one cell.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        From `claims_table`
+    """
     spans = [_span(row) for row in table.itertuples()]
     columns = table.assign(effect=spans).drop(columns=["low", "high", "unit"])
     return columns.to_markdown(index=False, floatfmt=".3f", missingval="")
@@ -136,7 +184,14 @@ def summary(
     table: pd.DataFrame,  # From `claims_table`
     profile: str,
 ) -> str:
-    "The claims by verdict, and the commands for the runs that are missing."
+    """The claims by verdict, and the commands for the runs that are missing.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        From `claims_table`
+    profile : str
+    """
     lines = []
     for found, rows in table.groupby("verdict", sort=False):
         claims = "; ".join(f"{row.claim} ({row.data})" for row in rows.itertuples())
@@ -208,7 +263,12 @@ def _left_out(claims) -> str:
 
 
 def plot_claims(claims: list) -> plt.Figure:
-    "The effects with their intervals, by unit and size, coloured by verdict; hollow: one or two seeds."
+    """The effects with their intervals, by unit and size, coloured by verdict; hollow: one or two seeds.
+
+    Parameters
+    ----------
+    claims : list
+    """
     judged = [claim for claim in claims if weakest(claim) is not None]
     panels = _panels(judged)
     heights = [len(part) + 1.8 for _, part in panels]

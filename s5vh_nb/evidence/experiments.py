@@ -21,7 +21,13 @@ from .identity import differences
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #67456ed3
 @dataclass(frozen=True)
 class Fitted:
-    "A row without a network: a method and view of `models.baselines`."
+    """A row without a network: a method and view of `models.baselines`.
+
+    Parameters
+    ----------
+    method : str
+    view : str
+    """
 
     method: str
     view: str = "pair"
@@ -38,7 +44,18 @@ def config_of(
     seed: int,
     epochs: int | None = None,  # None: the profile's
 ) -> TrainConfig | BaselineConfig | None:
-    "The configuration of one run of a row; None where the row does not exist."
+    """The configuration of one run of a row; None where the row does not exist.
+
+    Parameters
+    ----------
+    row : _Row
+    dataset : str
+    profile : str
+    bits : int
+    seed : int
+    epochs : int | None
+        None: the profile's
+    """
     if isinstance(row, Fitted):
         return BaselineConfig(dataset, row.method, row.view, bits, seed)
     changes = {"epochs": epochs} if epochs else {}
@@ -76,7 +93,33 @@ _EMOJI = {profile: ("emoji",) for profile in PROFILES}
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #a4d815ff
 @dataclass(frozen=True)
 class Experiment:
-    "The runs of one artefact."
+    """The runs of one artefact.
+
+    Parameters
+    ----------
+    rows : dict
+        name -> `Row`
+    kind : str
+        of its data sets: "videos" or "pairs"
+    datasets : dict
+        profile -> names
+    first_only : bool
+        of the papers' sets below a data root: the first alone
+    bits : dict
+        profile -> code lengths
+    seeds : dict
+        profile -> seeds
+    epochs : dict
+        profile -> epochs, where its own are too few to compare rows
+    base : str | None
+        the row that the others are held against
+    without : dict
+        profile -> rows that it leaves out
+    longest_only : dict
+        profile -> rows that it runs at the longest code only
+    first_set_only : tuple
+        rows that are run on the first data set only
+    """
 
     rows: dict = field(default_factory=dict)  # name -> `Row`
     kind: str = "videos"  # of its data sets: "videos" or "pairs"
@@ -99,16 +142,36 @@ class Experiment:
             known(row, self.rows, "row")
 
     def rows_in(self, profile: str) -> dict:
-        "The rows of a profile by name."
+        """The rows of a profile by name.
+
+        Parameters
+        ----------
+        profile : str
+        """
         left_out = self.without.get(profile, ())
         return {name: row for name, row in self.rows.items() if name not in left_out}
 
     def runs_at(self, row: str, profile: str, bits: int, lengths: list) -> bool:
-        "Whether the profile runs this row at this code length."
+        """Whether the profile runs this row at this code length.
+
+        Parameters
+        ----------
+        row : str
+        profile : str
+        bits : int
+        lengths : list
+        """
         return bits == max(lengths) or row not in self.longest_only.get(profile, ())
 
     def runs_on(self, row: str, dataset: str, datasets: list) -> bool:
-        "Whether this row is run on this data set."
+        """Whether this row is run on this data set.
+
+        Parameters
+        ----------
+        row : str
+        dataset : str
+        datasets : list
+        """
         return dataset == datasets[0] or row not in self.first_set_only
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cde206ba
@@ -125,7 +188,12 @@ TERM_SUBSETS = [terms for size in (3, 2, 1) for terms in combinations(_TERMS, si
 
 
 def terms_row(terms: tuple) -> str:
-    "The name of the row that keeps these terms of the loss."
+    """The name of the row that keeps these terms of the loss.
+
+    Parameters
+    ----------
+    terms : tuple
+    """
     return " + ".join(terms)
 
 
@@ -144,7 +212,12 @@ RELEASE_DIFFERENCES = {  # field -> the row that differs from the base in it alo
 
 
 def but_for(field_name: str) -> str:
-    "The row of the released variant with one difference taken back."
+    """The row of the released variant with one difference taken back.
+
+    Parameters
+    ----------
+    field_name : str
+    """
     return f"released but for {RELEASE_DIFFERENCES.get(field_name, 'stochastic depth')}"
 
 
@@ -200,12 +273,24 @@ _CLIPS = {"spoken-digits": 2250, "spoken-pairs": 2250, "asl-words": 1830}  # sma
 
 
 def schedule_row(network: str, epochs: int) -> str:
-    "The name of a row of a shorter schedule."
+    """The name of a row of a shorter schedule.
+
+    Parameters
+    ----------
+    network : str
+    epochs : int
+    """
     return f"{network}, {epochs} epochs"
 
 
 def share_row(network: str, share: float) -> str:
-    "The name of a row that learns from a part of the training set."
+    """The name of a row that learns from a part of the training set.
+
+    Parameters
+    ----------
+    network : str
+    share : float
+    """
     return f"{network}, {share:g} of the clips"
 
 
@@ -386,7 +471,14 @@ _SIZES["paper"] = _SIZES["full"]
 
 
 def efficiency_config(profile: str, bits: int, seed: int) -> dict:
-    "What decides the one measurement of `s5vh/efficiency`: sizes, and the network by its differences."
+    """What decides the one measurement of `s5vh/efficiency`: sizes, and the network by its differences.
+
+    Parameters
+    ----------
+    profile : str
+    bits : int
+    seed : int
+    """
     size = _SIZES[known(profile, _SIZES, "profile")]
     network = train_config(profile=profile, bits=bits, d=size["d"]).model
     return {"kind": "efficiency", "bits": bits, "seed": seed, **size, "model": differences(network)}

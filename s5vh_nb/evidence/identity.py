@@ -28,7 +28,15 @@ def plain(
     value,  # Nested dictionaries, lists, tuples, scalars of Python, NumPy or torch
     where: str = "value",  # Its name, for messages
 ):
-    "`value` as JSON would give it back; `TypeError` for other data, `ValueError` for NaN and infinity."
+    """`value` as JSON would give it back; `TypeError` for other data, `ValueError` for NaN and infinity.
+
+    Parameters
+    ----------
+    value
+        Nested dictionaries, lists, tuples, scalars of Python, NumPy or torch
+    where : str
+        Its name, for messages
+    """
     if isinstance(value, dict):
         return {str(k): plain(v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -53,7 +61,13 @@ def _default(field):
 def differences(
     config,  # A configuration, or a dictionary that already is one
 ) -> dict:
-    "The `kind` of a configuration and the fields that differ from its defaults, as plain nested values."
+    """The `kind` of a configuration and the fields that differ from its defaults, as plain nested values.
+
+    Parameters
+    ----------
+    config
+        A configuration, or a dictionary that already is one
+    """
     if isinstance(config, dict):
         return plain(config, "config")
     found = {"kind": type(config).__name__}
@@ -70,12 +84,31 @@ def restored(
     config: dict,  # What `differences` made
     where: str = "configuration",  # The file it came from, for messages
 ):
-    "The configuration that `differences` was given; a dictionary of no known kind as it is."
+    """The configuration that `differences` was given; a dictionary of no known kind as it is.
+
+    Parameters
+    ----------
+    config : dict
+        What `differences` made
+    where : str
+        The file it came from, for messages
+    """
     return from_dict(config, where) if config.get("kind") in KINDS else config
 
 # %% ../../nbs/lib/evidence/00_identity.ipynb #6a6c26b0
 def method_name(config: Config) -> str:
-    "What a table calls the method of a configuration, without its options."
+    """What a table calls the method of a configuration, without its options.
+
+    Parameters
+    ----------
+    config : Config
+        %% ../../nbs/lib/evidence/00_identity.ipynb #6a6c26b0
+
+    Returns
+    -------
+    str
+        %% ../../nbs/lib/evidence/00_identity.ipynb #6a6c26b0
+    """
     if isinstance(config, TransferConfig):
         return f"{method_name(config.source)} from {config.source.dataset}"
     if isinstance(config, BaselineConfig):
@@ -83,8 +116,18 @@ def method_name(config: Config) -> str:
     return type(config.model).__name__.removesuffix("Config")
 
 
-def find_value(config: dict, key: str):  # Nested dictionaries
-    "The value of the first `key`, outer levels before inner ones; None when there is none."
+def find_value(
+    config: dict,  # Nested dictionaries
+    key: str,
+):
+    """The value of the first `key`, outer levels before inner ones; None when there is none.
+
+    Parameters
+    ----------
+    config : dict
+        Nested dictionaries
+    key : str
+    """
     if key in config:
         return config[key]
     inner = (find_value(value, key) for value in config.values() if isinstance(value, dict))
@@ -95,7 +138,15 @@ def run_name(
     config,  # A configuration, or a dictionary that says all that decides a benchmark
     label: str = "",  # Name of a measurement or repetition; "" for the run itself
 ) -> str:
-    "`<method>-<label>-<dataset>-<bits>bit-s<seed>-<hash>`; parts that there are not are left out."
+    """`<method>-<label>-<dataset>-<bits>bit-s<seed>-<hash>`; parts that there are not are left out.
+
+    Parameters
+    ----------
+    config
+        A configuration, or a dictionary that says all that decides a benchmark
+    label : str
+        Name of a measurement or repetition; "" for the run itself
+    """
     values = config if isinstance(config, dict) else to_dict(config)
     method = values["kind"] if isinstance(config, dict) else method_name(config)
     bits, seed = find_value(values, "bits"), find_value(values, "seed")

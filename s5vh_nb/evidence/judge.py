@@ -27,7 +27,14 @@ def verdict(
     effect: Interval,
     wanted: tuple = ABOVE_ZERO,  # The range, ends excluded, in which a statement puts the effect
 ) -> str:
-    "`holds`, `does not hold` or `undecided`; without an interval nothing is decided."
+    """`holds`, `does not hold` or `undecided`; without an interval nothing is decided.
+
+    Parameters
+    ----------
+    effect : Interval
+    wanted : tuple
+        The range, ends excluded, in which a statement puts the effect
+    """
     if np.isnan([effect.low, effect.high]).any():
         return "undecided"
     if effect.high <= wanted[0] or effect.low >= wanted[1]:
@@ -39,7 +46,14 @@ def compared(
     gain: Interval,
     seeds: int | None = None,  # How many trainings it rests on
 ) -> str:
-    "A gain in words: `better`, `worse`, `statistically indistinguishable`, or `no interval`."
+    """A gain in words: `better`, `worse`, `statistically indistinguishable`, or `no interval`.
+
+    Parameters
+    ----------
+    gain : Interval
+    seeds : int | None
+        How many trainings it rests on
+    """
     if np.isnan([gain.low, gain.high]).any():
         return "no interval"
     found = "undecided" if gain.low <= 0 <= gain.high else verdict(gain)
@@ -54,7 +68,20 @@ def sentence(
     score: str = "GmAP",
     seeds: int | None = None,
 ) -> str:
-    "A comparison as a sentence with its numbers."
+    """A comparison as a sentence with its numbers.
+
+    Parameters
+    ----------
+    what : str
+        e.g. "S5VH"
+    than : str
+        e.g. "ConMH-style"
+    gain : Interval
+    where : str
+        e.g. "spoken-digits, 64 bits"
+    score : str
+    seeds : int | None
+    """
     numbers = f"{gain.mean:+.3f} {score}" + (
         "" if np.isnan(gain.low) else f" [{gain.low:+.3f}, {gain.high:+.3f}]"
     )
@@ -71,7 +98,13 @@ _Terms = list  # of (weight, records, one per seed)
 
 
 def gain_terms(ours: list | None, theirs: list | None) -> _Terms:
-    "The terms of ours less theirs."
+    """The terms of ours less theirs.
+
+    Parameters
+    ----------
+    ours : list | None
+    theirs : list | None
+    """
     return [(1, ours), (-1, theirs)]
 
 
@@ -81,7 +114,18 @@ def scores_of(
     score: str | None = None,  # e.g. "mAP@5"; None: the main score
     part: str = "ap",  # Of pairs also "ap image" and "ap text"
 ) -> np.ndarray:
-    "Every query's part of a score, (seeds, nq); the mean is the score."
+    """Every query's part of a score, (seeds, nq); the mean is the score.
+
+    Parameters
+    ----------
+    records : list
+        One per seed
+    store : Store
+    score : str | None
+        e.g. "mAP@5"; None: the main score
+    part : str
+        Of pairs also "ap image" and "ap text"
+    """
     rows = [store.per_query(record, part) for record in records]
     return np.stack([parts[score or list(parts)[-1]] for parts in rows])
 
@@ -95,7 +139,16 @@ def effect(
     store: Store,
     score: str | None = None,  # As for `scores_of`
 ) -> Interval | None:
-    "The weighted sum of the rows' scores with its 95 % interval; None when a row has not been run."
+    """The weighted sum of the rows' scores with its 95 % interval; None when a row has not been run.
+
+    Parameters
+    ----------
+    terms : _Terms
+        `records` may be None: a row that has not been run
+    store : Store
+    score : str | None
+        As for `scores_of`
+    """
     if any(records is None for _, records in terms):
         return None
     prints = {record.data["fingerprint"] for _, records in terms for record in records}
@@ -112,12 +165,27 @@ def effect(
 
 
 def gain(ours: list | None, theirs: list | None, store: Store, score: str | None = None) -> Interval | None:
-    "How far the score of `ours` lies above that of `theirs`, with its 95 % interval over queries and seeds."
+    """How far the score of `ours` lies above that of `theirs`, with its 95 % interval over queries and seeds.
+
+    Parameters
+    ----------
+    ours : list | None
+    theirs : list | None
+    store : Store
+    score : str | None
+    """
     return effect(gain_terms(ours, theirs), store, score)
 
 
 def percent_terms(ours: list | None, theirs: list | None, store: Store) -> _Terms:
-    "The terms of the gain in percent of their score, which counts as known."
+    """The terms of the gain in percent of their score, which counts as known.
+
+    Parameters
+    ----------
+    ours : list | None
+    theirs : list | None
+    store : Store
+    """
     if ours is None or theirs is None:
         return gain_terms(ours, theirs)
     unit = 100 / scores_of(theirs, store).mean()
@@ -125,7 +193,13 @@ def percent_terms(ours: list | None, theirs: list | None, store: Store) -> _Term
 
 
 def ends(value: Interval, name: str = "gain") -> dict:
-    "An interval as columns of a table."
+    """An interval as columns of a table.
+
+    Parameters
+    ----------
+    value : Interval
+    name : str
+    """
     return {name: value.mean, "low": value.low, "high": value.high}
 
 # %% ../../nbs/lib/evidence/11_judge.ipynb #d009eda8
@@ -134,7 +208,16 @@ def compare(
     base: str,  # The row that the others are held against
     store: Store,
 ) -> pd.DataFrame:
-    "One line per row: mean scores over seeds, the gain in the main score over the base, seconds of training."
+    """One line per row: mean scores over seeds, the gain in the main score over the base, seconds of training.
+
+    Parameters
+    ----------
+    found : dict
+        As from `Study.records`
+    base : str
+        The row that the others are held against
+    store : Store
+    """
     known(base, dict.fromkeys(name for _, _, name in found), "base")
     lines = []
     for (dataset, bits, name), records in found.items():
@@ -152,7 +235,16 @@ def curves_of(
     store: Store,
     score: str,  # e.g. "mAP@5", or "GmAP"
 ) -> pd.DataFrame:
-    "A score of the evaluations during training by epochs done, a column per seed; empty without any."
+    """A score of the evaluations during training by epochs done, a column per seed; empty without any.
+
+    Parameters
+    ----------
+    records : list
+        One per seed
+    store : Store
+    score : str
+        e.g. "mAP@5", or "GmAP"
+    """
     columns = {}
     for record in records:
         curve = store.curve(record)
@@ -163,8 +255,18 @@ def curves_of(
     return pd.DataFrame(columns)
 
 
-def check_curves(found: dict, store: Store):  # As from `Study.records`
-    "`ValueError` naming the runs that were not evaluated during training."
+def check_curves(
+    found: dict,  # As from `Study.records`
+    store: Store,
+):
+    """`ValueError` naming the runs that were not evaluated during training.
+
+    Parameters
+    ----------
+    found : dict
+        As from `Study.records`
+    store : Store
+    """
     records = [record for rows in found.values() for record in rows]
     without = list(dict.fromkeys(record.name for record in records if store.curve(record).empty))
     expected = (
@@ -177,7 +279,14 @@ def epochs_until(
     curve: pd.Series,
     level: float,  # At most its last value
 ) -> float:
-    "Epochs until a curve first reaches a level, straight between evaluations."
+    """Epochs until a curve first reaches a level, straight between evaluations.
+
+    Parameters
+    ----------
+    curve : pd.Series
+    level : float
+        At most its last value
+    """
     i = int(np.argmax(curve.values >= level))
     if i == 0:
         return float(curve.index[0])
@@ -185,14 +294,27 @@ def epochs_until(
 
 
 def common_level(*curves: pd.Series) -> float:
-    "95 % of the last value, of several curves of the lowest of them."
+    """95 % of the last value, of several curves of the lowest of them.
+
+    Parameters
+    ----------
+    *curves : pd.Series
+    """
     return 0.95 * min(curve.iloc[-1] for curve in curves)
 
 
 def epochs_saved(
     ours: list | None, theirs: list | None, store: Store, score: str = "mAP@5"
 ) -> Interval | None:
-    "Epochs that `ours` reaches the common level earlier, over seeds; None when a curve is missing."
+    """Epochs that `ours` reaches the common level earlier, over seeds; None when a curve is missing.
+
+    Parameters
+    ----------
+    ours : list | None
+    theirs : list | None
+    store : Store
+    score : str
+    """
     if ours is None or theirs is None:
         return None
     pairs = [curves_of(rows, store, score) for rows in (ours, theirs)]
@@ -209,7 +331,15 @@ def plot_gains(
     table: pd.DataFrame,  # From `compare`
     base: str,  # Its row is left out
 ) -> plt.Figure:
-    "Gain of every row over the base with its interval, one panel per data set and code length."
+    """Gain of every row over the base with its interval, one panel per data set and code length.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        From `compare`
+    base : str
+        Its row is left out
+    """
     others = table[table.row != base]
     if others.empty:
         fig, ax = plt.subplots(figsize=(4, 1))
@@ -227,8 +357,16 @@ def plot_gains(
     return fig
 
 
-def axis_end(rows: pd.DataFrame) -> float:  # With the ends `low` and `high`
-    "Where an axis of gains ends: rows that are not `near` the others lie beyond it."
+def axis_end(
+    rows: pd.DataFrame,  # With the ends `low` and `high`
+) -> float:
+    """Where an axis of gains ends: rows that are not `near` the others lie beyond it.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        With the ends `low` and `high`
+    """
     reach = rows[["low", "high"]].abs().max(axis=1)
     return 1.05 * reach[near(reach)].max() or 0.01
 
@@ -239,7 +377,18 @@ def draw_gains(
     names: list,  # All rows there may be, from the top; one that is not among `rows` stays empty
     end: float,  # From `axis_end`
 ):
-    "Gains with their intervals, a line each; what lies beyond the end is an arrow with its numbers."
+    """Gains with their intervals, a line each; what lies beyond the end is an arrow with its numbers.
+
+    Parameters
+    ----------
+    ax : plt.Axes
+    rows : pd.DataFrame
+        `row`, `gain`, `low`, `high`
+    names : list
+        All rows there may be, from the top; one that is not among `rows` stays empty
+    end : float
+        From `axis_end`
+    """
     for row in rows.itertuples():
         y = len(names) - 1 - names.index(row.row)
         if max(-row.low, row.high) <= end:

@@ -41,7 +41,12 @@ def _found_centers(subject: Subject) -> dict:
 
 
 def measure_centers(subject: Subject) -> dict:
-    "What a record keeps of the centers of a training, and of how they suit its clusters."
+    """What a record keeps of the centers of a training, and of how they suit its clusters.
+
+    Parameters
+    ----------
+    subject : Subject
+    """
     found = _found_centers(subject)
     clusters = found["semantic"].semantics  # (c, p) unit vectors
     cosines = (clusters @ clusters.T).astype(float)[np.triu_indices(len(clusters), 1)]
@@ -60,13 +65,32 @@ def centers_in(
     store: Store,
     kind: str,  # "random", "start", "plain" or "semantic"
 ) -> np.ndarray:
-    "The hash centers, (c, k) of -1 and +1."
+    """The hash centers, (c, k) of -1 and +1.
+
+    Parameters
+    ----------
+    record : RunRecord
+        Of `measure_centers`
+    store : Store
+    kind : str
+        "random", "start", "plain" or "semantic"
+    """
     packed = store.archive.arrays(record)[f"centers {known(kind, CENTER_KINDS, 'kind of centers')}"]
     return 2 * np.unpackbits(packed, axis=1, count=record.configuration.model.bits).astype(int) - 1
 
 
-def cluster_cosines(record: RunRecord, store: Store) -> np.ndarray:  # Of `measure_centers`
-    "The cosine of every pair of clusters, (c(c-1)/2,), in the order of `numpy.triu_indices`."
+def cluster_cosines(
+    record: RunRecord,  # Of `measure_centers`
+    store: Store,
+) -> np.ndarray:
+    """The cosine of every pair of clusters, (c(c-1)/2,), in the order of `numpy.triu_indices`.
+
+    Parameters
+    ----------
+    record : RunRecord
+        Of `measure_centers`
+    store : Store
+    """
     return store.archive.arrays(record)["cosines"] / _COSINE_STEPS
 
 # %% ../../nbs/lib/evidence/13_measurements.ipynb #395a9840
@@ -119,7 +143,12 @@ def _without(network, data, layers, left_out: str) -> np.ndarray:  # A key of SI
 
 
 def measure_directions(subject: Subject) -> dict:
-    "What a record keeps of the two directions of a trained network."
+    """What a record keeps of the two directions of a trained network.
+
+    Parameters
+    ----------
+    subject : Subject
+    """
     network, data = subject.hasher, subject.data
     device, layers = next(network.parameters()).device, list(network.encoder.layers)
     x = torch.as_tensor(np.asarray(data.query.frames[:512])).to(device, torch.float32)  # (b, t, d)
@@ -132,7 +161,7 @@ def measure_directions(subject: Subject) -> dict:
         for out in ("backward", "forward")
     }
     alike = {"trained": _alike(network, x), "untrained": _alike(untrained, x)}
-    arrays = {"silenced": to_fractions(np.stack(silenced))}
+    arrays = {"silenced": to_fractions(np.stack(silenced), axis=1)}
     return {"metrics": {**alike, "layers": single}, "arrays": arrays, "columns": {"silenced": list(SILENCED)}}
 
 
@@ -141,6 +170,15 @@ def silenced_ap(
     store: Store,
     left_out: str,  # "nothing", "backward" or "forward"
 ) -> np.ndarray:
-    "Average precision at 20 of every query with a direction left out of all layers, (nq,)."
+    """Average precision at 20 of every query with a direction left out of all layers, (nq,).
+
+    Parameters
+    ----------
+    record : RunRecord
+        Of `measure_directions`
+    store : Store
+    left_out : str
+        "nothing", "backward" or "forward"
+    """
     rows = dict(zip(record.columns["silenced"], store.archive.arrays(record)["silenced"]))
     return from_fractions(rows[known(left_out, rows, "direction left out")])

@@ -17,7 +17,14 @@ def how_many(
     device: torch.device,
     largest: int,  # Bytes of features that a process holds
 ) -> int:
-    "Processes that can work side by side: at most 4 on a CPU, up to 6 per GPU."
+    """Processes that can work side by side: at most 4 on a CPU, up to 6 per GPU.
+
+    Parameters
+    ----------
+    device : torch.device
+    largest : int
+        Bytes of features that a process holds
+    """
     if device.type == "cpu":
         return min(4, torch.get_num_threads())
     gpus = torch.cuda.device_count() if device.index is None else 1
@@ -46,6 +53,16 @@ def side_by_side(
     """Call for every item, in processes where there are several workers.
 
     `RuntimeError` naming those that failed, after the others are done; of a single item its own error.
+
+    Parameters
+    ----------
+    call
+        Of one item; both can be pickled
+    items : dict
+        name -> item
+    workers : int
+    done
+        Called after each item
     """
     several = min(workers, len(items)) > 1
     failed = _in_processes(call, items, workers, done) if several else _in_turn(call, items, done)

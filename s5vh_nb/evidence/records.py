@@ -40,8 +40,16 @@ def _versions() -> dict:
     return found
 
 
-def device_name(device: str | torch.device) -> str:  # What `pick_device` gave
-    "What a person calls the device: the GPU's model, or the CPU's with the number of threads torch uses."
+def device_name(
+    device: str | torch.device,  # What `pick_device` gave
+) -> str:
+    """What a person calls the device: the GPU's model, or the CPU's with the number of threads torch uses.
+
+    Parameters
+    ----------
+    device : str | torch.device
+        What `pick_device` gave
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -49,8 +57,16 @@ def device_name(device: str | torch.device) -> str:  # What `pick_device` gave
     return f"{model[1].strip() if model else platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def git_commit(root: Path) -> str | None:  # The project's folder
-    "The commit, `+dirty` when source files differ from it; None where `root` is no checkout of its own."
+def git_commit(
+    root: Path,  # The project's folder
+) -> str | None:
+    """The commit, `+dirty` when source files differ from it; None where `root` is no checkout of its own.
+
+    Parameters
+    ----------
+    root : Path
+        The project's folder
+    """
     if given := os.environ.get("S5VH_NB_COMMIT"):  # for machines that get the files without their history
         return given
 
@@ -73,7 +89,32 @@ def _now() -> str:
 
 @dataclass(frozen=True)
 class RunRecord:
-    "One run, one measurement or one benchmark."
+    """One run, one measurement or one benchmark.
+
+    Parameters
+    ----------
+    config : dict
+        what decides it, see `differences`
+    metrics : dict
+        results
+    data : dict
+        name, fingerprint, sizes of the splits
+    device : str
+        see `device_name`
+    seconds : dict
+        wall-clock seconds per part: train, encode, score
+    artefact : str
+        who asked for it first, e.g. "s5vh/losses"
+    label : str
+        name of a measurement or repetition
+    columns : dict
+        array -> names of its columns
+    versions : dict
+    commit : str | None
+    created : str
+        UTC
+    schema : int
+    """
 
     config: dict  # what decides it, see `differences`
     metrics: dict  # results
@@ -108,7 +149,12 @@ _REQUIRED = {f.name for f in dataclasses.fields(RunRecord) if f.default is datac
 
 
 def to_line(record: RunRecord) -> str:
-    "The record as one line of JSON with sorted keys."
+    """The record as one line of JSON with sorted keys.
+
+    Parameters
+    ----------
+    record : RunRecord
+    """
     values = {"name": record.name, **dataclasses.asdict(record)}
     return json.dumps(values, sort_keys=True, ensure_ascii=False)
 
@@ -117,7 +163,14 @@ def from_line(
     line: str,
     where: str,  # File and line, for messages
 ) -> RunRecord:
-    "The record; `ValueError` naming the file when it is no JSON, of another schema or another name."
+    """The record; `ValueError` naming the file when it is no JSON, of another schema or another name.
+
+    Parameters
+    ----------
+    line : str
+    where : str
+        File and line, for messages
+    """
     try:
         values = json.loads(line)
     except ValueError as error:

@@ -46,7 +46,15 @@ def save_figure(
     path: Path,  # Ends in .png
     colours: int = _COLOURS,
 ) -> Path:
-    "Save a figure as a PNG with a palette of at most `colours`; returns the path."
+    """Save a figure as a PNG with a palette of at most `colours`; returns the path.
+
+    Parameters
+    ----------
+    fig : plt.Figure
+    path : Path
+        Ends in .png
+    colours : int
+    """
     drawn = io.BytesIO()
     fig.savefig(drawn, format="png", bbox_inches="tight")
     picture = Image.open(drawn).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
@@ -59,7 +67,15 @@ def save_table(
     frame: pd.DataFrame,  # An index with names becomes columns, too
     path: Path,  # Ends in .csv
 ) -> Path:
-    "Save a table as CSV, numbers with six significant digits; returns the path."
+    """Save a table as CSV, numbers with six significant digits; returns the path.
+
+    Parameters
+    ----------
+    frame : pd.DataFrame
+        An index with names becomes columns, too
+    path : Path
+        Ends in .csv
+    """
     if any(frame.index.names):
         frame = frame.reset_index()
     with atomic_write(path) as tmp:
@@ -67,8 +83,20 @@ def save_table(
     return path
 
 
-def folder_of(root: Path, what: str, profile: str) -> Path:  # what: "results" or "figures"
-    "The folder of a profile; `ValueError` for an unknown one."
+def folder_of(
+    root: Path,
+    what: str,  # "results" or "figures"
+    profile: str,
+) -> Path:
+    """The folder of a profile; `ValueError` for an unknown one.
+
+    Parameters
+    ----------
+    root : Path
+    what : str
+        "results" or "figures"
+    profile : str
+    """
     return root / what / known(profile, PROFILES, "profile")
 
 # %% ../../nbs/lib/evidence/08_report.ipynb #13d34e4c
@@ -76,7 +104,15 @@ def published(
     name: str,  # e.g. "s5vh_retrieval"
     root: Path | None = None,  # The project's folder; None finds it
 ) -> pd.DataFrame:
-    "The published figures in `results/published/<name>.csv`; the error lists what there is."
+    """The published figures in `results/published/<name>.csv`; the error lists what there is.
+
+    Parameters
+    ----------
+    name : str
+        e.g. "s5vh_retrieval"
+    root : Path | None
+        The project's folder; None finds it
+    """
     folder = find_root(root) / "results" / "published"
     check(
         folder.is_dir(), str(folder), "the folder of published figures", "no such folder", FileNotFoundError
@@ -90,7 +126,16 @@ def expected(
     profile: str,
     root: Path | None = None,  # The project's folder; None finds it
 ) -> pd.DataFrame:
-    "Expected GmAP and its tolerance by (dataset, bits, row); empty where nothing is expected."
+    """Expected GmAP and its tolerance by (dataset, bits, row); empty where nothing is expected.
+
+    Parameters
+    ----------
+    artefact : str
+        e.g. "s5vh/retrieval"
+    profile : str
+    root : Path | None
+        The project's folder; None finds it
+    """
     path = find_root(root) / "results" / "expected.csv"
     columns = ["artefact", "profile", "dataset", "bits", "row", "GmAP", "tolerance"]
     lines = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=columns)

@@ -31,7 +31,14 @@ def complete(
     config: Config,  # Of a transfer: its source, and the data it learns from
     data: Dataset | Described,
 ) -> Config:
-    "The configuration with what only the data can tell (see `resolve`); baselines of pairs have their view."
+    """The configuration with what only the data can tell (see `resolve`); baselines of pairs have their view.
+
+    Parameters
+    ----------
+    config : Config
+        Of a transfer: its source, and the data it learns from
+    data : Dataset | Described
+    """
     if isinstance(config, TrainConfig):
         return resolve(config, data)
     return replace(config, view="pair") if data.kind == "pairs" else config
@@ -76,7 +83,18 @@ def training_digest() -> str:
 
 # %% ../../nbs/lib/evidence/05_runs.ipynb #4f628e1b
 class Learnt(NamedTuple):
-    "A hash function and how it came about."
+    """A hash function and how it came about.
+
+    Parameters
+    ----------
+    hasher : object
+        a trained network, or a fitted baseline
+    row : str
+        its name in tables
+    history : list
+        one dict per epoch; empty for a baseline
+    seconds : float
+    """
 
     hasher: object  # a trained network, or a fitted baseline
     row: str  # its name in tables
@@ -88,7 +106,14 @@ def evaluate(
     run: TrainedRun,  # Under way or finished
     data: Dataset,
 ) -> dict:
-    "The main protocol's mAP of a network as it is now: a point of its curve, by which nothing is chosen."
+    """The main protocol's mAP of a network as it is now: a point of its curve, by which nothing is chosen.
+
+    Parameters
+    ----------
+    run : TrainedRun
+        Under way or finished
+    data : Dataset
+    """
     found = score(encode_splits(run.model, data), data, run.device, run.model.bits).metrics
     return {name: found[name] for name in PROTOCOLS[data.kind].columns(len(data.database))}
 
@@ -100,7 +125,18 @@ def learn(
     device: Device = None,
     progress: bool = True,
 ) -> Learnt:
-    "The trained network or fitted baseline."
+    """The trained network or fitted baseline.
+
+    Parameters
+    ----------
+    config : TrainConfig | BaselineConfig
+        Complete, see `complete`
+    data : Dataset
+    checkpoint : Path
+        Of a network: where it is kept; an unfinished one is taken up
+    device : Device
+    progress : bool
+    """
     begun = time.perf_counter()
     if isinstance(config, BaselineConfig):
         hasher = fit_baseline(config.method, data.train, config.bits, view=config.view, seed=config.seed)
@@ -121,7 +157,16 @@ def encode_splits(
     data: Dataset,
     single: bool = False,  # Also queries that lack a modality
 ) -> dict:
-    "Packed codes of the queries and the database by name, uint8 (n, k/8)."
+    """Packed codes of the queries and the database by name, uint8 (n, k/8).
+
+    Parameters
+    ----------
+    hasher
+        A network or a fitted baseline
+    data : Dataset
+    single : bool
+        Also queries that lack a modality
+    """
     query = _codes(hasher, data.query)
     database = query if data.database is data.query else _codes(hasher, data.database)
     codes = {"query": query, "database": database}
@@ -137,7 +182,16 @@ def encode_and_score(
     device: Device,
     single: bool = False,  # See `encode_splits`
 ) -> dict:
-    "What a record keeps of a hash function on a data set: codes, metrics, arrays, columns, seconds."
+    """What a record keeps of a hash function on a data set: codes, metrics, arrays, columns, seconds.
+
+    Parameters
+    ----------
+    hasher
+    data : Dataset
+    device : Device
+    single : bool
+        See `encode_splits`
+    """
     clock = [time.perf_counter()]
     codes = encode_splits(hasher, data, single)
     clock.append(time.perf_counter())
@@ -147,8 +201,16 @@ def encode_and_score(
     return dict(codes=codes, **vars(found), seconds=seconds)
 
 
-def history_arrays(history: list) -> tuple[dict, dict]:  # One dict per epoch: loss terms, at times scores
-    "A training's `loss` (terms, epochs) and `curve` (1 + scores, evaluations), and the names of their rows."
+def history_arrays(
+    history: list,  # One dict per epoch: loss terms, at times scores
+) -> tuple[dict, dict]:
+    """A training's `loss` (terms, epochs) and `curve` (1 + scores, evaluations), and the names of their rows.
+
+    Parameters
+    ----------
+    history : list
+        One dict per epoch: loss terms, at times scores
+    """
     if not history:
         return {}, {}
     terms = [name for name in history[0] if name != "epoch" and not name.startswith("mAP")]

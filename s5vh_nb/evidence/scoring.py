@@ -18,23 +18,52 @@ from ..search.scores import distance_histograms, gmap, histogram_ap
 # %% ../../nbs/lib/evidence/03_scoring.ipynb #215f1dfe
 @dataclass(frozen=True)
 class Scores:
-    "What a record keeps of a set of codes."
+    """What a record keeps of a set of codes.
+
+    Parameters
+    ----------
+    metrics : dict
+        score -> value
+    arrays : dict
+        `ap` (nq, cuts) in bytes, of pairs also `ap image`, `ap text`; `within` (2, k+1)
+    columns : dict
+        array -> names of its columns
+    """
 
     metrics: dict  # score -> value
-    arrays: dict  # `ap` (nq, cuts) as fractions, of pairs also `ap image`, `ap text`; `within` (2, k+1)
+    arrays: dict  # `ap` (nq, cuts) in bytes, of pairs also `ap image`, `ap text`; `within` (2, k+1)
     columns: dict  # array -> names of its columns
 
 
 @dataclass(frozen=True)
 class Protocol:
-    "How the codes of a kind of items are scored."
+    """How the codes of a kind of items are scored.
+
+    Parameters
+    ----------
+    cuts : tuple
+        N of mAP@N; None: the whole database
+    denominator : str
+        of average precision, see `search.scores`
+    main : str
+        the score that comparisons are about
+    """
 
     cuts: tuple  # N of mAP@N; None: the whole database
     denominator: str  # of average precision, see `search.scores`
     main: str  # the score that comparisons are about
 
-    def columns(self, n: int) -> dict:  # Items of the database
-        "Name of a score -> its cut, for the cuts that fit a database of `n` items."
+    def columns(
+        self,
+        n: int,  # Items of the database
+    ) -> dict:
+        """Name of a score -> its cut, for the cuts that fit a database of `n` items.
+
+        Parameters
+        ----------
+        n : int
+            Items of the database
+        """
         named = {"mAP" if cut is None else f"mAP@{cut}": cut or n for cut in self.cuts}
         return {name: cut for name, cut in named.items() if cut <= n}
 
@@ -57,7 +86,18 @@ def score(
     device="cpu",  # Where to count distances
     bits: int | None = None,  # k, where it is no multiple of 8
 ) -> Scores:
-    "The scores of the queries by their protocol; `ValueError` for a database below the smallest cut."
+    """The scores of the queries by their protocol; `ValueError` for a database below the smallest cut.
+
+    Parameters
+    ----------
+    codes : dict
+        packed, "query" (nq, k/8) and "database" (n, k/8); of pairs perhaps "query_image", "query_text"
+    data : Dataset
+    device
+        Where to count distances
+    bits : int | None
+        k, where it is no multiple of 8
+    """
     protocol, n = PROTOCOLS[data.kind], len(codes["database"])
     columns = protocol.columns(n)
     metrics, arrays = {}, {}
@@ -104,16 +144,32 @@ def _over_all(counts, ap, columns, protocol) -> dict:
 
 # %% ../../nbs/lib/evidence/03_scoring.ipynb #9765111c
 def query_parts(
-    ap: np.ndarray,  # (nq, cuts) uint16, as a record keeps it
+    ap: np.ndarray,  # (nq, cuts) uint8, as a record keeps it
     names: list,  # of the cuts
 ) -> dict:
-    "Score -> every query's part of it, (nq,) float64; the main score comes last."
+    """Score -> every query's part of it, (nq,) float64; the main score comes last.
+
+    Parameters
+    ----------
+    ap : np.ndarray
+        (nq, cuts) uint8, as a record keeps it
+    names : list
+        of the cuts
+    """
     ap = from_fractions(ap)
     parts = dict(zip(names, ap.T))
     return parts if names == ["mAP"] else parts | {"GmAP": gmap_parts(ap)}
 
 
-def gmap_parts(ap: np.ndarray) -> np.ndarray:  # (nq, cuts) average precisions
-    "Every query's part of the GmAP, (nq,), to first order; their mean is the GmAP."
+def gmap_parts(
+    ap: np.ndarray,  # (nq, cuts) average precisions
+) -> np.ndarray:
+    """Every query's part of the GmAP, (nq,), to first order; their mean is the GmAP.
+
+    Parameters
+    ----------
+    ap : np.ndarray
+        (nq, cuts) average precisions
+    """
     means = ap.mean(0)
     return gmap(means) * (ap / means).mean(1) if means.all() else np.zeros(len(ap))

@@ -16,15 +16,30 @@ from ..basics.devices import as_array
 
 # %% ../../nbs/lib/evidence/04_statistics.ipynb #237bac24
 class Interval(NamedTuple):
-    "A mean with the ends of its interval; `low` and `high` are NaN where one value gives none."
+    """A mean with the ends of its interval; `low` and `high` are NaN where one value gives none.
+
+    Parameters
+    ----------
+    mean : float
+    low : float
+    high : float
+    """
 
     mean: float
     low: float
     high: float
 
 
-def interval(values) -> Interval:  # One value per seed
-    "Mean and Student's 95 % t-interval over seeds."
+def interval(
+    values,  # One value per seed
+) -> Interval:
+    """Mean and Student's 95 % t-interval over seeds.
+
+    Parameters
+    ----------
+    values
+        One value per seed
+    """
     x = as_array(values, "values", float)
     check(x.ndim == 1 and len(x) > 0, "values", "a list with one number per seed", f"shape {x.shape}")
     if len(x) == 1:
@@ -37,7 +52,15 @@ def format_pm(
     value: Interval,  # From `interval` or `paired_bootstrap`
     digits: int = 3,  # Decimals
 ) -> str:
-    "`0.947 ± 0.004` (half the interval's width); the mean alone where there is no interval."
+    """`0.947 ± 0.004` (half the interval's width); the mean alone where there is no interval.
+
+    Parameters
+    ----------
+    value : Interval
+        From `interval` or `paired_bootstrap`
+    digits : int
+        Decimals
+    """
     if np.isnan(value.low):
         return f"{value.mean:.{digits}f}"
     return f"{value.mean:.{digits}f} ± {(value.high - value.low) / 2:.{digits}f}"
@@ -64,7 +87,19 @@ def paired_bootstrap(
     draws: int = 2000,  # Bootstrap samples
     seed: int = 0,  # Of the resampling
 ) -> Interval:
-    "Mean of a - b and its 95 % percentile interval; seeds and queries are resampled, few seeds widen it."
+    """Mean of a - b and its 95 % percentile interval; seeds and queries are resampled, few seeds widen it.
+
+    Parameters
+    ----------
+    a
+        (seeds, queries) average precision of method A
+    b
+        (seeds, queries) of method B: the same queries in the same order
+    draws : int
+        Bootstrap samples
+    seed : int
+        Of the resampling
+    """
     a, b = np.atleast_2d(as_array(a, "a", float)), np.atleast_2d(as_array(b, "b", float))
     check(a.ndim == 2 and a.size > 0, "a", "(seeds, queries), at least one of each", a.shape)
     check(a.shape == b.shape, "b", f"the shape of a, {a.shape} (seeds, queries)", b.shape)
@@ -83,6 +118,17 @@ def paired_bootstrap(
 def near(
     sizes,  # (n,) how far each of the things to draw reaches from zero
 ) -> np.ndarray:  # (n,) bool
-    "Which of them share a scale: those of at most five times the lower quartile."
+    """Which of them share a scale: those of at most five times the lower quartile.
+
+    Parameters
+    ----------
+    sizes
+        (n,) how far each of the things to draw reaches from zero
+
+    Returns
+    -------
+    np.ndarray
+        (n,) bool
+    """
     x = np.abs(as_array(sizes, "sizes", float))
     return x <= 5 * np.quantile(x[x > 0], 0.25) if (x > 0).any() else np.ones(len(x), bool)

@@ -42,7 +42,14 @@ def _takes_one_modality(config: Config) -> bool:
 
 
 class Subject:
-    "A run under measurement: its configuration, data, hash function and codes."
+    """A run under measurement: its configuration, data, hash function and codes.
+
+    Parameters
+    ----------
+    store : Store
+    config : Config
+    data : Dataset
+    """
 
     def __init__(self, store: "Store", config: Config, data: Dataset):
         self.store, self.config = store, config
@@ -74,7 +81,24 @@ def _about(data: Dataset) -> dict:
 
 
 class Store:
-    "Runs of one profile on behalf of one artefact."
+    """Runs of one profile on behalf of one artefact.
+
+    Parameters
+    ----------
+    artefact : str
+        Who asks, e.g. "s5vh/losses"
+    profile : str
+        "smoke", "quick", "full" or "paper"
+    root : Path | None
+        The project's folder; None finds it
+    data_root : str | None
+        Folder of the papers' files
+    device : Device
+        None takes a GPU when there is one
+    may_train : bool | None
+        None: unless `s5vh-nb report` forbids it
+    progress : bool
+    """
 
     def __init__(
         self,
@@ -96,7 +120,12 @@ class Store:
         pick_device(device)  # a wrong one is an error now, not after an hour
 
     def data(self, name: str) -> Dataset:
-        "A data set; several runs share one copy."
+        """A data set; several runs share one copy.
+
+        Parameters
+        ----------
+        name : str
+        """
         return load(name, self.data_root)
 
     def _described(self, name: str) -> Dataset | Described:
@@ -110,7 +139,14 @@ class Store:
         config: Config,
         label: str = "",  # Of a measurement or repetition
     ) -> RunRecord | None:
-        "The record, or None where there is none; `ValueError` when it was made from other data."
+        """The record, or None where there is none; `ValueError` when it was made from other data.
+
+        Parameters
+        ----------
+        config : Config
+        label : str
+            Of a measurement or repetition
+        """
         check_config(config, "config", TrainConfig, BaselineConfig, TransferConfig)
         if isinstance(config, TransferConfig):
             return self._find_transfer(config)
@@ -146,7 +182,14 @@ class Store:
         config: Config,
         label: str = "",  # Name of a repetition, which learns for itself
     ) -> RunRecord:
-        "The record of a run, read or made."
+        """The record of a run, read or made.
+
+        Parameters
+        ----------
+        config : Config
+        label : str
+            Name of a repetition, which learns for itself
+        """
         if record := self.find(config, label):
             return record
         data = self.data(config.dataset)
@@ -172,7 +215,16 @@ class Store:
         label: str = "",  # As for `get`
         workers: int | None = None,  # Processes side by side; None: as many as the machine bears
     ) -> list:
-        "The records of several runs, in order; failures are named when the others are done."
+        """The records of several runs, in order; failures are named when the others are done.
+
+        Parameters
+        ----------
+        configs : list
+        label : str
+            As for `get`
+        workers : int | None
+            Processes side by side; None: as many as the machine bears
+        """
         missing = {}  # each run once
         for config in configs:
             if self.find(config, label) is None:
@@ -203,7 +255,17 @@ class Store:
         label: str,  # Name of the measurement
         measure,  # A `Subject` -> {"metrics": ..., perhaps "arrays", "columns", "device"}
     ) -> RunRecord:
-        "The record of a measurement: read when it exists, else measured."
+        """The record of a measurement: read when it exists, else measured.
+
+        Parameters
+        ----------
+        config : Config
+            Whose network or data
+        label : str
+            Name of the measurement
+        measure
+            A `Subject` -> {"metrics": ..., perhaps "arrays", "columns", "device"}
+        """
         check(label.strip() != "", "label", "the name of a measurement", repr(label))
         if record := self.find(config, label):
             return record
@@ -221,7 +283,15 @@ class Store:
         config: Config,  # What learns, and from what
         dataset: str,  # Whose database and queries are encoded: items with inputs of the same widths
     ) -> RunRecord:
-        "The record of what was learnt on one data set and scored on another, read or made."
+        """The record of what was learnt on one data set and scored on another, read or made.
+
+        Parameters
+        ----------
+        config : Config
+            What learns, and from what
+        dataset : str
+            Whose database and queries are encoded: items with inputs of the same widths
+        """
         check_config(config, "config", TrainConfig, BaselineConfig)
         home, away = self.data(config.dataset), self.data(dataset)
         check(
@@ -294,7 +364,14 @@ class Store:
         record: RunRecord,
         part: str = "ap",  # Of pairs also "ap image" and "ap text"
     ) -> dict:
-        "Score -> every query's part of it, (nq,), whose mean is the score; the main score comes last."
+        """Score -> every query's part of it, (nq,), whose mean is the score; the main score comes last.
+
+        Parameters
+        ----------
+        record : RunRecord
+        part : str
+            Of pairs also "ap image" and "ap text"
+        """
         parts = query_parts(self.archive.arrays(record)[part], record.columns["ap"])
         main = list(parts)[-1]
         expected = record.metrics[main + part.removeprefix("ap")]
@@ -308,7 +385,12 @@ class Store:
         return parts
 
     def losses(self, record: RunRecord) -> pd.DataFrame:
-        "Loss terms of a training by epoch, from 0; empty for a fitted baseline."
+        """Loss terms of a training by epoch, from 0; empty for a fitted baseline.
+
+        Parameters
+        ----------
+        record : RunRecord
+        """
         if "loss" not in record.columns:
             return pd.DataFrame()
         return pd.DataFrame(
@@ -316,7 +398,12 @@ class Store:
         )
 
     def curve(self, record: RunRecord) -> pd.DataFrame:
-        "Scores of the evaluations during training by epochs done; empty for a run that had none."
+        """Scores of the evaluations during training by epochs done; empty for a run that had none.
+
+        Parameters
+        ----------
+        record : RunRecord
+        """
         if "curve" not in record.columns:
             return pd.DataFrame()
         epochs, *rows = self.archive.arrays(record)["curve"].astype(float)
@@ -324,7 +411,12 @@ class Store:
         return pd.DataFrame(scores, index=epochs.astype(int))
 
     def within(self, record: RunRecord) -> tuple[np.ndarray, np.ndarray]:
-        "Precision and recall within each Hamming radius, (k+1,) each; 0/0 is NaN."
+        """Precision and recall within each Hamming radius, (k+1,) each; 0/0 is NaN.
+
+        Parameters
+        ----------
+        record : RunRecord
+        """
         pairs, hits = self.archive.arrays(record)["within"].astype(float)
         with np.errstate(invalid="ignore"):
             return hits / pairs, hits / hits[-1]

@@ -25,7 +25,19 @@ from .store import Store
 # %% ../../nbs/lib/evidence/10_study.ipynb #d402a1bd
 @dataclass
 class Study:
-    "An experiment with the profile, data sets, code lengths and seeds of one execution."
+    """An experiment with the profile, data sets, code lengths and seeds of one execution.
+
+    Parameters
+    ----------
+    name : str
+        e.g. "s5vh/losses"
+    experiment : Experiment
+    store : Store
+    datasets : list
+    bits : list
+        in ascending order
+    seeds : list
+    """
 
     name: str  # e.g. "s5vh/losses"
     experiment: Experiment
@@ -60,7 +72,14 @@ class Study:
         return f"Small networks, {here} epochs where the full profile has {full}: they show {shows}."
 
     def configs(self, dataset: str, bits: int, row: str) -> list | None:
-        "The configurations of a row, one per seed; None where it is not run."
+        """The configurations of a row, one per seed; None where it is not run.
+
+        Parameters
+        ----------
+        dataset : str
+        bits : int
+        row : str
+        """
         at_this_length = self.experiment.runs_at(row, self.profile, bits, self.bits)
         if not (at_this_length and self.experiment.runs_on(row, dataset, self.datasets)):
             return None
@@ -68,15 +87,32 @@ class Study:
         found = [config_of(*place, seed, epochs.get(self.profile)) for seed in self.seeds]
         return None if None in found else found
 
-    def cells(self, rows=None) -> dict:  # Names; None: all
-        "The configurations of rows by (dataset, bits, row), one per seed."
+    def cells(
+        self,
+        rows=None,  # Names; None: all
+    ) -> dict:
+        """The configurations of rows by (dataset, bits, row), one per seed.
+
+        Parameters
+        ----------
+        rows
+            Names; None: all
+        """
         chosen = [known(row, self.rows, "row") for row in rows or self.rows]
         places = [(d, k, row) for d in self.datasets for k in self.bits for row in chosen]
         found = {place: self.configs(*place) for place in places}
         return {place: configs for place, configs in found.items() if configs is not None}
 
     def find(self, dataset: str, bits: int, row: str, label: str = "") -> list | None:
-        "The records of a row, one per seed, or of a measurement of its runs; None unless all exist."
+        """The records of a row, one per seed, or of a measurement of its runs; None unless all exist.
+
+        Parameters
+        ----------
+        dataset : str
+        bits : int
+        row : str
+        label : str
+        """
         configs = self.configs(dataset, bits, row)
         found = [self.store.find(config, label) for config in configs or [None] if config is not None]
         return found if found and None not in found else None
@@ -89,6 +125,13 @@ class Study:
         """The records of rows by (dataset, bits, row), one per seed; those that may not be made are named.
 
         Of a repetition all may be missing; of the runs themselves that is a `FileNotFoundError`.
+
+        Parameters
+        ----------
+        label : str
+            Name of a repetition
+        rows
+            Names; None: all
         """
         cells = self.cells(rows)
         if not self.store.may_train:
@@ -109,7 +152,19 @@ class Study:
         measure,  # See `Store.measure`
         seeds: int | None = None,  # How many of the first; None: all
     ) -> list | None:
-        "The measurements of a row, one per seed; None, and a line that says so, where one may not be made."
+        """The measurements of a row, one per seed; None, and a line that says so, where one may not be made.
+
+        Parameters
+        ----------
+        place : tuple
+            (dataset, bits, row)
+        label : str
+            Name of the measurement
+        measure
+            See `Store.measure`
+        seeds : int | None
+            How many of the first; None: all
+        """
         configs = self.configs(*place)[:seeds]
         if not self.store.may_train and None in [self.store.find(config, label) for config in configs]:
             _name_left_out([place], label)
@@ -124,7 +179,14 @@ class Study:
         frame: pd.DataFrame,
         name: str,  # Begins with the notebook's stem
     ) -> Path:
-        "Save as `results/<profile>/tables/<paper>_<name>.csv`; returns the path."
+        """Save as `results/<profile>/tables/<paper>_<name>.csv`; returns the path.
+
+        Parameters
+        ----------
+        frame : pd.DataFrame
+        name : str
+            Begins with the notebook's stem
+        """
         folder = folder_of(self.store.root, "results", self.profile) / "tables"
         return save_table(frame, folder / f"{self._paper()}_{name}.csv")
 
@@ -134,7 +196,16 @@ class Study:
         name: str,  # Begins with the notebook's stem
         **options,  # Of `report.save_figure`
     ) -> Path:
-        "Save as `figures/<profile>/<paper>/<name>.png`; returns the path."
+        """Save as `figures/<profile>/<paper>/<name>.png`; returns the path.
+
+        Parameters
+        ----------
+        fig : plt.Figure
+        name : str
+            Begins with the notebook's stem
+        **options
+            Of `report.save_figure`
+        """
         folder = folder_of(self.store.root, "figures", self.profile) / self._paper()
         return save_figure(fig, folder / f"{name}.png", **options)
 
@@ -175,7 +246,28 @@ def open_study(
     root: Path | None = None,  # The project's folder; None finds it
     may_train: bool | None = None,  # None: unless `s5vh-nb report` forbids it
 ) -> Study:
-    "The experiment as these parameters ask for it; sets the style of figures; errors name the parameter."
+    """The experiment as these parameters ask for it; sets the style of figures; errors name the parameter.
+
+    Parameters
+    ----------
+    name : str
+        e.g. "s5vh/losses"; "dmmh/ablations/mixers" for a second experiment of one notebook
+    profile : str
+        "smoke", "quick", "full" or "paper"
+    dataset
+        One name, several, or None for those of the profile
+    bits
+        One code length, several, or None
+    seeds
+        One, several, or None
+    device : Device
+    data_root : str | None
+        Folder of files that are not bundled; None: that of the environment
+    root : Path | None
+        The project's folder; None finds it
+    may_train : bool | None
+        None: unless `s5vh-nb report` forbids it
+    """
     if shell := get_ipython():
         _check_injected(shell.user_ns["In"])
     experiment = EXPERIMENTS[known(name, EXPERIMENTS, "experiment")]

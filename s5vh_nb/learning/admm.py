@@ -23,7 +23,21 @@ def merit(
     delta,  # Largest inner product allowed
     a,  # Weight of the semantic term
 ):
-    "Excess over the constraint, and objective; smaller is better, in this order (S5VH, hash centers)."
+    """Excess over the constraint, and objective; smaller is better, in this order (S5VH, hash centers).
+
+    Parameters
+    ----------
+    x
+        (k,) signs
+    Ho
+        (c-1, k) the other centers
+    s
+        (c-1,) wanted inner products
+    delta
+        Largest inner product allowed
+    a
+        Weight of the semantic term
+    """
     products = Ho @ x  # (c-1,)
     return max(0.0, products.max() - delta), products.mean() + a * ((products - s) ** 2).sum()
 
@@ -39,7 +53,21 @@ def _subproblem(
 
 # %% ../../nbs/lib/learning/00_admm.ipynb #5e799bab
 class ADMM(NamedTuple):
-    "Schedule of lp-box ADMM (S5VH, hash centers)."
+    """Schedule of lp-box ADMM (S5VH, hash centers).
+
+    Parameters
+    ----------
+    rho : float
+        First penalty
+    growth : float
+        Its factor from round to round
+    rho_max : float
+        Where the rounds end
+    inner : int
+        Steps per round
+    gamma : float
+        Step length of the multipliers
+    """
 
     rho: float = 5e-5  # First penalty
     growth: float = 1.07  # Its factor from round to round
@@ -86,7 +114,23 @@ def improve_center_reference(
     a: float = 1.0,  # Weight of the semantic term
     p: ADMM = ADMM(),  # Schedule
 ) -> np.ndarray:
-    "Center i (k,) re-optimised by lp-box ADMM as its equations are written; see `improve_center`."
+    """Center i (k,) re-optimised by lp-box ADMM as its equations are written; see `improve_center`.
+
+    Parameters
+    ----------
+    H : np.ndarray
+        (c, k) all centers
+    i : int
+        Which one
+    s : np.ndarray
+        (c,) wanted inner products
+    distance : int
+        d_max
+    a : float
+        Weight of the semantic term
+    p : ADMM
+        Schedule
+    """
     problem = _subproblem(H, i, s, distance)
     iterates, _ = _reference_iterates(H[i], *problem, a, p)
     corners = np.where(iterates > 0, 1.0, -1.0)  # (rounds, k)
@@ -221,7 +265,23 @@ def improve_center(
     a: float = 1.0,  # Weight of the semantic term
     p: ADMM = ADMM(),  # Schedule
 ) -> np.ndarray:
-    "Center i (k,) re-optimised against the others; unchanged where no corner is better (S5VH, hash centers)."
+    """Center i (k,) re-optimised against the others; unchanged where no corner is better (S5VH, hash centers).
+
+    Parameters
+    ----------
+    H : np.ndarray
+        (c, k) all centers
+    i : int
+        Which one
+    s : np.ndarray
+        (c,) wanted inner products
+    distance : int
+        d_max
+    a : float
+        Weight of the semantic term
+    p : ADMM
+        Schedule
+    """
     problem = _subproblem(H, i, s, distance)
     lam, Q = np.linalg.eigh(problem[0].T @ problem[0])  # (k,), (k, k)
     return _solve(H[i], *problem, float(a), np.ascontiguousarray(Q), lam.clip(0), p)

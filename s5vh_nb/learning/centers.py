@@ -34,7 +34,19 @@ def semantic_vectors(
     pca: int = 512,  # Principal components kept, at most min(n, d)
     seed: int = 0,  # Of k-means
 ) -> tuple[np.ndarray, np.ndarray]:
-    "Unit vectors W (c, p) and cluster numbers (n,) (S5VH, hash centers); `ValueError` for unfit input."
+    """Unit vectors W (c, p) and cluster numbers (n,) (S5VH, hash centers); `ValueError` for unfit input.
+
+    Parameters
+    ----------
+    features
+        (n, d) time means, or (n, t, d) frame features: array or CPU tensor
+    n_centers : int
+        c, at most the number of distinct rows
+    pca : int
+        Principal components kept, at most min(n, d)
+    seed : int
+        Of k-means
+    """
     x = np.asarray(features)
     check(x.ndim in (2, 3), "features", "shape (n, d) or (n, t, d)", x.shape)
     if x.ndim == 3:
@@ -67,7 +79,13 @@ def _paley(
 def hadamard(
     bits: int,  # k
 ) -> np.ndarray:
-    "Hadamard matrix (k, k) by Sylvester's doubling, from 1 or a Paley matrix; (0, k) where neither works."
+    """Hadamard matrix (k, k) by Sylvester's doubling, from 1 or a Paley matrix; (0, k) where neither works.
+
+    Parameters
+    ----------
+    bits : int
+        k
+    """
     if bits & (bits - 1) == 0:
         return scipy.linalg.hadamard(bits, float)
 
@@ -85,7 +103,18 @@ def start_centers(
     init: str,  # "hadamard": rows of H, then of -H, then random balanced ones; "random": random signs
     rng: np.random.Generator,
 ) -> np.ndarray:
-    "Distinct start vectors (c, k) in {-1, +1}."
+    """Distinct start vectors (c, k) in {-1, +1}.
+
+    Parameters
+    ----------
+    n_centers : int
+        c
+    bits : int
+        k
+    init : str
+        "hadamard": rows of H, then of -H, then random balanced ones; "random": random signs
+    rng : np.random.Generator
+    """
     H = hadamard(bits) if init == "hadamard" else np.empty((0, bits))
     rows = list(np.concatenate([H, -H])[:n_centers])
     balanced = init == "hadamard" and n_centers <= comb(bits, bits // 2)  # there must be enough of them
@@ -103,7 +132,15 @@ def wanted_distance(
     n_centers: int,  # c
     bits: int,  # k
 ) -> int:
-    "d_max, the distance asked for: one more than the Gilbert-Varshamov bound grants (S5VH, hash centers)."
+    """d_max, the distance asked for: one more than the Gilbert-Varshamov bound grants (S5VH, hash centers).
+
+    Parameters
+    ----------
+    n_centers : int
+        c
+    bits : int
+        k
+    """
     distance = 1
     while n_centers * sum(comb(bits, j) for j in range(distance)) < 2**bits:
         distance += 1
@@ -116,6 +153,13 @@ def quality(
 ) -> float:
     """Summed pairwise Hamming distance / c^2, less the summed surplus of cos(h_i, h_j) over cos(w_i, w_j)
     (S5VH, quality of a set).
+
+    Parameters
+    ----------
+    centers : np.ndarray
+        (c, k) in {-1, +1}
+    W : np.ndarray
+        (c, p) unit vectors
     """
     c, k = centers.shape
     centers = centers.astype(float)
@@ -128,7 +172,15 @@ def semantic_targets(
     W: np.ndarray,  # (c, p) unit vectors
     bits: int,  # k
 ) -> np.ndarray:
-    "Wanted inner products (c, c): row i has cos(w_i, w_j) rescaled to [-k, k] (S5VH, hash centers)."
+    """Wanted inner products (c, c): row i has cos(w_i, w_j) rescaled to [-k, k] (S5VH, hash centers).
+
+    Parameters
+    ----------
+    W : np.ndarray
+        (c, p) unit vectors
+    bits : int
+        k
+    """
     cosines = np.where(np.eye(len(W), dtype=bool), np.nan, W @ W.T)  # (c, c)
     low, high = np.nanmin(cosines, 1, keepdims=True), np.nanmax(cosines, 1, keepdims=True)
     span = np.where(high > low, high - low, np.inf)
@@ -157,7 +209,27 @@ def sweep_centers(
     progress: bool = True,  # Show a bar
     sweeps: int = 20,  # At most
 ) -> tuple[np.ndarray, list]:
-    "The best set (c, k) after one or more sweeps, and the quality after each sweep (S5VH, hash centers)."
+    """The best set (c, k) after one or more sweeps, and the quality after each sweep (S5VH, hash centers).
+
+    Parameters
+    ----------
+    H : np.ndarray
+        (c, k) start
+    S : np.ndarray
+        (c, c) wanted inner products
+    W : np.ndarray
+        (c, p) unit vectors, for the quality
+    distance : int
+        d_max
+    a : float
+        Weight of the semantic term
+    p : ADMM
+        Schedule
+    progress : bool
+        Show a bar
+    sweeps : int
+        At most
+    """
     H, best = H.copy(), None
     history = []
     bar = tqdm(range(sweeps), desc="hash centers", unit="sweep", leave=False, disable=not progress)
@@ -197,7 +269,17 @@ def balanced_bits(
     S: np.ndarray,  # (c, c) wanted inner products
     distance: int,  # d_max
 ) -> np.ndarray:
-    "Centers with bits flipped until each bit is +1 for half of them, where distances allow [ours]."
+    """Centers with bits flipped until each bit is +1 for half of them, where distances allow [ours].
+
+    Parameters
+    ----------
+    H : np.ndarray
+        (c, k) centers
+    S : np.ndarray
+        (c, c) wanted inner products
+    distance : int
+        d_max
+    """
     H, targets = H.copy(), (S + S.T) / 2
     while flip := _next_flip(H, targets, H.shape[1] - 2 * distance):
         H[flip] *= -1
@@ -220,7 +302,17 @@ def read_centers(
     n_centers: int,  # c
     bits: int,  # k
 ) -> np.ndarray:
-    "Hash centers (c, k) int8 of the release; `FileNotFoundError` or `ValueError` naming file and key."
+    """Hash centers (c, k) int8 of the release; `FileNotFoundError` or `ValueError` naming file and key.
+
+    Parameters
+    ----------
+    path : str | Path
+        `hash_center_{k}.h5`
+    n_centers : int
+        c
+    bits : int
+        k
+    """
     with open_hdf5(path) as f:
         return _checked(np.asarray(hdf5_array(f, "matrix")[()]), f"{path}[matrix]", n_centers, bits)
 
@@ -244,7 +336,23 @@ def _order_centers(
 # %% ../../nbs/lib/learning/01_centers.ipynb #4dc71081
 @dataclass(frozen=True)
 class HashCenters:
-    "The result of `hash_centers`."
+    """The result of `hash_centers`.
+
+    Parameters
+    ----------
+    centers : np.ndarray
+        (c, k) int8 in {-1, +1}
+    labels : np.ndarray
+        (n,) int64: sample i belongs to centers[labels[i]]
+    objective : float
+        The paper's quality of the set, see `quality`
+    semantics : np.ndarray
+        (c, p) unit vectors of the clusters
+    wanted : int
+        d_max, the distance asked for
+    history : tuple
+        Quality of the start, after each sweep, and at the end
+    """
 
     centers: np.ndarray  # (c, k) int8 in {-1, +1}
     labels: np.ndarray  # (n,) int64: sample i belongs to centers[labels[i]]
@@ -274,7 +382,33 @@ def hash_centers(
     admm: ADMM = ADMM(),  # Schedule
     progress: bool = True,  # Show a bar over the sweeps
 ) -> HashCenters:
-    "One center per k-means cluster of the features (S5VH, hash centers); `ValueError` for unfit input."
+    """One center per k-means cluster of the features (S5VH, hash centers); `ValueError` for unfit input.
+
+    Parameters
+    ----------
+    features
+        (n, d) time means, or (n, t, d) frame features
+    n_centers : int
+        c: 2 to n, at most 2^k
+    bits : int
+        k
+    init : str
+        Start: "hadamard" or "random"
+    semantic : bool
+        Follow the similarity of the clusters; False: only keep the distance
+    optimise : bool
+        False: the start as it is
+    pca : int
+        Principal components kept before k-means
+    seed : int
+        Of k-means and of random rows
+    given : np.ndarray | None
+        Ready-made centers (c, k): they are ordered, not optimised
+    admm : ADMM
+        Schedule
+    progress : bool
+        Show a bar over the sweeps
+    """
     check_bits(bits)
     check(n_centers <= 2**bits, "n_centers", f"at most 2^{bits}, the number of codes", n_centers)
     known(init, ("hadamard", "random"), "init")

@@ -40,7 +40,28 @@ _OBJECTIVES = {SLGConfig: SLGObjective, MetricConfig: MetricObjective}
 
 @dataclass(repr=False)
 class TrainedRun:
-    "A training run, finished or under way."
+    """A training run, finished or under way.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    fingerprint : str
+        Of the data it learns from
+    model : S5VH | DMMH
+    objective : nn.Module
+    trainable : list
+        (parameter, view of the gradient of `weights` that belongs to it)
+    weights : nn.Parameter
+        All trainable parameters in one vector (w,); they are views of it
+    optimizer : torch.optim.Optimizer
+    device : torch.device
+    epoch : int
+        The next one
+    history : list
+        A dict per epoch: loss terms, and scores where it was evaluated
+    seconds : list
+        Wall-clock time of the set-up, then of each epoch
+    """
 
     config: TrainConfig
     fingerprint: str  # Of the data it learns from
@@ -69,7 +90,15 @@ def new_run(
     data: Dataset,
     device: torch.device,
 ) -> TrainedRun:
-    "A run before its first step, with weights from the seed."
+    """A run before its first step, with weights from the seed.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        Resolved, see `learning.resolve`
+    data : Dataset
+    device : torch.device
+    """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         model = _NETWORKS[type(config.model)](config.model).to(device)
@@ -93,7 +122,15 @@ def start_from(
     run: TrainedRun,  # Before its first step
     network: S5VH | DMMH,  # Whose weights it takes
 ):
-    "Give the run the weights of another network; `ValueError` names those that don't fit."
+    """Give the run the weights of another network; `ValueError` names those that don't fit.
+
+    Parameters
+    ----------
+    run : TrainedRun
+        Before its first step
+    network : S5VH | DMMH
+        Whose weights it takes
+    """
     expected = f"a {type(run.model).__name__}"
     check(isinstance(network, type(run.model)), "start", expected, type(network).__name__, TypeError)
     both = [{k: tuple(v.shape) for k, v in net.state_dict().items()} for net in (run.model, network)]
@@ -112,7 +149,14 @@ def save_checkpoint(
     run: TrainedRun,
     path: str | Path,  # The file to write
 ):
-    "Write everything that resuming needs, in one step."
+    """Write everything that resuming needs, in one step.
+
+    Parameters
+    ----------
+    run : TrainedRun
+    path : str | Path
+        The file to write
+    """
     state = dict(
         schema=_SCHEMA,
         config=to_dict(run.config),
@@ -174,6 +218,17 @@ def load_checkpoint(
     """The saved run, which may be a finished one of fewer epochs.
 
     `ValueError` where the file is damaged, or of another configuration or other data.
+
+    Parameters
+    ----------
+    path : str | Path
+        A file of `save_checkpoint`
+    config : TrainConfig
+        The run asked for
+    data : Dataset
+        Its data
+    device : torch.device
+        Where to go on
     """
     state = _read_checkpoint(path)
     stored = from_dict(state["config"], str(path))

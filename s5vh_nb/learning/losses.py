@@ -24,7 +24,19 @@ def reconstruction_loss(
     hidden: Tensor,  # (views*b, t_masked) the numbers of the masked ones
     counts: Tensor | None = None,  # (views*b,) how many of them count, at least 1, the first ones; None: all
 ) -> Tensor:
-    "Mean squared error on the masked frames, summed over the views (S5VH, L_TR)."
+    """Mean squared error on the masked frames, summed over the views (S5VH, L_TR).
+
+    Parameters
+    ----------
+    predicted : Tensor
+        (views*b, t_masked, d) the decoder's frames
+    x : Tensor
+        (b, t, d) the true ones, all of them
+    hidden : Tensor
+        (views*b, t_masked) the numbers of the masked ones
+    counts : Tensor | None
+        (views*b,) how many of them count, at least 1, the first ones; None: all
+    """
     fits = predicted.shape == (*hidden.shape, x.shape[2]) and len(hidden) % len(x) == 0
     expected = f"{tuple(hidden.shape)} frames, of views of {len(x)} videos, {x.shape[2]} wide"
     check(fits, "reconstruction", expected, tuple(predicted.shape))
@@ -41,7 +53,19 @@ def contrastive_loss(
     tau_plus: float = 0.1,  # Share of negatives that are false, in [0, 1)
     temperature: float = 0.5,  # T
 ) -> Tensor:
-    "Debiased contrastive loss (S5VH, L_CL; Chuang et al., 2020, eq. 8); needs b >= 2."
+    """Debiased contrastive loss (S5VH, L_CL; Chuang et al., 2020, eq. 8); needs b >= 2.
+
+    Parameters
+    ----------
+    view1 : Tensor
+        (b, k) codes of the first view
+    view2 : Tensor
+        (b, k) codes of the second view, in the same order
+    tau_plus : float
+        Share of negatives that are false, in [0, 1)
+    temperature : float
+        T
+    """
     b = len(view1)
     check(0 <= tau_plus < 1, "tau_plus", "a prior in [0, 1)", tau_plus)
     fits = view1.shape == view2.shape and b >= 2
@@ -60,7 +84,15 @@ def center_logits(
     h: Tensor,  # (b, k) codes
     centers: Tensor,  # (c, k) hash centers in {-1, +1}
 ) -> Tensor:
-    "Similarity of codes to centers, h.C^T / (k/2), (b, c) in [-2, 2] (S5VH, L_CA)."
+    """Similarity of codes to centers, h.C^T / (k/2), (b, c) in [-2, 2] (S5VH, L_CA).
+
+    Parameters
+    ----------
+    h : Tensor
+        (b, k) codes
+    centers : Tensor
+        (c, k) hash centers in {-1, +1}
+    """
     return h @ centers.T / (0.5 * centers.shape[1])
 
 
@@ -68,7 +100,15 @@ def center_alignment_loss(
     logits: Tensor,  # (views*b, c) from `center_logits`
     soft_labels: Tensor,  # (b, c) rows that sum to 1, one per video
 ) -> Tensor:
-    "Soft cross-entropy of the views' logits to the videos' labels, mean over views and videos (S5VH, L_CA)."
+    """Soft cross-entropy of the views' logits to the videos' labels, mean over views and videos (S5VH, L_CA).
+
+    Parameters
+    ----------
+    logits : Tensor
+        (views*b, c) from `center_logits`
+    soft_labels : Tensor
+        (b, c) rows that sum to 1, one per video
+    """
     whole, where = len(logits) % len(soft_labels) == 0, "center alignment"
     check(whole, where, f"a whole number of views of {len(soft_labels)} videos", len(logits))
     same = logits.shape[1] == soft_labels.shape[1]
@@ -82,7 +122,17 @@ def refresh_labels(
     logits: Tensor,  # (b, c) from all frames
     rate: float,  # r, the share of the prediction
 ) -> Tensor:
-    "Soft labels (b, c) moved towards the prediction (S5VH, after the warm-up)."
+    """Soft labels (b, c) moved towards the prediction (S5VH, after the warm-up).
+
+    Parameters
+    ----------
+    soft_labels : Tensor
+        (b, c)
+    logits : Tensor
+        (b, c) from all frames
+    rate : float
+        r, the share of the prediction
+    """
     return torch.lerp(soft_labels, torch.softmax(logits, dim=1), rate)
 
 # %% ../../nbs/lib/learning/02_losses.ipynb #fe8afae0
@@ -99,7 +149,17 @@ def metric_loss(
     scores: Tensor,  # (b, n) the classifier's outputs for them, before the sigmoid
     labels: Tensor,  # (b, n) multi-hot
 ) -> dict:
-    "The terms `similarity`, `classification` and `quantization`, scalars (DMMH's sister works) [inferred]."
+    """The terms `similarity`, `classification` and `quantization`, scalars (DMMH's sister works) [inferred].
+
+    Parameters
+    ----------
+    h : Tensor
+        (b, k) relaxed codes
+    scores : Tensor
+        (b, n) the classifier's outputs for them, before the sigmoid
+    labels : Tensor
+        (b, n) multi-hot
+    """
     fits = scores.shape == labels.shape and len(h) == len(labels)
     found = (tuple(h.shape), tuple(scores.shape))
     check(fits, "metric loss", f"codes and scores of {tuple(labels.shape)} labels", found)

@@ -60,7 +60,14 @@ def _weighted(
 
 
 class SLGObjective(nn.Module):
-    "S5VH's objective; it keeps the hash centers and a moving soft label per video (S5VH, Learning)."
+    """S5VH's objective; it keeps the hash centers and a moving soft label per video (S5VH, Learning).
+
+    Parameters
+    ----------
+    config : TrainConfig
+    n : int
+        Number of training videos
+    """
 
     def __init__(
         self,
@@ -81,7 +88,17 @@ class SLGObjective(nn.Module):
         progress: bool = True,  # Show a bar
         given=None,  # Ready-made centers (c, k), see `hash_centers`
     ) -> HashCenters | None:
-        "The hash centers, kept with the first, one-hot labels; None where the alignment has no weight."
+        """The hash centers, kept with the first, one-hot labels; None where the alignment has no weight.
+
+        Parameters
+        ----------
+        means : Tensor
+            (n, d) time means of the training videos
+        progress : bool
+            Show a bar
+        given
+            Ready-made centers (c, k), see `hash_centers`
+        """
         if self.c.beta == 0:
             return None
         options = dict(
@@ -103,19 +120,35 @@ class SLGObjective(nn.Module):
         return found
 
     def unused(self, model: nn.Module) -> list:
-        "Weights that no term reaches: decoder without reconstruction, classifier without alignment."
+        """Weights that no term reaches: decoder without reconstruction, classifier without alignment.
+
+        Parameters
+        ----------
+        model : nn.Module
+        """
         decoder = model.decoder.parameters() if self.c.reconstruction == 0 else ()
         return [*decoder, *(self.parameters() if self.c.beta == 0 else ())]
 
     def past_warmup(self, epoch: int) -> bool:
-        "Whether the soft labels move in this epoch."
+        """Whether the soft labels move in this epoch.
+
+        Parameters
+        ----------
+        epoch : int
+        """
         return epoch >= self.c.warmup
 
     def logits(
         self,
         h: Tensor,  # (b, k) codes
     ) -> Tensor:
-        "Logits over the centers, (b, c)."
+        """Logits over the centers, (b, c).
+
+        Parameters
+        ----------
+        h : Tensor
+            (b, k) codes
+        """
         return center_logits(h, self.centers) if self.c.centers_in_loss else self.classifier(h) / self.scale
 
     @torch.no_grad()
@@ -126,7 +159,18 @@ class SLGObjective(nn.Module):
         rows: Tensor,  # (b,) the numbers of its videos
         lengths: Tensor | None = None,  # (b,) how many of their frames count
     ):
-        "Move the soft labels of a batch towards the network's prediction from all frames."
+        """Move the soft labels of a batch towards the network's prediction from all frames.
+
+        Parameters
+        ----------
+        model : nn.Module
+        x : Tensor
+            (b, t, d) a batch
+        rows : Tensor
+            (b,) the numbers of its videos
+        lengths : Tensor | None
+            (b,) how many of their frames count
+        """
         h = model(x, normed=self.c.refresh_with_norm, lengths=lengths).h.to(self.centers.dtype)  # (b, k)
         with torch.autocast(x.device.type, enabled=False):
             logits = self.logits(h)  # (b, c)
@@ -145,7 +189,22 @@ class SLGObjective(nn.Module):
         *,
         past_warmup: bool,  # The soft labels move
     ) -> dict:
-        "The weighted sum `loss` and its terms, scalars."
+        """The weighted sum `loss` and its terms, scalars.
+
+        Parameters
+        ----------
+        model : nn.Module
+        x : Tensor
+            (b, t, d) a batch
+        rows : Tensor
+            (b,) its numbers in the training set
+        order : Tensor
+            (b, t) a permutation of the frames per video
+        lengths : Tensor | None
+            (b,) how many frames of each count, the first ones in the video and in `order`; None: all
+        past_warmup : bool
+            The soft labels move
+        """
         counts = None if lengths is None else _view_counts(lengths, self.c.mask_ratio)
         shown, masked = counts or (None, None)
         beside, visible = SideStream(x.device), _two_views(order, self.c.mask_ratio, counts)
@@ -177,7 +236,14 @@ class SLGObjective(nn.Module):
 
 # %% ../../nbs/lib/learning/03_objectives.ipynb #57e93ba0
 class MetricObjective(nn.Module):
-    "The supervised objective; it has a classifier and keeps the labels (DMMH's sister works) [inferred]."
+    """The supervised objective; it has a classifier and keeps the labels (DMMH's sister works) [inferred].
+
+    Parameters
+    ----------
+    config : TrainConfig
+    n : int
+        Number of training pairs
+    """
 
     def __init__(
         self,
@@ -193,15 +259,31 @@ class MetricObjective(nn.Module):
         self,
         labels,  # (n, classes) multi-hot
     ):
-        "Keep the labels of the training pairs."
+        """Keep the labels of the training pairs.
+
+        Parameters
+        ----------
+        labels
+            (n, classes) multi-hot
+        """
         self.labels.copy_(torch.as_tensor(labels))
 
     def unused(self, model: nn.Module) -> list:
-        "Weights that no term reaches: the classifier's without its term."
+        """Weights that no term reaches: the classifier's without its term.
+
+        Parameters
+        ----------
+        model : nn.Module
+        """
         return list(self.parameters()) if self.c.classification == 0 else []
 
     def past_warmup(self, epoch: int) -> bool:
-        "Never: all epochs are alike."
+        """Never: all epochs are alike.
+
+        Parameters
+        ----------
+        epoch : int
+        """
         return False
 
     def forward(
@@ -212,7 +294,20 @@ class MetricObjective(nn.Module):
         rows: Tensor,  # (b,) its numbers in the training set
         past_warmup: bool = False,  # Without effect
     ) -> dict:
-        "The weighted sum `loss` and its terms, scalars; terms of weight 0 are left out."
+        """The weighted sum `loss` and its terms, scalars; terms of weight 0 are left out.
+
+        Parameters
+        ----------
+        model : nn.Module
+        image : Tensor
+            (b, di) a batch
+        text : Tensor
+            (b, dt)
+        rows : Tensor
+            (b,) its numbers in the training set
+        past_warmup : bool
+            Without effect
+        """
         h = model(image, text)  # (b, k)
         weights = {
             "similarity": self.c.similarity,

@@ -42,6 +42,11 @@ def resolve(config: TrainConfig, data: Dataset) -> TrainConfig:
     """The configuration with what only the data can tell: widths, number of labels, file of the centers.
 
     `ValueError` for data of another kind or name than the configuration's.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    data : Dataset
     """
     kind, network = _KINDS[type(config.model)], type(config.model).__name__
     check(data.kind == kind, "data", f"{kind}, for {network}", f"{data.name!r}, a set of {data.kind}")
@@ -60,7 +65,15 @@ def check_trainable(
     config: TrainConfig,  # Resolved
     data: Dataset,  # With the items to train on
 ):
-    "`ValueError` unless there are two items to contrast, and each video has frames to hide and to show."
+    """`ValueError` unless there are two items to contrast, and each video has frames to hide and to show.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        Resolved
+    data : Dataset
+        With the items to train on
+    """
     n, expected = len(data.train), "at least 2: they are contrasted with each other"
     check(n > 1, f"{data.name}: training items", expected, n)
     if isinstance(config.objective, SLGConfig):
@@ -77,7 +90,14 @@ def centers_from_file(
     config: TrainConfig,  # Resolved, of S5VH
     data: Dataset,
 ) -> np.ndarray | None:
-    "The centers (c, k) of the file that the configuration names, or None; `ValueError` where it has changed."
+    """The centers (c, k) of the file that the configuration names, or None; `ValueError` where it has changed.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        Resolved, of S5VH
+    data : Dataset
+    """
     wanted, path = config.objective.centers, _centers_file(data, config.model.bits)
     if not wanted.startswith("file:"):
         return None

@@ -94,6 +94,14 @@ def move_if_they_fit(
     """The inputs as tensors on the device, or unchanged where all together are too large for it.
 
     The tensors are bfloat16 on a GPU that computes in bfloat16, else float32.
+
+    Parameters
+    ----------
+    inputs : tuple
+        (n, ...) each, array or `RowStore`
+    device : torch.device
+    precision : str
+        As in `TrainConfig`
     """
     if sum(x.nbytes for x in inputs) > _COMFORTABLE[device.type] * free_memory(device):
         return inputs
@@ -114,7 +122,19 @@ def time_means(
     block: int = 1024,  # Videos at a time
     lengths: np.ndarray | None = None,  # (n,) how many frames of each count, the first ones; None: all
 ) -> Tensor:
-    "Means over time of the features as they were given, float32 (n, d) on the CPU."
+    """Means over time of the features as they were given, float32 (n, d) on the CPU.
+
+    Parameters
+    ----------
+    features
+        (n, t, d) array or `RowStore`
+    device : torch.device | str
+        Where to compute
+    block : int
+        Videos at a time
+    lengths : np.ndarray | None
+        (n,) how many frames of each count, the first ones; None: all
+    """
 
     def means(rows):
         x = rows_of(features, rows, device).float()  # (block, t, d)
@@ -163,7 +183,16 @@ def step(
     past_warmup: bool,  # The soft labels move
     *batch: Tensor,  # The inputs (b, ...), then the draws of the step
 ) -> dict:
-    "One update of the weights; returns the loss and its terms, scalars on the device."
+    """One update of the weights; returns the loss and its terms, scalars on the device.
+
+    Parameters
+    ----------
+    run : TrainedRun
+    past_warmup : bool
+        The soft labels move
+    *batch : Tensor
+        The inputs (b, ...), then the draws of the step
+    """
     for p, _ in run.trainable:
         p.grad = None
     half = run.config.precision == "bfloat16"
@@ -204,7 +233,18 @@ def train_epoch(
     inputs: tuple,  # (n, ...) each, from `move_if_they_fit`
     lengths: Tensor | None = None,  # (n,) on the device: how many frames of each video count; None: all
 ) -> dict:
-    "One pass over the training items; returns the mean of each loss term. Seeds torch's generators."
+    """One pass over the training items; returns the mean of each loss term. Seeds torch's generators.
+
+    Parameters
+    ----------
+    run : TrainedRun
+    take_step
+        From `_make_step`
+    inputs : tuple
+        (n, ...) each, from `move_if_they_fit`
+    lengths : Tensor | None
+        (n,) on the device: how many frames of each video count; None: all
+    """
     c, shape = run.config, inputs[0].shape
     t = shape[1] if len(shape) == 3 else None
     plan = _plan_epoch(shape[0], t, c.batch, c.seed, run.epoch, run.device, lengths)
@@ -227,7 +267,16 @@ def training_share(
     share: float,  # Of the training items, in (0, 1]
     seed: int,  # Decides which ones
 ) -> Dataset:
-    "`data` with a random part of its training items; `data` itself where the share is 1."
+    """`data` with a random part of its training items; `data` itself where the share is 1.
+
+    Parameters
+    ----------
+    data : Dataset
+    share : float
+        Of the training items, in (0, 1]
+    seed : int
+        Decides which ones
+    """
     if share == 1:
         return data
     n = len(data.train)
@@ -240,7 +289,13 @@ def training_share(
 def matmul_precision(
     precision: str,  # As in `TrainConfig`
 ):
-    "Inside, float32 matrix products are TF32 unless `precision` is 'float32'; afterwards as before."
+    """Inside, float32 matrix products are TF32 unless `precision` is 'float32'; afterwards as before.
+
+    Parameters
+    ----------
+    precision : str
+        As in `TrainConfig`
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
     try:
@@ -253,7 +308,14 @@ def is_evaluation_epoch(
     config: TrainConfig,
     epochs: int,  # How many are done
 ) -> bool:
-    "Whether the run is evaluated now."
+    """Whether the run is evaluated now.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    epochs : int
+        How many are done
+    """
     every = config.evaluate_every
     early = epochs < every and epochs & (epochs - 1) == 0
     return every > 0 and (early or epochs % every == 0 or epochs == config.epochs)
@@ -279,7 +341,15 @@ def fit_objective(
     data: Dataset,
     progress: bool = True,  # Show a bar
 ):
-    "Give the objective what is known before training: time means of the features, or labels."
+    """Give the objective what is known before training: time means of the features, or labels.
+
+    Parameters
+    ----------
+    run : TrainedRun
+    data : Dataset
+    progress : bool
+        Show a bar
+    """
     if isinstance(run.objective, MetricObjective):
         run.objective.fit(data.train.labels)
     else:
@@ -334,6 +404,29 @@ def train(
     The same configuration on the same machine, with as many threads, gives the same weights, resumed or not.
     A finished checkpoint of fewer epochs is trained further, which is not the same as all epochs at once.
     Videos of different lengths are trained on their own frames; on a GPU their layers are not fused.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        What to train
+    data : Dataset | None
+        Loaded by name when None
+    data_root : str | Path | None
+        Folder with the papers' files, for official sets
+    device : Device
+        None takes a GPU when there is one
+    start : HashNetwork | None
+        Network to train further; None: weights from the seed
+    checkpoint : str | Path | None
+        File to save to during training
+    every : int
+        Epochs between two checkpoints
+    resume : bool
+        Go on from `checkpoint` when it exists
+    evaluate
+        Called with the run at each evaluation; may return a dict of scores for the history
+    progress : bool
+        Show a bar
     """
     check_config(config, "config", TrainConfig)
     check(every >= 1, "every", "a number of epochs, at least 1", every)

@@ -54,7 +54,20 @@ def seconds_per_call(
         "inf"
     ),  # Seconds for the warm-up, and for the counted calls; one of these always runs
 ) -> np.ndarray:
-    "Seconds of each counted call, (repeats,) or fewer."
+    """Seconds of each counted call, (repeats,) or fewer.
+
+    Parameters
+    ----------
+    call : Callable
+        What to time, without arguments
+    device : torch.device
+        Where it works
+    repeats : int
+        Counted calls
+    warmup : int
+        Uncounted calls before them
+    limit : float
+    """
     last = _warm_up(call, device, warmup, limit)
     if last:
         repeats = max(1, min(repeats, int(min(limit / last, 1e9))))
@@ -81,6 +94,20 @@ def replayed(
     """A function that makes several calls at once, and their number.
 
     On a GPU it is one CUDA graph, so that launching does not count. Elsewhere it is `call` itself, once.
+
+    Parameters
+    ----------
+    call : Callable
+        Without arguments
+    device : torch.device
+        Where it works
+    calls : int
+        How many calls the function makes on a GPU
+
+    Returns
+    -------
+    tuple
+        The function, the number of calls it makes
     """
     if device.type != "cuda":
         return call, 1
@@ -98,7 +125,15 @@ def peak_bytes(
     call: Callable,  # Best not called before: what it keeps from call to call counts as well
     device: torch.device,  # Where it works
 ) -> int:
-    "Bytes of tensors that two calls take at their peak, on top of what is allocated before."
+    """Bytes of tensors that two calls take at their peak, on top of what is allocated before.
+
+    Parameters
+    ----------
+    call : Callable
+        Best not called before: what it keeps from call to call counts as well
+    device : torch.device
+        Where it works
+    """
     if device.type == "cpu":
         return _peak_on_cpu(call)
     _finish(device)
@@ -169,6 +204,13 @@ def operations(
     """Operations of a call: matrix products, convolutions, attention, LSTMs and scans.
 
     A call that only runs the forward pass belongs under `torch.no_grad`.
+
+    Parameters
+    ----------
+    call : Callable
+        Without arguments; where gradients are enabled it runs the backward pass as well
+    model : torch.nn.Module
+        What it runs
     """
     counts, lstms = [], [m for m in model.modules() if isinstance(m, torch.nn.LSTM)]
     scans = _topmost(model, (Mamba, Bidirectional, torch.nn.Sequential))
@@ -193,7 +235,15 @@ def linear_in_batch(
     cost: Callable,  # Number of videos -> what they cost
     n: int,  # Videos
 ):
-    "What `n` videos cost, from what one and two do; what does not depend on the batch is counted once."
+    """What `n` videos cost, from what one and two do; what does not depend on the batch is counted once.
+
+    Parameters
+    ----------
+    cost : Callable
+        Number of videos -> what they cost
+    n : int
+        Videos
+    """
     one, two = cost(1), cost(2)
     return one + (n - 1) * (two - one)
 
@@ -202,7 +252,20 @@ def growth(
     t,  # (points,) sizes
     y,  # (points,) what grows with them
 ) -> tuple:  # (p, low, high)
-    "Exponent p of y ~ t^p by least squares on logarithms, and its 95 % interval; NaN for too few points."
+    """Exponent p of y ~ t^p by least squares on logarithms, and its 95 % interval; NaN for too few points.
+
+    Parameters
+    ----------
+    t
+        (points,) sizes
+    y
+        (points,) what grows with them
+
+    Returns
+    -------
+    tuple
+        (p, low, high)
+    """
     if len(t) < 2:
         return np.nan, np.nan, np.nan
     fit = stats.linregress(np.log(t), np.log(y))
@@ -226,7 +289,20 @@ def ceilings(
     device: torch.device,  # What to measure
     *precisions: str,  # Of products: "float32", "tf32", "bfloat16", "float16"
 ) -> dict:  # "bytes_per_second" of a large copy, and by precision operations per second of a large product
-    "What the machine does at best; `ValueError` for an unknown precision."
+    """What the machine does at best; `ValueError` for an unknown precision.
+
+    Parameters
+    ----------
+    device : torch.device
+        What to measure
+    *precisions : str
+        Of products: "float32", "tf32", "bfloat16", "float16"
+
+    Returns
+    -------
+    dict
+        "bytes_per_second" of a large copy, and by precision operations per second of a large product
+    """
     numbers, side = (2**28, 8192) if device.type == "cuda" else (2**24, 768)  # of the array, of the matrix
     x = torch.randn(numbers, device=device)
     y = torch.empty_like(x)
@@ -245,5 +321,17 @@ def floor(
     limits: dict,  # From `ceilings`
     precision: str | None,  # Of the products; None: operations bind nothing
 ):
-    "Seconds that it takes at least."
+    """Seconds that it takes at least.
+
+    Parameters
+    ----------
+    operations
+        What is counted: a number, or an array (points,)
+    moved
+        Bytes that must move, likewise
+    limits : dict
+        From `ceilings`
+    precision : str | None
+        Of the products; None: operations bind nothing
+    """
     return np.maximum(operations / limits[precision] if precision else 0, moved / limits["bytes_per_second"])

@@ -51,7 +51,17 @@ def fit_matrix(
     view: str,  # A key of _VIEWS
     seed: int,  # Decides which rows, where not all of them fit
 ) -> tuple[np.ndarray, np.ndarray]:
-    "At most `_FIT_NUMBERS` numbers for a fit: vectors (rows, width) float32, and a mask (n,) of their items."
+    """At most `_FIT_NUMBERS` numbers for a fit: vectors (rows, width) float32, and a mask (n,) of their items.
+
+    Parameters
+    ----------
+    train : Split
+        Training items
+    view : str
+        A key of _VIEWS
+    seed : int
+        Decides which rows, where not all of them fit
+    """
     width = sum(x.shape[-1] if view == "mean" else int(np.prod(x.shape[1:])) for x in train.arrays)
     keep = np.arange(len(train)) < _FIT_NUMBERS // width
     np.random.default_rng(seed).shuffle(keep)  # (n,) bool
@@ -69,7 +79,16 @@ def fit_lsh(
     bits: int,  # k
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    "Random hyperplanes through the mean: the mean (width,) and directions (width, k) (Charikar 2002)."
+    """Random hyperplanes through the mean: the mean (width,) and directions (width, k) (Charikar 2002).
+
+    Parameters
+    ----------
+    x : np.ndarray
+        (n, width) float32
+    bits : int
+        k
+    seed : int
+    """
     x = np.asarray(x)
     rotation = faiss.RandomRotationMatrix(x.shape[1], bits)
     rotation.init(seed)
@@ -81,7 +100,17 @@ def itq_rotation(
     seed: int,  # Of the rotation it starts from
     steps: int = 50,  # Alternations; 0 gives the random start
 ) -> np.ndarray:
-    "The rotation (k, k) that brings `v` closest to a cube's corners (Gong & Lazebnik 2011, section 2.2)."
+    """The rotation (k, k) that brings `v` closest to a cube's corners (Gong & Lazebnik 2011, section 2.2).
+
+    Parameters
+    ----------
+    v : np.ndarray
+        (n, k), centred
+    seed : int
+        Of the rotation it starts from
+    steps : int
+        Alternations; 0 gives the random start
+    """
     v = np.asarray(v)
     rotation = ortho_group.rvs(v.shape[1], random_state=seed)  # (k, k)
     for _ in range(steps):
@@ -174,9 +203,27 @@ def _fit_supervised(
     return x.mean(0) - shift, ridge.coef_.T.astype(np.float32)
 
 # %% ../../nbs/lib/models/06_baselines.ipynb #4105c5eb
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Hasher:
-    "Features to packed codes; made by `fit_baseline`."
+    """Features to packed codes; made by `fit_baseline`.
+
+    Parameters
+    ----------
+    name : str
+        Its name in tables, e.g. "ITQ (Nystroem-lifted), time mean"
+    view : str
+        A key of _VIEWS
+    shapes : dict
+        Name of an input -> its shape per item, as in training
+    mean : np.ndarray
+        (width,), after the lift where there is one
+    directions : np.ndarray
+        (width, k)
+    lift : Pipeline | None
+        Applied before the mean is subtracted
+    ragged : bool
+        Training videos differed in length; the longest had the t of `shapes`
+    """
 
     name: str  # Its name in tables, e.g. "ITQ (Nystroem-lifted), time mean"
     view: str  # A key of _VIEWS
@@ -185,6 +232,10 @@ class Hasher:
     directions: np.ndarray  # (width, k)
     lift: Pipeline | None = None  # Applied before the mean is subtracted
     ragged: bool = False  # Training videos differed in length; the longest had the t of `shapes`
+
+    def __repr__(self):
+        inputs = " and ".join(f"{name} {shape}" for name, shape in self.shapes.items())
+        return f"{self.name}: {inputs} to {self.bits} bits"
 
     @property
     def bits(self) -> int:
@@ -196,7 +247,15 @@ class Hasher:
         *arrays,  # (n, ...) features of any kind, one per input: `split.arrays`
         lengths=None,  # (n,) how many frames of each video count, the first ones; None: all
     ) -> np.ndarray:
-        "Packed codes, uint8 (n, k/8); `TypeError` unless arrays, `ValueError` for other shapes and NaN."
+        """Packed codes, uint8 (n, k/8); `TypeError` unless arrays, `ValueError` for other shapes and NaN.
+
+        Parameters
+        ----------
+        *arrays
+            (n, ...) features of any kind, one per input: `split.arrays`
+        lengths
+            (n,) how many frames of each video count, the first ones; None: all
+        """
         self._check_inputs(arrays, self.view != "pair" and (self.ragged or lengths is not None))
         if lengths is not None:
             check(self.view != "pair", "lengths", "None for pairs", type(lengths).__name__)
@@ -250,7 +309,21 @@ def fit_baseline(
     view: str = "mean",  # "mean" over time or frames "flat" for videos, "pair" for pairs
     seed: int = 0,  # Same seed, same codes
 ) -> Hasher:
-    "A baseline fitted on training items; ITQ lifts videos narrower than `bits`. `ValueError` if unfit."
+    """A baseline fitted on training items; ITQ lifts videos narrower than `bits`. `ValueError` if unfit.
+
+    Parameters
+    ----------
+    method : str
+        One of METHODS for these items
+    train : Split
+        Training items
+    bits : int
+        k
+    view : str
+        "mean" over time or frames "flat" for videos, "pair" for pairs
+    seed : int
+        Same seed, same codes
+    """
     check(isinstance(train, Split), "train", "a Split (`datasets.splits`)", type(train).__name__, TypeError)
     known(view, _VIEWS, "view")
     check(_VIEWS[view] == train.kind, "view", f"one for {train.kind}", repr(view))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from tqdm.auto import tqdm
 
-from ..basics.checks import check
+from ..basics.checks import check, is_whole
 from ..basics.config import bits_of, check_config
 from ..basics.devices import Device, as_tensor, pick_device
 from ..basics.files import atomic_write, user_path
@@ -44,7 +44,13 @@ class _StraightThroughSign(torch.autograd.Function):
 def sign_ste(
     x: Tensor | np.ndarray,  # Real numbers, any shape
 ) -> Tensor:
-    "sign(x) in {-1, +1}, -1 at 0; the gradient is that of clip(x, -1, 1) (S5VH, hash layer, as released)."
+    """sign(x) in {-1, +1}, -1 at 0; the gradient is that of clip(x, -1, 1) (S5VH, hash layer, as released).
+
+    Parameters
+    ----------
+    x : Tensor | np.ndarray
+        Real numbers, any shape
+    """
     return _StraightThroughSign.apply(as_tensor(x))
 
 # %% ../../nbs/lib/models/00_codes.ipynb #a5dacd43
@@ -52,7 +58,15 @@ def relax(
     x: Tensor | np.ndarray,  # The hash layer's output, any shape
     how: str,  # "sign" or "tanh"
 ) -> Tensor:
-    "Codes for training: the straight-through sign, or tanh(x) (S5VH, hash layer, as written)."
+    """Codes for training: the straight-through sign, or tanh(x) (S5VH, hash layer, as written).
+
+    Parameters
+    ----------
+    x : Tensor | np.ndarray
+        The hash layer's output, any shape
+    how : str
+        "sign" or "tanh"
+    """
     check(how in ("sign", "tanh"), "relaxation", "'sign' or 'tanh'", repr(how))
     return sign_ste(x) if how == "sign" else torch.tanh(as_tensor(x))
 
@@ -64,7 +78,13 @@ def _bit_values(device):
 def pack(
     codes: Tensor | np.ndarray,  # (b, k) numbers; a positive one becomes bit 1
 ) -> Tensor:
-    "Packed codes, uint8 (b, k/8) with k/8 rounded up, in the order of `numpy.packbits`."
+    """Packed codes, uint8 (b, k/8) with k/8 rounded up, in the order of `numpy.packbits`.
+
+    Parameters
+    ----------
+    codes : Tensor | np.ndarray
+        (b, k) numbers; a positive one becomes bit 1
+    """
     codes = as_tensor(codes)
     fits = codes.ndim == 2 and codes.shape[1] > 0
     check(fits, "codes", "shape (b, k), k at least 1", tuple(codes.shape))
@@ -76,7 +96,15 @@ def unpack(
     packed: Tensor | np.ndarray,  # uint8 (b, k/8)
     bits: int | None = None,  # k, where it is no multiple of 8
 ) -> Tensor:
-    "The codes in {-1, +1} that `pack` was given, float32 (b, k)."
+    """The codes in {-1, +1} that `pack` was given, float32 (b, k).
+
+    Parameters
+    ----------
+    packed : Tensor | np.ndarray
+        uint8 (b, k/8)
+    bits : int | None
+        k, where it is no multiple of 8
+    """
     packed = as_tensor(packed)
     found = f"{packed.dtype} {tuple(packed.shape)}"
     check(packed.dtype == torch.uint8 and packed.ndim == 2, "packed codes", "uint8 (b, k/8)", found)
@@ -88,7 +116,15 @@ def check_array(
     x,  # Anything
     where: str,  # The parameter, for the message
 ):
-    "`TypeError` unless `x` is a tensor, an array or a row store: dense, of real numbers, not a scalar."
+    """`TypeError` unless `x` is a tensor, an array or a row store: dense, of real numbers, not a scalar.
+
+    Parameters
+    ----------
+    x
+        Anything
+    where : str
+        The parameter, for the message
+    """
     dtype = getattr(x, "dtype", None)
     if isinstance(x, Tensor):
         dense = x.layout == torch.strided and not dtype.is_complex
@@ -103,7 +139,13 @@ def check_array(
 def check_largest(
     largest: float,  # The largest absolute value of some features; NaN where one is NaN
 ):
-    "`ValueError` for NaN, infinity and numbers so large that sums of their squares may overflow float32."
+    """`ValueError` for NaN, infinity and numbers so large that sums of their squares may overflow float32.
+
+    Parameters
+    ----------
+    largest : float
+        The largest absolute value of some features; NaN where one is NaN
+    """
     expected, found = f"finite numbers of at most {LARGEST:g}", "NaN, infinity or larger ones"
     check(largest <= LARGEST, "features", expected, found)
 
@@ -111,7 +153,13 @@ def check_largest(
 def evaluation_view(
     module: nn.Module,  # In any mode; it is not changed
 ) -> nn.Module:
-    "A new tree of modules in evaluation mode with the same parameters and buffers."
+    """A new tree of modules in evaluation mode with the same parameters and buffers.
+
+    Parameters
+    ----------
+    module : nn.Module
+        In any mode; it is not changed
+    """
     view = object.__new__(type(module))
     for name, value in vars(module).items():
         vars(view)[name] = value.copy() if isinstance(value, (dict, list)) else value
@@ -144,7 +192,13 @@ def _check_config(path: Path, cls: type):
 
 
 class HashNetwork(nn.Module, PyTorchModelHubMixin):
-    "A network with a configuration; it encodes block by block, and is saved and loaded without pickle."
+    """A network with a configuration; it encodes block by block, and is saved and loaded without pickle.
+
+    Parameters
+    ----------
+    config
+        A dataclass; a subclass annotates its type, which `from_pretrained` needs
+    """
 
     def __init__(
         self,
@@ -153,6 +207,18 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         check_config(config, "config", type(self).__init__.__annotations__.get("config", object))
         super().__init__()
         self.config = config
+
+    def __repr__(self):
+        fields = {f: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
+        told = [
+            f"{f.name}={value!r}"
+            for f, value in fields.items()
+            if is_whole(value) or f.name == "mixer" or value != f.default
+        ]
+        weights = list(self.parameters())
+        places = sorted({f"{str(w.dtype).removeprefix('torch.')} on {w.device}" for w in weights})
+        size = f"{sum(w.numel() for w in weights):,} weights"
+        return f"{type(self).__name__}, {', '.join(told)}: {', '.join([size, *places])}"
 
     @property
     def bits(self) -> int:
@@ -163,7 +229,13 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         self,
         *inputs: Tensor | None,  # (b, ...) a batch of each input; None where it is missing
     ) -> Tensor:
-        "The real vectors (b, k) whose signs are the codes; a subclass defines it."
+        """The real vectors (b, k) whose signs are the codes; a subclass defines it.
+
+        Parameters
+        ----------
+        *inputs : Tensor | None
+            (b, ...) a batch of each input; None where it is missing
+        """
         raise NotImplementedError(f"{type(self).__name__}.h")
 
     @torch.no_grad()
@@ -177,6 +249,15 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
 
         The network is not changed, so threads may share it. `ValueError` for features that are NaN, infinite
         or above 1e15, and without items.
+
+        Parameters
+        ----------
+        inputs : tuple
+            Per input: anything that slices to arrays (n, ...), or None where it is missing
+        batch : int
+            Items at a time
+        progress : bool
+            Show a bar
         """
         net, like = evaluation_view(self), next(self.parameters())
         n = next(len(x) for x in inputs if x is not None)
@@ -205,7 +286,15 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         codes: type,  # Class of a module that is made from a network and returns packed codes
         *shapes: tuple,  # Of its inputs; None for a size that stays free
     ) -> ExportedProgram:
-        "The way from features to packed codes as a program of torch's own operations, in evaluation mode."
+        """The way from features to packed codes as a program of torch's own operations, in evaluation mode.
+
+        Parameters
+        ----------
+        codes : type
+            Class of a module that is made from a network and returns packed codes
+        *shapes : tuple
+            Of its inputs; None for a size that stays free
+        """
         like = next(self.parameters())
         examples = tuple(like.new_zeros([3 if size is None else size for size in shape]) for shape in shapes)
         free = tuple({i: Dim.DYNAMIC for i, size in enumerate(shape) if size is None} for shape in shapes)
@@ -223,6 +312,15 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         """The network that was saved or published.
 
         `ValueError` names a damaged file or a device that is not here, `FileNotFoundError` what is missing.
+
+        Parameters
+        ----------
+        pretrained_model_name_or_path : str | Path
+            A folder, or a name on the Hub
+        map_location : Device
+            Where the network goes
+        **options
+            Of the Hub's mixin
         """
         name, device = pretrained_model_name_or_path, pick_device(map_location)
         folder = _saved_folder(name)
@@ -246,7 +344,15 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         save_directory: str | Path,  # A folder; made when missing
         **options,  # Of the Hub's mixin
     ):
-        "Save the configuration and the weights."
+        """Save the configuration and the weights.
+
+        Parameters
+        ----------
+        save_directory : str | Path
+            A folder; made when missing
+        **options
+            Of the Hub's mixin
+        """
         return super().save_pretrained(user_path(save_directory), **options)
 
     @classmethod

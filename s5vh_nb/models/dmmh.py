@@ -177,9 +177,18 @@ class _Codes(nn.Module):
 
 
 class DMMH(HashNetwork, library_name="s5vh_nb", tags=["multi-modal-hashing", "mamba"]):
-    "Deep Mamba multi-modal hashing (DMMH, section 2)."
+    """Deep Mamba multi-modal hashing (DMMH, section 2).
 
-    def __init__(self, config: DMMHConfig):
+    Parameters
+    ----------
+    config : DMMHConfig
+        Its shape
+    """
+
+    def __init__(
+        self,
+        config: DMMHConfig,  # Its shape
+    ):
         super().__init__(config)
         c, tokens = config, _n_tokens(config)
         self.image = _Branch(c.di, c.image_hidden, c) if c.modality != "text" else None
@@ -196,6 +205,13 @@ class DMMH(HashNetwork, library_name="s5vh_nb", tags=["multi-modal-hashing", "ma
         """The relaxed codes (b, k) in (-1, 1).
 
         `ValueError` for features of another width, or without any modality that the network knows.
+
+        Parameters
+        ----------
+        image : Tensor | None
+            (b, di); None where it is missing
+        text : Tensor | None
+            (b, dt); None where it is missing
         """
         c = self.config
         for name, x, d in (("image", image, c.di), ("text", text, c.dt)):
@@ -214,7 +230,15 @@ class DMMH(HashNetwork, library_name="s5vh_nb", tags=["multi-modal-hashing", "ma
         image: Tensor | None,  # As for `forward`
         text: Tensor | None,  # As for `forward`
     ) -> Tensor:
-        "The relaxed codes, (b, k)."
+        """The relaxed codes, (b, k).
+
+        Parameters
+        ----------
+        image : Tensor | None
+            As for `forward`
+        text : Tensor | None
+            As for `forward`
+        """
         return self(image, text)
 
     def encode(
@@ -224,7 +248,19 @@ class DMMH(HashNetwork, library_name="s5vh_nb", tags=["multi-modal-hashing", "ma
         batch: int = 512,  # Pairs at a time
         progress: bool = False,  # Show a bar
     ) -> Tensor:
-        "Packed codes of pairs, or of images or texts alone, uint8 (n, k/8); `TypeError` unless arrays."
+        """Packed codes of pairs, or of images or texts alone, uint8 (n, k/8); `TypeError` unless arrays.
+
+        Parameters
+        ----------
+        image
+            (n, di) features: a tensor, an array, anything that slices to one; None where missing
+        text
+            (n, dt), likewise
+        batch : int
+            Pairs at a time
+        progress : bool
+            Show a bar
+        """
         given = {name: x for name, x in {"image": image, "text": text}.items() if x is not None}
         for name, x in given.items():
             check_array(x, name)

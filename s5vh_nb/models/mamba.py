@@ -22,13 +22,37 @@ def step_bias(
     low: float = 1e-3,  # Smallest step size
     high: float = 0.1,  # Largest step size
 ) -> Tensor:
-    "Biases (d,) whose softplus is log-uniform in [low, high]."
+    """Biases (d,) whose softplus is log-uniform in [low, high].
+
+    Parameters
+    ----------
+    d : int
+        Channels
+    low : float
+        Smallest step size
+    high : float
+        Largest step size
+    """
     step = torch.exp(torch.rand(d) * math.log(high / low) + math.log(low))
     return step + torch.log(-torch.expm1(-step))
 
 # %% ../../nbs/lib/models/01_mamba.ipynb #d7e671fb
 class Mamba(nn.Module):
-    "Mamba block with the parameters of `mamba_ssm.Mamba` (Gu & Dao, 2023, section 3.4). Causal."
+    """Mamba block with the parameters of `mamba_ssm.Mamba` (Gu & Dao, 2023, section 3.4). Causal.
+
+    Parameters
+    ----------
+    m : int
+        Model width
+    d_state : int
+        States per channel, n
+    d_conv : int
+        Taps of the convolution
+    expand : int
+        Inner width over model width
+    dt_rank : int | str
+        Rank of the step-size projection; "auto": ceil(m/16)
+    """
 
     causal = True
 
@@ -58,6 +82,16 @@ class Mamba(nn.Module):
         self,
         x: Tensor,  # (b, t, m)
     ) -> Tensor:  # (b, t, m)
+        """Parameters
+        ----------
+        x : Tensor
+            (b, t, m)
+
+        Returns
+        -------
+        Tensor
+            (b, t, m)
+        """
         u, z = (v.transpose(1, 2) for v in self.in_proj(x).chunk(2, -1))  # (b, d, t), views of (b, t, 2*d)
         y = self._scan(self._convolve(u), z)
         return self.out_proj(y.transpose(1, 2))  # (b, t, m)
@@ -78,7 +112,13 @@ class Mamba(nn.Module):
         self,
         batch_size: int,  # Sequences, b
     ) -> tuple[Tensor, Tensor]:
-        "The states before the first frame, zeros: `conv_state` (b, d, d_conv) and `ssm_state` (b, d, n)."
+        """The states before the first frame, zeros: `conv_state` (b, d, d_conv) and `ssm_state` (b, d, n).
+
+        Parameters
+        ----------
+        batch_size : int
+            Sequences, b
+        """
         d, n = self.A_log.shape
         conv_state = self.D.new_zeros(batch_size, d, self.conv1d.kernel_size[0])
         exact = torch.promote_types(self.D.dtype, torch.float32)  # the scan's own
@@ -93,6 +133,20 @@ class Mamba(nn.Module):
         """One more frame, as in `mamba_ssm.Mamba.step`: what `forward` gives for the last frame so far.
 
         The given states stay as they are; gradients flow through the new ones.
+
+        Parameters
+        ----------
+        hidden_states : Tensor
+            The next frame (b, 1, m)
+        conv_state : Tensor
+            The last signals (b, d, d_conv)
+        ssm_state : Tensor
+            The state of the scan (b, d, n)
+
+        Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
+            (b, 1, m), and the two states after the frame
         """
         u, z = (v.transpose(1, 2) for v in self.in_proj(hidden_states).chunk(2, -1))  # (b, d, 1)
         conv_state = torch.cat([conv_state[..., 1:], u], -1)  # (b, d, d_conv)
@@ -114,7 +168,18 @@ def _turned(
 
 
 class Bidirectional(nn.Module):
-    "Residual layer with a mixer in each direction of time (S5VH, section on the temporal encoder)."
+    """Residual layer with a mixer in each direction of time (S5VH, section on the temporal encoder).
+
+    Parameters
+    ----------
+    make_mixer
+        Called without arguments, returns a new mixer: its width `m` sizes the LayerNorms;
+        it says whether it is `causal`, and where not, it takes lengths, too
+    tied : bool
+        One mixer for both directions
+    directions : str
+        "both", "forward" or "backward"
+    """
 
     def __init__(
         self,
@@ -153,6 +218,20 @@ class Bidirectional(nn.Module):
         factor: Tensor | None = None,  # (b,), of what the layer adds to each video; None: 1
         lengths: Tensor | None = None,  # (b,) how many frames of each count, the first ones; None: all
     ) -> Tensor:  # (b, t, m)
+        """Parameters
+        ----------
+        x : Tensor
+            (b, t, m)
+        factor : Tensor | None
+            (b,), of what the layer adds to each video; None: 1
+        lengths : Tensor | None
+            (b,) how many frames of each count, the first ones; None: all
+
+        Returns
+        -------
+        Tensor
+            (b, t, m)
+        """
         def mixed(mix, v):
             return mix(v) if lengths is None or mix.causal else mix(v, lengths)
 
@@ -219,6 +298,12 @@ class Layers(nn.Sequential):
     While training, what a layer adds is dropped for each video with a probability that grows linearly
     from 0 in the first layer to `drop_path` in the last, and divided by the probability that it stays
     (Huang et al., 2016; in the released code of S5VH, not in its paper).
+
+    Parameters
+    ----------
+    *layers : Bidirectional
+    drop_path : float
+        Probability that the last layer is dropped, in [0, 1); a single one stays
     """
 
     def __init__(
@@ -231,8 +316,17 @@ class Layers(nn.Sequential):
         kept = 1 - torch.linspace(0, drop_path, len(layers))[:, None]  # (l, 1)
         self.register_buffer("kept", kept, persistent=False)
 
-    def draw_factors(self, b: int) -> Tensor | None:  # Videos
-        "Factors (l, b) of what each layer adds to each video; None where nothing is dropped."
+    def draw_factors(
+        self,
+        b: int,  # Videos
+    ) -> Tensor | None:
+        """Factors (l, b) of what each layer adds to each video; None where nothing is dropped.
+
+        Parameters
+        ----------
+        b : int
+            Videos
+        """
         if not (self.training and self.drops):
             return None
         drawn = torch.rand(len(self.kept), b, device=self.kept.device)
@@ -244,6 +338,20 @@ class Layers(nn.Sequential):
         factors: Tensor | None = None,  # (l, b), see `draw_factors`; None draws them
         lengths: Tensor | None = None,  # (b,), see `Bidirectional`; with lengths, layers are not fused
     ) -> Tensor:  # (b, t, m)
+        """Parameters
+        ----------
+        x : Tensor
+            (b, t, m)
+        factors : Tensor | None
+            (l, b), see `draw_factors`; None draws them
+        lengths : Tensor | None
+            (b,), see `Bidirectional`; with lengths, layers are not fused
+
+        Returns
+        -------
+        Tensor
+            (b, t, m)
+        """
         factors = self.draw_factors(x.shape[0]) if factors is None else factors
         # layers with a direction switched off have other shapes
         alike = len({layer.directions for layer in self}) == 1
@@ -262,7 +370,13 @@ class Layers(nn.Sequential):
         self,
         batch_size: int,  # Sequences, b
     ) -> list:
-        "The states of all layers before the first frame; `ValueError` unless all are Mamba, forward."
+        """The states of all layers before the first frame; `ValueError` unless all are Mamba, forward.
+
+        Parameters
+        ----------
+        batch_size : int
+            Sequences, b
+        """
         streams = all(
             layer.directions == "forward" and isinstance(layer.mix_forward, Mamba) for layer in self
         )
@@ -275,7 +389,20 @@ class Layers(nn.Sequential):
         x: Tensor,  # The next frame (b, 1, m)
         states: list,  # Of the layers, as from `allocate_inference_cache`
     ) -> tuple[Tensor, list]:  # (b, 1, m), the states after the frame
-        "One more frame, in evaluation mode: what `forward` gives for the last frame so far."
+        """One more frame, in evaluation mode: what `forward` gives for the last frame so far.
+
+        Parameters
+        ----------
+        x : Tensor
+            The next frame (b, 1, m)
+        states : list
+            Of the layers, as from `allocate_inference_cache`
+
+        Returns
+        -------
+        tuple[Tensor, list]
+            (b, 1, m), the states after the frame
+        """
         after = []
         for layer, state in zip(self, states):
             added, *state = layer.mix_forward.step(layer.norm_forward(x), *state)

@@ -17,6 +17,7 @@ from ..basics.checks import check
 from ..datasets.rows import own_frames
 from .mamba import Mamba, step_bias
 from ..ops.dispatch import causal_conv1d, runs_on_triton
+from ..ops.reference import each_step
 
 # %% ../../nbs/lib/models/02_mixers.ipynb #8b102b31
 def _compile_on_gpu(
@@ -47,7 +48,23 @@ class _TwoPart(nn.Module):
         self.m, self.mix = m, mix
         self.norm, self.feed = nn.LayerNorm(m), feed
 
-    def forward(self, v: Tensor, lengths: Tensor | None = None) -> Tensor:  # (b, t, m) -> (b, t, m)
+    def forward(
+        self,
+        v: Tensor,  # (b, t, m)
+        lengths: Tensor | None = None,  # (b,) how many frames of each count; only where not causal
+    ) -> Tensor:  # (b, t, m)
+        """Parameters
+        ----------
+        v : Tensor
+            (b, t, m)
+        lengths : Tensor | None
+            (b,) how many frames of each count; only where not causal
+
+        Returns
+        -------
+        Tensor
+            (b, t, m)
+        """
         a = self.mix(v) if lengths is None else self.mix(v, lengths)
         return a + self.feed(self.norm(v + a))
 
@@ -56,7 +73,15 @@ def mlp(
     m: int,  # Model width
     expand: int,  # Hidden width over model width
 ) -> nn.Sequential:
-    "Linear, GELU, Linear: (..., m) -> (..., m)."
+    """Linear, GELU, Linear: (..., m) -> (..., m).
+
+    Parameters
+    ----------
+    m : int
+        Model width
+    expand : int
+        Hidden width over model width
+    """
     return nn.Sequential(nn.Linear(m, expand * m), nn.GELU(), nn.Linear(expand * m, m))
 
 
@@ -84,6 +109,14 @@ def _ssd(
 ) -> Tensor:  # (b, t, h, p)
     "State space duality: products in a chunk, a recurrence between chunks (Dao & Gu, 2024, section 6)."
     S, ys = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[2]), []  # (b, h, p, n)
+    if torch.compiler.is_exporting():
+
+        def advance(S, step):  # a frame's x (b, h, p, 1), decay (b, h, 1, 1), B, C (b, 1, 1, n)
+            S = step[1] * S + step[0] * step[2]
+            return S, (S * step[3]).sum(-1)
+
+        BC = B[:, :, None, None], C[:, :, None, None]
+        return each_step(advance, S, (x[..., None], log_decay.exp()[..., None, None], *BC), 1)[1]
     for v, a, Bs, Cs in zip(*(part.split(chunk, 1) for part in (x, log_decay, B, C))):
         total = a.cumsum(1)  # (b, l, h)
         future = torch.ones(a.shape[1], a.shape[1], dtype=torch.bool, device=a.device).triu(1)[..., None]
@@ -97,7 +130,21 @@ def _ssd(
 
 
 class Mamba2(nn.Module):
-    "Mamba-2 block with the parameters of `mamba_ssm.Mamba2` (Dao & Gu, 2024, section 7). Causal."
+    """Mamba-2 block with the parameters of `mamba_ssm.Mamba2` (Dao & Gu, 2024, section 7). Causal.
+
+    Parameters
+    ----------
+    m : int
+        Model width
+    d_state : int
+        States per channel, n
+    d_conv : int
+        Taps of the convolution
+    expand : int
+        Inner width over model width
+    headdim : int
+        Channels of a head, p, at most
+    """
 
     causal = True
 
@@ -122,7 +169,20 @@ class Mamba2(nn.Module):
         self.norm = nn.RMSNorm(d, eps=1e-5)
         self.out_proj = nn.Linear(d, m, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # (b, t, m) -> (b, t, m)
+    def forward(
+        self,
+        x: Tensor,  # (b, t, m)
+    ) -> Tensor:  # (b, t, m)
+        """Parameters
+        ----------
+        x : Tensor
+            (b, t, m)
+
+        Returns
+        -------
+        Tensor
+            (b, t, m)
+        """
         parts = self.in_proj(x).split(self.split, -1)  # (b, t, d), (b, t, d + 2*n), (b, t, h)
         z, u = parts[0], parts[1].transpose(1, 2)
         u = causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
@@ -135,7 +195,13 @@ class Mamba2(nn.Module):
 
 # %% ../../nbs/lib/models/02_mixers.ipynb #cb8e5954
 class LSTM(nn.Module):
-    "torch's LSTM with m units, batch first. Causal."
+    """torch's LSTM with m units, batch first. Causal.
+
+    Parameters
+    ----------
+    m : int
+        Model width
+    """
 
     causal = True
 
@@ -146,8 +212,34 @@ class LSTM(nn.Module):
         super().__init__()
         self.m, self.lstm = m, nn.LSTM(m, m, batch_first=True)
 
-    def forward(self, x: Tensor) -> Tensor:  # (b, t, m) -> (b, t, m)
-        return self.lstm(x)[0]
+    def forward(
+        self,
+        x: Tensor,  # (b, t, m)
+    ) -> Tensor:  # (b, t, m)
+        """Parameters
+        ----------
+        x : Tensor
+            (b, t, m)
+
+        Returns
+        -------
+        Tensor
+            (b, t, m)
+        """
+        return self._by_frame(x) if torch.compiler.is_exporting() else self.lstm(x)[0]
+
+    def _by_frame(self, x):
+        of_input = F.linear(x, self.lstm.weight_ih_l0, self.lstm.bias_ih_l0)  # (b, t, 4*m)
+
+        def advance(state, step):  # h, c (b, m), and `of_input` of a frame (b, 4*m)
+            gates = step[0] + F.linear(state[0], self.lstm.weight_hh_l0, self.lstm.bias_hh_l0)
+            gates = gates.chunk(4, -1)  # i, f, g, o
+            c = gates[1].sigmoid() * state[1] + gates[0].sigmoid() * gates[2].tanh()
+            h = gates[3].sigmoid() * c.tanh()
+            return (h, c), h.clone()  # torch's loop must not return a tensor twice
+
+        start = x.new_zeros(x.shape[0], self.m), x.new_zeros(x.shape[0], self.m)
+        return each_step(advance, start, (of_input,), 1)[1]
 
 # %% ../../nbs/lib/models/02_mixers.ipynb #453e6f1b
 def _rotate(
@@ -177,7 +269,20 @@ def _retention(
 class _HeadNorm(nn.GroupNorm):
     "Normalises every head of every frame on its own, then applies gain and bias per channel."
 
-    def forward(self, y: Tensor) -> Tensor:  # (b, t, h*w) -> (b, t, h*w)
+    def forward(
+        self,
+        y: Tensor,  # (b, t, h*w)
+    ) -> Tensor:  # (b, t, h*w)
+        """Parameters
+        ----------
+        y : Tensor
+            (b, t, h*w)
+
+        Returns
+        -------
+        Tensor
+            (b, t, h*w)
+        """
         heads = y.unflatten(-1, (self.num_groups, -1))  # (b, t, h, w)
         return F.layer_norm(heads, heads.shape[-1:], eps=self.eps).flatten(2) * self.weight + self.bias
 
@@ -208,7 +313,15 @@ class _Retention(nn.Module):
 
 
 class RetNet(_TwoPart):
-    "RetNet block: retention and a GELU network (Sun et al., 2023). Causal."
+    """RetNet block: retention and a GELU network (Sun et al., 2023). Causal.
+
+    Parameters
+    ----------
+    m : int
+        Model width
+    heads : int
+        Heads
+    """
 
     def __init__(
         self,
@@ -240,10 +353,18 @@ def _wkv(
     "RWKV-6's recurrence in chunks (Peng et al., 2024, section on Finch's time mixing)."
     log_w = log_w.clamp(min=math.log(torch.finfo(log_w.dtype).eps))
     S, outs = r.new_zeros(*r.shape[:2], r.shape[3], v.shape[3]), []
+    bonus = (r * u[:, None] * k).sum(-1, keepdim=True) * v  # (b, h, t, w)
+    if torch.compiler.is_exporting():
+
+        def advance(S, step):  # a frame's r, k, decay (b, h, w, 1), v (b, h, 1, w)
+            return step[3] * S + step[1] * step[2], (step[0] * S).sum(-2)
+
+        steps = r[..., None], k[..., None], v[..., None, :], log_w.exp()[..., None]
+        return each_step(advance, S, steps, 2)[1] + bonus
     for parts in zip(*(x.split(chunk, 2) for x in (r, k, v, log_w))):
         out, S = _wkv_chunk(*parts, S)
         outs.append(out)
-    return torch.cat(outs, 2) + (r * u[:, None] * k).sum(-1, keepdim=True) * v
+    return torch.cat(outs, 2) + bonus
 
 # %% ../../nbs/lib/models/02_mixers.ipynb #5e354948
 def _token_shift(x: Tensor) -> Tensor:  # (b, t, m) -> (b, t, m)
@@ -324,7 +445,15 @@ class _ChannelMix(nn.Module):
 
 
 class RWKV(_TwoPart):
-    "RWKV-6 block: time mixing and channel mixing (Peng et al., 2024). Causal."
+    """RWKV-6 block: time mixing and channel mixing (Peng et al., 2024). Causal.
+
+    Parameters
+    ----------
+    m : int
+        Model width
+    heads : int
+        Heads
+    """
 
     def __init__(
         self,
@@ -356,7 +485,15 @@ class _Attention(nn.Module):
 
 
 class Transformer(_TwoPart):
-    "Encoder layer of a Transformer: full attention and a GELU network; with lengths (b,), over own frames."
+    """Encoder layer of a Transformer: full attention and a GELU network; with lengths (b,), over own frames.
+
+    Parameters
+    ----------
+    m : int
+        Model width
+    heads : int
+        Heads
+    """
 
     causal = False
 

@@ -43,7 +43,15 @@ def released_config(
     state: dict,  # Tensors under the names of this package
     where: str,  # The file, for messages
 ) -> S5VHConfig:
-    "The configuration of a released network; `KeyError` naming a tensor that is missing."
+    """The configuration of a released network; `KeyError` naming a tensor that is missing.
+
+    Parameters
+    ----------
+    state : dict
+        Tensors under the names of this package
+    where : str
+        The file, for messages
+    """
 
     def shape(name):
         check(name in state, where, f"the tensor that becomes {name}", f"{len(state)} others", KeyError)
@@ -68,7 +76,13 @@ def released_config(
 def released_state(
     path: str | Path,  # A checkpoint file of the public S5VH release
 ) -> tuple[dict, list]:
-    "Tensors under the names of this package, and the names of unused ones; errors name an unfit file."
+    """Tensors under the names of this package, and the names of unused ones; errors name an unfit file.
+
+    Parameters
+    ----------
+    path : str | Path
+        A checkpoint file of the public S5VH release
+    """
     path = user_path(path)
     where = str(path)
     check(path.is_file(), where, "a released checkpoint", "no such file", FileNotFoundError)

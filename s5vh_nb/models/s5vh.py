@@ -50,6 +50,15 @@ def positions(
     """Fixed sinusoidal positions (t, m) in torch's default dtype, float32 (S5VH, encoder).
 
     The result is cached: do not write to it.
+
+    Parameters
+    ----------
+    t : int
+        Frames
+    m : int
+        Width
+    device
+        Where to make them
     """
     # a program that torch exports makes its own, for any number of frames
     make = _kept_positions.__wrapped__ if torch.compiler.is_exporting() else _kept_positions
@@ -60,7 +69,15 @@ def take(
     x: Tensor,  # (b, t, ...)
     frames: Tensor,  # (views*b, v) frame numbers
 ) -> Tensor:
-    "The chosen frames of each video, (views*b, v, ...)."
+    """The chosen frames of each video, (views*b, v, ...).
+
+    Parameters
+    ----------
+    x : Tensor
+        (b, t, ...)
+    frames : Tensor
+        (views*b, v) frame numbers
+    """
     rows = torch.arange(len(frames), device=frames.device) % len(x)  # (views*b,)
     return x.flatten(0, 1)[rows[:, None] * x.shape[1] + frames]  # one index copies whole frames on a GPU
 
@@ -69,7 +86,15 @@ def hidden_frames(
     visible: Tensor,  # (views*b, v) frame numbers
     t: int,  # Frames of a video
 ) -> Tensor:
-    "The first t-v of the frames that are not in `visible`, in time order, (views*b, t-v)."
+    """The first t-v of the frames that are not in `visible`, in time order, (views*b, t-v).
+
+    Parameters
+    ----------
+    visible : Tensor
+        (views*b, v) frame numbers
+    t : int
+        Frames of a video
+    """
     hidden = torch.ones(len(visible), t, dtype=torch.int8, device=visible.device).scatter_(1, visible, 0)
     return hidden.argsort(dim=1, descending=True, stable=True)[:, : t - visible.shape[1]]
 
@@ -105,6 +130,20 @@ class _Encoder(nn.Module):
         visible: Tensor | None = None,  # (views*b, v) frame numbers; None: all frames
         lengths: Tensor | None = None,  # (views*b,) how many of them count, the first ones; None: all
     ) -> Tensor:  # (views*b, v, m)
+        """Parameters
+        ----------
+        x : Tensor
+            (b, t, d) frame features
+        visible : Tensor | None
+            (views*b, v) frame numbers; None: all frames
+        lengths : Tensor | None
+            (views*b,) how many of them count, the first ones; None: all
+
+        Returns
+        -------
+        Tensor
+            (views*b, v, m)
+        """
         p = positions(x.shape[1], self.embed.out_features, x.device)  # (t, m)
         if visible is not None:
             x, p = take(x, visible), p[visible]  # (views*b, v, d), (views*b, v, m)
@@ -117,7 +156,22 @@ class _Encoder(nn.Module):
         frame: int,  # Its number, from 0
         states: list,  # Of the layers
     ) -> tuple[Tensor, list]:  # (b, m), the states after the frame
-        "One more frame: what `forward` gives for the last frame so far, in evaluation mode."
+        """One more frame: what `forward` gives for the last frame so far, in evaluation mode.
+
+        Parameters
+        ----------
+        x : Tensor
+            The features of the next frame (b, d)
+        frame : int
+            Its number, from 0
+        states : list
+            Of the layers
+
+        Returns
+        -------
+        tuple[Tensor, list]
+            (b, m), the states after the frame
+        """
         p = _sinusoids(torch.full((1,), frame, device=x.device), self.embed.out_features).to(
             x.dtype
         )  # (1, m)
@@ -138,6 +192,18 @@ class _HashLayer(nn.Module):
         z: Tensor,  # (b, v, m) frame embeddings
         normed: bool = True,  # False leaves the LayerNorm out, as the release's label refresh does
     ) -> Tensor:  # (b, v, k)
+        """Parameters
+        ----------
+        z : Tensor
+            (b, v, m) frame embeddings
+        normed : bool
+            False leaves the LayerNorm out, as the release's label refresh does
+
+        Returns
+        -------
+        Tensor
+            (b, v, k)
+        """
         bits = self.linear(z)
         return relax(self.norm(bits) if normed else bits, self.relaxation)
 
@@ -172,6 +238,22 @@ class _Decoder(nn.Module):
         # (b,) and (b,): how many visible and how many hidden ones count, the first ones; None: all
         counts: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:  # (b, t-v, d)
+        """Parameters
+        ----------
+        codes : Tensor
+            (b, v, k) frame codes
+        visible : Tensor
+            (b, v) their frame numbers
+        hidden : Tensor
+            (b, t-v) the other frame numbers
+        counts : tuple[Tensor, Tensor] | None
+            (b,) and (b,): how many visible and how many hidden ones count, the first ones; None: all
+
+        Returns
+        -------
+        Tensor
+            (b, t-v, d)
+        """
         p = positions(visible.shape[1] + hidden.shape[1], len(self.mask_token), codes.device)
         p = p.to(codes.dtype)  # (t, m')
         # (b, t, m')
@@ -186,7 +268,17 @@ class _Decoder(nn.Module):
 # %% ../../nbs/lib/models/04_s5vh.ipynb #5c0da1b0
 @dataclasses.dataclass
 class S5VHOutput:
-    "The network's output for a batch; `views` views are stacked along the first dimension."
+    """The network's output for a batch; `views` views are stacked along the first dimension.
+
+    Parameters
+    ----------
+    codes : Tensor
+        (views*b, v, k) codes of the frames
+    h : Tensor
+        (views*b, k) their mean
+    hidden : Tensor
+        (views*b, t-v) numbers of the frames that were not visible
+    """
 
     codes: Tensor  # (views*b, v, k) codes of the frames
     h: Tensor  # (views*b, k) their mean
@@ -211,7 +303,15 @@ class _FirstFrames:
 
 
 class Stream:
-    "Codes of videos whose frames arrive one by one, in memory that does not grow; made by `S5VH.stream`."
+    """Codes of videos whose frames arrive one by one, in memory that does not grow; made by `S5VH.stream`.
+
+    Parameters
+    ----------
+    net : S5VH
+        Looks back only: directions "forward", mixer "Mamba"
+    batch_size : int
+        Videos side by side, b
+    """
 
     def __init__(
         self,
@@ -230,6 +330,11 @@ class Stream:
         """Packed codes of all frames so far, uint8 (b, k/8) on the CPU.
 
         `ValueError` for another shape or for features that `encode` refuses; then the frame does not count.
+
+        Parameters
+        ----------
+        x : Tensor | np.ndarray
+            The next frame of each video (b, d)
         """
         check_array(x, "frame")
         shape = len(self.votes), self.net.config.d
@@ -267,9 +372,18 @@ def _mean_of_own(codes: Tensor, lengths: Tensor) -> Tensor:
 
 
 class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"]):
-    "Self-supervised video hashing with selective state spaces (S5VH, AAAI 2025)."
+    """Self-supervised video hashing with selective state spaces (S5VH, AAAI 2025).
 
-    def __init__(self, config: S5VHConfig):
+    Parameters
+    ----------
+    config : S5VHConfig
+        Its shape
+    """
+
+    def __init__(
+        self,
+        config: S5VHConfig,  # Its shape
+    ):
         super().__init__(config)
         self.encoder, self.hash = _Encoder(config), _HashLayer(config)
         self.decoder = _Decoder(config)
@@ -293,7 +407,19 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
         normed: bool = True,  # As for `_HashLayer`
         lengths: Tensor | None = None,  # (views*b,) how many of these frames count, the first ones; None: all
     ) -> S5VHOutput:
-        "Codes of the visible frames, their mean, the hidden frames; `ValueError` for another shape."
+        """Codes of the visible frames, their mean, the hidden frames; `ValueError` for another shape.
+
+        Parameters
+        ----------
+        x : Tensor
+            (b, t, d) frame features
+        visible : Tensor | None
+            (views*b, v) frame numbers; None: all frames
+        normed : bool
+            As for `_HashLayer`
+        lengths : Tensor | None
+            (views*b,) how many of these frames count, the first ones; None: all
+        """
         check(isinstance(x, Tensor), "frames", "a tensor", type(x).__name__, TypeError)
         fits = x.ndim == 3 and x.shape[2] == self.config.d and x.shape[1] > 0
         check(fits, "frames", f"shape (b, t, {self.config.d}), t at least 1", tuple(x.shape))
@@ -310,7 +436,13 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
         self,
         x: Tensor,  # (b, t, d)
     ) -> Tensor:
-        "The mean of the frame codes with all frames visible, (b, k)."
+        """The mean of the frame codes with all frames visible, (b, k).
+
+        Parameters
+        ----------
+        x : Tensor
+            (b, t, d)
+        """
         return self(x).h
 
     def encode(
@@ -320,7 +452,19 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
         progress: bool = False,  # Show a bar
         lengths=None,  # (n,) how many frames of each video count, from 1 to t: the first ones; None: all
     ) -> Tensor:
-        "Packed codes of videos, uint8 (n, k/8): the signs of the mean frame codes, all frames visible."
+        """Packed codes of videos, uint8 (n, k/8): the signs of the mean frame codes, all frames visible.
+
+        Parameters
+        ----------
+        x
+            (n, t, d) frame features: a tensor, an array, or anything that slices to one
+        batch : int | None
+            Videos at a time; None: as many as have 32768 frames together
+        progress : bool
+            Show a bar
+        lengths
+            (n,) how many frames of each video count, from 1 to t: the first ones; None: all
+        """
         check_array(x, "frames")
         check(len(x.shape) == 3, "frames", f"shape (n, t, {self.config.d})", tuple(x.shape))
         n, t = x.shape[:2]
@@ -344,15 +488,19 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
         After every frame they are those that `encode` gives for the frames so far, up to the rounding of a
         number next to 0. Later changes of the
         weights change the stream, too.
+
+        Parameters
+        ----------
+        batch_size : int
+            Videos side by side, b
         """
         return Stream(self, batch_size)
 
     def export_program(self) -> ExportedProgram:
         """Frames (n, t, d) to packed codes (n, k/8), n and t free, as a program for `torch.onnx` and others.
 
-        Features are not checked. `ValueError` for a mixer whose chunks would fix the number of frames.
+        Features are not checked.
         """
-        known(self.config.mixer, ("Mamba", "RetNet", "Transformer"), "mixer of an exported network")
         return self.program_of(_Codes, (None, None, self.config.d))
 
     @classmethod
@@ -363,6 +511,11 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
         """The released network, tied as it ran; unused tensors give a warning.
 
         `KeyError` names a missing tensor, `ValueError` one of another shape.
+
+        Parameters
+        ----------
+        path : str | Path
+            A checkpoint file of the public S5VH release
         """
         state, unused = released_state(path)
         model = cls(released_config(state, str(path)))

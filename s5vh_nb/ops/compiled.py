@@ -373,7 +373,7 @@ def _numba_backward(dout, dlast, softplus, reversed_channels, u, delta, A, B, C,
 
 
 def scan_numba(
-    u,
+    u,  # This and all others as for `scan_reference`
     delta,
     A,
     B,
@@ -386,7 +386,24 @@ def scan_numba(
     reversed_channels=0,
     initial_state=None,
 ):
-    "`scan_reference` as compiled loops on a CPU: the `numba` backend."
+    """`scan_reference` as compiled loops on a CPU: the `numba` backend.
+
+    Parameters
+    ----------
+    u
+        This and all others as for `scan_reference`
+    delta
+    A
+    B
+    C
+    D
+    z
+    delta_bias
+    delta_softplus
+    return_last_state
+    reversed_channels
+    initial_state
+    """
     passes, options = (_numba_forward, _numba_backward), (delta_softplus, reversed_channels)
     out, last = scan_by_passes(passes, options, u, delta, A, B, C, D, z, delta_bias, initial_state)
     return (out, last) if return_last_state else out
@@ -467,8 +484,24 @@ class _Conv(torch.autograd.Function):
         return gx, gW.sum(0), gbias.sum(0), None, None
 
 
-def conv_numba(x, weight, bias=None, activation=None, reversed_channels=0):
-    "`conv_torch` as compiled loops on a CPU: the `numba` backend."
+def conv_numba(
+    x,  # This and all others as for `conv_torch`
+    weight,
+    bias=None,
+    activation=None,
+    reversed_channels=0,
+):
+    """`conv_torch` as compiled loops on a CPU: the `numba` backend.
+
+    Parameters
+    ----------
+    x
+        This and all others as for `conv_torch`
+    weight
+    bias
+    activation
+    reversed_channels
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     tensors = x.transpose(1, 2).to(dtype), weight.to(dtype), bias.to(dtype)

@@ -75,6 +75,11 @@ def use_backend(
     """Inside the `with`, calls that leave the backend to "auto" take this one.
 
     A function that lacks this backend chooses by itself. `ValueError` for an unknown name.
+
+    Parameters
+    ----------
+    name : str
+        A backend of `selective_scan`, or "auto"
     """
     _check_name(name, _SCANS)
     token = _AUTO.set(name)
@@ -104,7 +109,12 @@ def _pick(backend: str, x: Tensor, backends: dict) -> str:
 
 
 def runs_on_triton(x: Tensor) -> bool:
-    "Whether `selective_scan` of `x` would take this package's GPU kernels; then fused layers take them, too."
+    """Whether `selective_scan` of `x` would take this package's GPU kernels; then fused layers take them, too.
+
+    Parameters
+    ----------
+    x : Tensor
+    """
     return x.is_cuda and _pick("auto", x, _SCANS) == "triton"
 
 # %% ../../nbs/lib/ops/05_dispatch.ipynb #33080c7d
@@ -157,6 +167,40 @@ def selective_scan(
     """Selective scan (Gu & Dao 2023, eqs. 2 and 4, Mamba's discretisation).
 
     `ValueError` for a bad argument, `ImportError` when the backend's package is missing.
+
+    Parameters
+    ----------
+    u : Tensor
+        Input (b, d, t), any strides; a transposed (b, t, d) tensor is the fast layout
+    delta : Tensor
+        Step sizes (b, d, t)
+    A : Tensor
+        Decay rates (d, n), real
+    B : Tensor
+        Input matrix (b, n, t), (b, g, n, t) or (d, n)
+    C : Tensor
+        Output matrix (b, n, t), (b, g, n, t) or (d, n)
+    D : Tensor | None
+        Direct path (d,)
+    z : Tensor | None
+        Gate (b, d, t): the output is multiplied by silu(z)
+    delta_bias : Tensor | None
+        Added to `delta` (d,)
+    delta_softplus : bool
+        Pass `delta` through softplus
+    return_last_state : bool
+        Also return the last state (b, d, n), float32 or float64
+    reversed_channels : int
+        So many channels, the last ones, run from t-1 to 0: whole groups
+    initial_state : Tensor | None
+        State before the first step (b, d, n); None: zeros
+    backend : str
+        "reference", "torch", "numba", "triton", "mamba_ssm" or "auto"
+
+    Returns
+    -------
+    Tensor | tuple
+        Output (b, d, t) in the dtype of `u`
     """
     _check_scan(u, delta, A, B, C, D, z, delta_bias, reversed_channels, initial_state)
     given = u, delta, A, B, C, D, z, delta_bias
@@ -176,7 +220,28 @@ def causal_conv1d(
     reversed_channels: int = 0,  # So many channels, the last ones, run from t-1 to 0
     backend: str = "auto",  # "reference", "torch", "numba", "triton" or "auto"
 ) -> Tensor:  # Output (b, d, t) in the dtype of `x`
-    "Causal depthwise convolution, perhaps with an activation; `ValueError` for a bad argument."
+    """Causal depthwise convolution, perhaps with an activation; `ValueError` for a bad argument.
+
+    Parameters
+    ----------
+    x : Tensor
+        Input (b, d, t), any strides; a transposed (b, t, d) tensor is the fast layout
+    weight : Tensor
+        Taps (d, width), the last one for the present step
+    bias : Tensor | None
+        Added before the activation (d,)
+    activation : str | None
+        "silu", or "swish", which is the same; None leaves the sum as it is
+    reversed_channels : int
+        So many channels, the last ones, run from t-1 to 0
+    backend : str
+        "reference", "torch", "numba", "triton" or "auto"
+
+    Returns
+    -------
+    Tensor
+        Output (b, d, t) in the dtype of `x`
+    """
     _check_tensors(dict(x=x, weight=weight), dict(bias=bias))
     check(x.dim() == 3 and x.numel() > 0, "x", "shape (b, d, t), not empty", tuple(x.shape))
     d = x.shape[1]
@@ -205,7 +270,28 @@ def mamba_layers(
     eps: float,  # Of the norms
     factors: Tensor | None = None,  # (l, b), of what each layer adds to each video; None: 1
 ) -> Tensor:  # (b, t, m)
-    "Bidirectional Mamba layers: `plain`, or on a GPU with float32 inputs the same in one step."
+    """Bidirectional Mamba layers: `plain`, or on a GPU with float32 inputs the same in one step.
+
+    Parameters
+    ----------
+    x : Tensor
+        (b, t, m)
+    plain : Callable
+        The layers in plain torch: (b, t, m), factors -> (b, t, m)
+    weights : Callable
+        Their stacked weights (l, g, ...) by name, as for `mamba_layers_triton`
+    backward : int
+        So many of the `g` directions, the last ones, run from the last frame to the first
+    eps : float
+        Of the norms
+    factors : Tensor | None
+        (l, b), of what each layer adds to each video; None: 1
+
+    Returns
+    -------
+    Tensor
+        (b, t, m)
+    """
     if x.dtype == torch.float32 and runs_on_triton(x):
         return mamba_layers_triton(x, weights, backward, eps, _product_dtype(x), factors)
     return plain(x, factors)
@@ -216,7 +302,22 @@ def norm_linear(
     norm: nn.LayerNorm,  # Over m numbers
     linear: nn.Linear,  # With a bias
 ) -> Tensor:  # (..., rows)
-    "`linear(norm(x))`, on a GPU in one step."
+    """`linear(norm(x))`, on a GPU in one step.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., m)
+    norm : nn.LayerNorm
+        Over m numbers
+    linear : nn.Linear
+        With a bias
+
+    Returns
+    -------
+    Tensor
+        (..., rows)
+    """
     if runs_on_triton(x):
         return norm_linear_triton(x, norm, linear, _product_dtype(x))
     return linear(norm(x))
@@ -227,7 +328,17 @@ def frame_error(
     x: Tensor,  # (b, t, d) all frames; no gradient
     hidden: Tensor,  # (views*b, h) the numbers of the frames that were predicted
 ) -> Tensor:
-    "Mean squared error of predicted frames, on a GPU in one step (S5VH, L_TR before its sum over views)."
+    """Mean squared error of predicted frames, on a GPU in one step (S5VH, L_TR before its sum over views).
+
+    Parameters
+    ----------
+    predicted : Tensor
+        (views*b, h, d)
+    x : Tensor
+        (b, t, d) all frames; no gradient
+    hidden : Tensor
+        (views*b, h) the numbers of the frames that were predicted
+    """
     if runs_on_triton(predicted):
         return frame_error_triton(predicted, x, hidden)
     videos = torch.arange(len(hidden), device=hidden.device) % len(x)  # (views*b,)

@@ -22,7 +22,15 @@ def _side_stream(
 
 
 class SideStream:
-    "Runs work on a CUDA stream beside the current one until `join`; on a CPU the work is done at once."
+    """Runs work on a CUDA stream beside the current one until `join`; on a CPU the work is done at once.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where the tensors are
+    lane : int
+        Which of the side streams to use; work of one lane runs in order
+    """
 
     def __init__(
         self,
@@ -49,7 +57,13 @@ class SideStream:
         self,
         *made: torch.Tensor,  # Results that the current stream will read; their memory is kept until it has
     ):
-        "Let the current stream wait for all work given so far."
+        """Let the current stream wait for all work given so far.
+
+        Parameters
+        ----------
+        *made : torch.Tensor
+            Results that the current stream will read; their memory is kept until it has
+        """
         if self.stream is None:
             return
         torch.cuda.current_stream().wait_stream(self.stream)
@@ -61,6 +75,11 @@ class GraphedCall:
     """`call`, replayed as a CUDA graph from its second use on; the next use overwrites the outputs.
 
     It stays an ordinary call on a CPU, and for inputs whose shapes or dtypes differ from the recorded ones.
+
+    Parameters
+    ----------
+    call : Callable
+        Tensors (or None) of one device -> tensors; it must not wait for the GPU
     """
 
     def __init__(

@@ -268,7 +268,24 @@ def norm_linear_triton(
     linear: torch.nn.Linear,  # With a bias
     dtype: torch.dtype,  # Of the product
 ) -> torch.Tensor:  # (..., rows) in `dtype`
-    "`linear(norm(x))` on a GPU; `ValueError` for a bad argument, `ImportError` without Triton."
+    """`linear(norm(x))` on a GPU; `ValueError` for a bad argument, `ImportError` without Triton.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        (..., m), float32 or half precision
+    norm : torch.nn.LayerNorm
+        Over m numbers
+    linear : torch.nn.Linear
+        With a bias
+    dtype : torch.dtype
+        Of the product
+
+    Returns
+    -------
+    torch.Tensor
+        (..., rows) in `dtype`
+    """
     check_triton(x)
     weights = norm.weight, norm.bias, linear.weight, linear.bias
     return _NormLinear.apply(x.contiguous(), *weights, norm.eps, dtype)
@@ -487,6 +504,26 @@ def mamba_layers_triton(
 
     The names of the weights are in_proj, gain and bias (of the norm), taps, conv_bias, x_proj, dt_proj,
     dt_bias, A_log, D and out_proj. `ValueError` for a bad argument, `ImportError` without Triton.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        (b, t, m) float32
+    weights : Callable
+        Called without arguments, returns the stacked weights (l, g, ...) by name
+    backward : int
+        So many of the `g` directions, the last ones, run from the last frame to the first
+    eps : float
+        Of the norms
+    dtype : torch.dtype
+        Of matrix products and of what lies between them
+    factors : torch.Tensor | None
+        (l, b) float32, of what each layer adds to each video; None: 1
+
+    Returns
+    -------
+    torch.Tensor
+        (b, t, m) float32
     """
     check_triton(x)
     check(x.dtype == torch.float32, "dtype", "float32", x.dtype)
@@ -560,6 +597,15 @@ def frame_error_triton(
     """Mean squared error of frames, float32 (S5VH, L_TR before its sum over views).
 
     `ValueError` for a bad argument, `ImportError` without Triton.
+
+    Parameters
+    ----------
+    predicted : torch.Tensor
+        (views*b, h, d), float32 or half precision
+    x : torch.Tensor
+        (b, t, d) all frames; no gradient
+    hidden : torch.Tensor
+        (views*b, h) the numbers of those that were predicted
     """
     check_triton(predicted)
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()

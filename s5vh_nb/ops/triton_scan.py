@@ -421,7 +421,15 @@ def sum_parts(
     parts: torch.Tensor,  # (count, ...) float32, contiguous
     out: torch.Tensor,  # (...) gets the sum; its rows may lie apart at equal distances
 ) -> torch.Tensor:
-    "Sum over the first dimension, always in the same order; returns `out`."
+    """Sum over the first dimension, always in the same order; returns `out`.
+
+    Parameters
+    ----------
+    parts : torch.Tensor
+        (count, ...) float32, contiguous
+    out : torch.Tensor
+        (...) gets the sum; its rows may lie apart at equal distances
+    """
     columns, inner = out.numel(), out.shape[-1]
     distance = out.stride(-2) if out.dim() > 1 else inner
     R = min(64, triton.next_power_of_2(len(parts)))
@@ -488,7 +496,35 @@ def scan_forward(
     keep: bool,  # Save what the backward pass needs
     want_last: bool,  # Return the last states
 ) -> _ForwardScan:
-    "The forward pass, without autograd."
+    """The forward pass, without autograd.
+
+    Parameters
+    ----------
+    u : torch.Tensor
+        (b, t, d), channels side by side, as all tensors here
+    delta : torch.Tensor
+        (b, t, d)
+    A : torch.Tensor
+        (d, n)
+    B : torch.Tensor
+        (b, t, g, n)
+    C : torch.Tensor
+        (b, t, g, n)
+    D : torch.Tensor | None
+        (d,)
+    z : torch.Tensor | None
+        (b, t, d)
+    bias : torch.Tensor | None
+        (d,)
+    softplus : bool
+        Pass step sizes through softplus
+    reversed_from : int
+        The first channel that runs from the end
+    keep : bool
+        Save what the backward pass needs
+    want_last : bool
+        Return the last states
+    """
     b, t = u.shape[:2]
     d, n = A.shape
     grid, plan = _plan(b, t, d, B.shape[2], n)
@@ -534,7 +570,39 @@ def scan_backward(
     dz: torch.Tensor | None = None,  # Where the gradient of z goes
     dBC: torch.Tensor | None = None,  # Where those of B and C go
 ) -> _ScanGradients:
-    "The backward pass."
+    """The backward pass.
+
+    Parameters
+    ----------
+    dout : torch.Tensor
+        Gradient of the output (b, t, d)
+    u : torch.Tensor
+        (b, t, d), channels side by side, as all tensors here
+    delta : torch.Tensor
+        (b, t, d)
+    A : torch.Tensor
+        (d, n)
+    B : torch.Tensor
+        (b, t, g, n)
+    C : torch.Tensor
+        (b, t, g, n)
+    D : torch.Tensor | None
+        (d,)
+    z : torch.Tensor | None
+        (b, t, d)
+    bias : torch.Tensor | None
+        (d,)
+    saved : torch.Tensor
+        States between segments, from `scan_forward`
+    softplus : bool
+        Pass step sizes through softplus
+    reversed_from : int
+        The first channel that runs from the end
+    dz : torch.Tensor | None
+        Where the gradient of z goes
+    dBC : torch.Tensor | None
+        Where those of B and C go
+    """
     b, t = u.shape[:2]
     g, n = B.shape[2:]
     d = u.shape[2]
@@ -588,7 +656,13 @@ class _Scan(torch.autograd.Function):
 
 # %% ../../nbs/lib/ops/03_triton_scan.ipynb #9140ec48
 def check_triton(x: torch.Tensor):
-    "Raise `ImportError` or `ValueError` unless kernels can run on `x`."
+    """Raise `ImportError` or `ValueError` unless kernels can run on `x`.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        %% ../../nbs/lib/ops/03_triton_scan.ipynb #9140ec48
+    """
     source = "the package triton to be installed (it comes with torch's CUDA builds)"
     check(hasattr(triton, "language"), "triton", source, "none", ImportError)
     usable = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
@@ -613,6 +687,36 @@ def selective_scan_triton(
     """The selective scan on a GPU: the `triton` backend. The same bits in every run.
 
     `ValueError` for a bad argument, `ImportError` without Triton.
+
+    Parameters
+    ----------
+    u : torch.Tensor
+        Input (b, d, t), float32 or half precision; fastest as a transposed (b, t, d) tensor
+    delta : torch.Tensor
+        Step sizes (b, d, t)
+    A : torch.Tensor
+        Decay rates (d, n), real
+    B : torch.Tensor
+        Input matrix (b, n, t), (b, g, n, t) or (d, n)
+    C : torch.Tensor
+        Output matrix (b, n, t), (b, g, n, t) or (d, n)
+    D : torch.Tensor | None
+        Direct path (d,)
+    z : torch.Tensor | None
+        Gate (b, d, t): the output is multiplied by silu(z)
+    delta_bias : torch.Tensor | None
+        Added to `delta` (d,)
+    delta_softplus : bool
+        Pass `delta` through softplus
+    return_last_state : bool
+        Also return the last state (b, d, n), float32, without a gradient
+    reversed_channels : int
+        So many channels, the last ones, run from t-1 to 0: whole groups
+
+    Returns
+    -------
+    torch.Tensor | tuple
+        Output (b, d, t) in the dtype of `u`
     """
     check_triton(u)
     b, d = u.shape[:2]
@@ -739,7 +843,26 @@ def conv_forward(
     silu: bool,  # Apply silu
     reversed_from: int,  # The first channel that runs from the end
 ) -> torch.Tensor:  # (b, t, d)
-    "The forward pass of the convolution, without autograd."
+    """The forward pass of the convolution, without autograd.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        (b, t, d), channels side by side
+    weight : torch.Tensor
+        Taps (d, W), contiguous
+    bias : torch.Tensor | None
+        (d,)
+    silu : bool
+        Apply silu
+    reversed_from : int
+        The first channel that runs from the end
+
+    Returns
+    -------
+    torch.Tensor
+        (b, t, d)
+    """
     grid, plan = _conv_plan(x, weight, silu, reversed_from)
     out = x.new_empty(x.shape)
     _conv_forward_kernel[grid](_with_strides(x), _with_strides(out), weight, bias, **plan)
@@ -755,7 +878,30 @@ def conv_backward(
     reversed_from: int,
     dx: torch.Tensor | None = None,  # Where the gradient of x goes
 ) -> tuple:  # Gradient of x (b, t, d); parts of those of taps and bias (parts, W + 1, d), to be summed
-    "The backward pass of the convolution."
+    """The backward pass of the convolution.
+
+    Parameters
+    ----------
+    dout : torch.Tensor
+        Gradient of the output (b, t, d)
+    x : torch.Tensor
+        (b, t, d), channels side by side
+    weight : torch.Tensor
+        Taps (d, W), contiguous
+    bias : torch.Tensor | None
+        (d,)
+    silu : bool
+        Apply silu
+    reversed_from : int
+        The first channel that runs from the end
+    dx : torch.Tensor | None
+        Where the gradient of x goes
+
+    Returns
+    -------
+    tuple
+        Gradient of x (b, t, d); parts of those of taps and bias (parts, W + 1, d), to be summed
+    """
     grid, plan = _conv_plan(x, weight, silu, reversed_from)
     if dx is None:
         dx = x.new_empty(x.shape)
@@ -794,6 +940,24 @@ def causal_conv1d_triton(
     """Causal depthwise convolution on a GPU: the `triton` backend.
 
     `ValueError` for a bad argument, `ImportError` without Triton.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        Input (b, d, t), float32 or half precision; fastest as a transposed (b, t, d) tensor
+    weight : torch.Tensor
+        Taps (d, width), the last one for the present step
+    bias : torch.Tensor | None
+        Added before the activation (d,)
+    activation : str | None
+        "silu", or "swish", which is the same; None leaves the sum as it is
+    reversed_channels : int
+        So many channels, the last ones, run from t-1 to 0
+
+    Returns
+    -------
+    torch.Tensor
+        Output (b, d, t) in the dtype of `x`
     """
     check_triton(x)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()

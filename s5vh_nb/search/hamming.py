@@ -21,7 +21,22 @@ def packed_codes(
     where: str,  # The parameter's name, for the error
     bits: int | None = None,  # k, where it is no multiple of 8
 ) -> np.ndarray:  # The same as a numpy array
-    "`codes`, checked: `ValueError` unless packed, two-dimensional, not empty, and 0 after the k bits."
+    """`codes`, checked: `ValueError` unless packed, two-dimensional, not empty, and 0 after the k bits.
+
+    Parameters
+    ----------
+    codes
+        (items, k/8) uint8, `np.packbits` order: an array, or a tensor of any device
+    where : str
+        The parameter's name, for the error
+    bits : int | None
+        k, where it is no multiple of 8
+
+    Returns
+    -------
+    np.ndarray
+        The same as a numpy array
+    """
     codes = as_array(codes, where)
     packed = codes.dtype == np.uint8 and codes.ndim == 2
     check(packed, where, "packed codes, uint8 (videos, k/8)", f"{codes.dtype} {codes.shape}")
@@ -37,7 +52,17 @@ def packed_pair(
     db_codes,  # (n, k/8) uint8
     bits: int | None = None,  # k, where it is no multiple of 8
 ) -> tuple[np.ndarray, np.ndarray]:
-    "Both sets of codes, checked to have equal length; `ValueError` names the one at fault."
+    """Both sets of codes, checked to have equal length; `ValueError` names the one at fault.
+
+    Parameters
+    ----------
+    query_codes
+        (nq, k/8) uint8, as for `packed_codes`
+    db_codes
+        (n, k/8) uint8
+    bits : int | None
+        k, where it is no multiple of 8
+    """
     q, db = packed_codes(query_codes, "query_codes", bits), packed_codes(db_codes, "db_codes", bits)
     expected = f"codes of {db.shape[1]} bytes, as in db_codes"
     check(q.shape[1] == db.shape[1], "query_codes", expected, f"{q.shape[1]} bytes")
@@ -48,7 +73,20 @@ def hamming_distances_by_definition(
     q,  # (nq, k/8) uint8, packed
     db,  # (n, k/8) uint8, packed
 ) -> np.ndarray:  # (nq, n)
-    "Number of bits in which two codes differ, bit by bit: the reference for `hamming_distances`."
+    """Number of bits in which two codes differ, bit by bit: the reference for `hamming_distances`.
+
+    Parameters
+    ----------
+    q
+        (nq, k/8) uint8, packed
+    db
+        (n, k/8) uint8, packed
+
+    Returns
+    -------
+    np.ndarray
+        (nq, n)
+    """
     q, db = packed_pair(q, db)
     return (np.unpackbits(q, axis=1)[:, None] != np.unpackbits(db, axis=1)[None]).sum(2)
 
@@ -56,7 +94,18 @@ def hamming_distances_by_definition(
 def as_words(
     packed: np.ndarray,  # (n, bytes) uint8, an array
 ) -> np.ndarray:  # (ceil(bytes/8), n) uint64
-    "Bytes as 64-bit words, word by word, filled up with zeros (which differ nowhere and share nothing)."
+    """Bytes as 64-bit words, word by word, filled up with zeros (which differ nowhere and share nothing).
+
+    Parameters
+    ----------
+    packed : np.ndarray
+        (n, bytes) uint8, an array
+
+    Returns
+    -------
+    np.ndarray
+        (ceil(bytes/8), n) uint64
+    """
     padded = np.zeros((len(packed), -(-packed.shape[1] // 8) * 8), np.uint8)  # (n, 8*words)
     padded[:, : packed.shape[1]] = packed
     return np.ascontiguousarray(padded.view(np.uint64).T)  # (words, n)
@@ -79,7 +128,17 @@ def distance_row(
     db,  # (words, n) uint64
     i,  # Which query
 ):
-    "Distances of query `i` to the whole database, (n,) uint16."
+    """Distances of query `i` to the whole database, (n,) uint16.
+
+    Parameters
+    ----------
+    q
+        (words, nq) uint64, from `as_words`
+    db
+        (words, n) uint64
+    i
+        Which query
+    """
     row = np.zeros(db.shape[1], np.uint16)
     for w in range(db.shape[0]):
         for j in range(db.shape[1]):
@@ -99,7 +158,20 @@ def hamming_distances(
     q,  # (nq, k/8) uint8, packed
     db,  # (n, k/8) uint8, packed
 ) -> np.ndarray:  # (nq, n) int32
-    "Hamming distance of each query to each item; `ValueError` unless codes are packed and of equal length."
+    """Hamming distance of each query to each item; `ValueError` unless codes are packed and of equal length.
+
+    Parameters
+    ----------
+    q
+        (nq, k/8) uint8, packed
+    db
+        (n, k/8) uint8, packed
+
+    Returns
+    -------
+    np.ndarray
+        (nq, n) int32
+    """
     q, db = packed_pair(q, db)
     return _distances(as_words(q), as_words(db))
 
@@ -136,6 +208,20 @@ def hamming_search(
     """The `top` nearest items of each query, nearest first, equal distances by database index.
 
     `ValueError` when codes don't fit together, or `top` is not in 1..n.
+
+    Parameters
+    ----------
+    q
+        (nq, k/8) uint8, packed
+    db
+        (n, k/8) uint8, packed
+    top : int
+        How many neighbours, 1..n
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        Distances (nq, top) int32 and database indices (nq, top) int64
     """
     q, db = packed_pair(q, db)
     fits = is_whole(top) and 1 <= top <= len(db)
@@ -146,7 +232,17 @@ def hamming_search(
 
 # %% ../../nbs/lib/search/00_hamming.ipynb #513b4ec1
 class Within(NamedTuple):
-    "What `radius_search` found; the items of query i lie at `limits[i]:limits[i + 1]`."
+    """What `radius_search` found; the items of query i lie at `limits[i]:limits[i + 1]`.
+
+    Parameters
+    ----------
+    limits : np.ndarray
+        (nq + 1,) int64
+    distances : np.ndarray
+        (found,) int32
+    ids : np.ndarray
+        (found,) int64, rows of the database
+    """
 
     limits: np.ndarray  # (nq + 1,) int64
     distances: np.ndarray  # (found,) int32
@@ -179,6 +275,15 @@ def radius_search(
     """All items at most `radius` bits away from each query, nearest first, equal distances by database index.
 
     `ValueError` when codes don't fit together, or `radius` is no whole number of at least 0.
+
+    Parameters
+    ----------
+    q
+        (nq, k/8) uint8, packed
+    db
+        (n, k/8) uint8, packed
+    radius : int
+        The largest distance that counts, from 0
     """
     q, db = packed_pair(q, db)
     check(is_whole(radius) and radius >= 0, "radius", "a whole number of bits, at least 0", repr(radius))

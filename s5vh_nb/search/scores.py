@@ -53,7 +53,17 @@ def average_precision_by_definition(
     N: int | None = None,  # The cut; None: the whole ranking
     denominator: str = "k",  # "k", "hits" or "relevant", see above
 ) -> float:
-    "Average precision of one ranking, straight from the formula: the reference for `average_precision`."
+    """Average precision of one ranking, straight from the formula: the reference for `average_precision`.
+
+    Parameters
+    ----------
+    relevance
+        0 or 1 for the item at each rank, the first rank first
+    N : int | None
+        The cut; None: the whole ranking
+    denominator : str
+        "k", "hits" or "relevant", see above
+    """
     relevance = as_array(relevance, "relevance").tolist()  # Python's numbers, which do not overflow
     N = _cuts([N], len(relevance), "N")[N]
     _check_options(denominator=(denominator, _DENOMINATORS))
@@ -255,6 +265,26 @@ def distance_histograms(
     """How many database items, and how many relevant ones, lie at each distance of each query.
 
     `ValueError` for input that does not fit.
+
+    Parameters
+    ----------
+    query_codes
+        (nq, k/8) uint8, packed
+    db_codes
+        (n, k/8) uint8, packed
+    query_labels
+        int (nq,) or multi-hot (nq, classes)
+    db_labels
+        int (n,) or multi-hot (n, classes)
+    device
+        Where to count; the result stays there
+    bits : int | None
+        k, where it is no multiple of 8
+
+    Returns
+    -------
+    tuple[torch.Tensor, torch.Tensor]
+        (nq, k+1) int32 each: all items, and the relevant ones
     """
     q, db = packed_pair(query_codes, db_codes, bits)
     labels, k = _label_words(query_labels, db_labels, (len(q), len(db))), bits_of(q.shape[1], bits)
@@ -276,6 +306,24 @@ def histogram_ap(
     """Average precision at cut `N` of every query from its histograms, in closed form.
 
     The formulas are derived in the notebook of this module, section 3. `ValueError` for a bad option.
+
+    Parameters
+    ----------
+    counts
+        (nq, k+1): items at each distance, an array or a tensor
+    relevant_counts
+        (nq, k+1): relevant items at each distance
+    N : int | None
+        The cut, 1..n; None: the whole database
+    ties : str
+        "expected" | "lowest" | "highest"
+    denominator : str
+        "k" | "hits" | "relevant", as for `average_precision`
+
+    Returns
+    -------
+    torch.Tensor
+        (nq,) float64 on the same device
     """
     counts, relevant_counts = as_tensor(counts), as_tensor(relevant_counts)
     n = int(counts[0].sum())
@@ -343,7 +391,33 @@ def average_precision(
     denominator: str = "k",
     empty: str = "zero",  # A query without relevant items counts 0 ("zero"), or is left out ("skip", nan)
 ) -> dict:  # {N: (nq,) float64}
-    "Average precision of every query at every cut; `ValueError` names the parameter that does not fit."
+    """Average precision of every query at every cut; `ValueError` names the parameter that does not fit.
+
+    Parameters
+    ----------
+    query_codes
+        (nq, k/8) uint8, packed
+    db_codes
+        (n, k/8) uint8, packed
+    query_labels
+        int (nq,) or multi-hot (nq, classes); relevant = at least one shared label
+    db_labels
+        int (n,) or multi-hot (n, classes)
+    ks : Iterable
+        Cuts N of 1..n; None ranks the whole database
+    ties : str
+        "expected" | "lowest" | "highest" over orders; "order": by database index
+    denominator : str
+        "k": divide by the cut (S5VH); "hits": by the relevant items found (DMMH); "relevant": by all of them,
+        at most N
+    empty : str
+        A query without relevant items counts 0 ("zero"), or is left out ("skip", nan)
+
+    Returns
+    -------
+    dict
+        {N: (nq,) float64}
+    """
     cuts = _cuts(ks, len(packed_codes(db_codes, "db_codes")))
     _check_options(ties=(ties, TIES), denominator=(denominator, _DENOMINATORS), empty=(empty, _EMPTY))
     data = query_codes, db_codes, query_labels, db_labels
@@ -372,7 +446,33 @@ def map_at_k(
     denominator: str = "k",
     empty: str = "zero",
 ) -> dict:  # {N: float}
-    "Mean average precision at every cut; `ValueError` as `average_precision`, and when no query is left."
+    """Mean average precision at every cut; `ValueError` as `average_precision`, and when no query is left.
+
+    Parameters
+    ----------
+    query_codes
+        (nq, k/8) uint8, packed
+    db_codes
+        (n, k/8) uint8, packed
+    query_labels
+        int (nq,) or multi-hot (nq, classes); relevant = at least one shared label
+    db_labels
+        int (n,) or multi-hot (n, classes)
+    ks : Iterable
+        Cuts N of 1..n; None ranks the whole database
+    ties : str
+        "expected" | "lowest" | "highest" over orders; "order": by database index
+    denominator : str
+        "k": divide by the cut (S5VH); "hits": by the relevant items found (DMMH); "relevant": by all of them,
+        at most N
+    empty : str
+        A query without relevant items counts 0 ("zero"), or is left out ("skip", nan)
+
+    Returns
+    -------
+    dict
+        {N: float}
+    """
     options = dict(ties=ties, denominator=denominator, empty=empty)
     values = average_precision(query_codes, db_codes, query_labels, db_labels, ks, **options)
     some = not all(np.isnan(v).all() for v in values.values())
@@ -441,7 +541,30 @@ def precision_at_k(
     ties: str = "expected",
     empty: str = "zero",
 ) -> dict:  # {N: (nq,) float64}
-    "Precision@N of every query; `ValueError` names the parameter that does not fit."
+    """Precision@N of every query; `ValueError` names the parameter that does not fit.
+
+    Parameters
+    ----------
+    query_codes
+        (nq, k/8) uint8, packed
+    db_codes
+        (n, k/8) uint8, packed
+    query_labels
+        int (nq,) or multi-hot (nq, classes); relevant = at least one shared label
+    db_labels
+        int (n,) or multi-hot (n, classes)
+    ks : Iterable
+        Cuts N of 1..n; None ranks the whole database
+    ties : str
+        "expected" | "lowest" | "highest" over orders; "order": by database index
+    empty : str
+        A query without relevant items counts 0 ("zero"), or is left out ("skip", nan)
+
+    Returns
+    -------
+    dict
+        {N: (nq,) float64}
+    """
     data = query_codes, db_codes, query_labels, db_labels
     return _at_each_cut(data, ks, ties, empty, lambda hits, totals, N: hits / N)
 
@@ -456,7 +579,30 @@ def recall_at_k(
     ties: str = "expected",
     empty: str = "zero",
 ) -> dict:  # {N: (nq,) float64}
-    "Recall@N of every query; `ValueError` names the parameter that does not fit."
+    """Recall@N of every query; `ValueError` names the parameter that does not fit.
+
+    Parameters
+    ----------
+    query_codes
+        (nq, k/8) uint8, packed
+    db_codes
+        (n, k/8) uint8, packed
+    query_labels
+        int (nq,) or multi-hot (nq, classes); relevant = at least one shared label
+    db_labels
+        int (n,) or multi-hot (n, classes)
+    ks : Iterable
+        Cuts N of 1..n; None ranks the whole database
+    ties : str
+        "expected" | "lowest" | "highest" over orders; "order": by database index
+    empty : str
+        A query without relevant items counts 0 ("zero"), or is left out ("skip", nan)
+
+    Returns
+    -------
+    dict
+        {N: (nq,) float64}
+    """
     data = query_codes, db_codes, query_labels, db_labels
     return _at_each_cut(data, ks, ties, empty, lambda hits, totals, N: hits / totals.clip(1))
 
@@ -470,7 +616,28 @@ def precision_recall_by_rank(
     ties: str = "expected",
     empty: str = "zero",
 ) -> tuple[np.ndarray, np.ndarray]:  # Precision, recall: (n,) float64 each
-    "Mean precision@N and recall@N of the queries for N = 1..n; `ValueError` also when no query is left."
+    """Mean precision@N and recall@N of the queries for N = 1..n; `ValueError` also when no query is left.
+
+    Parameters
+    ----------
+    query_codes
+        (nq, k/8) uint8, packed
+    db_codes
+        (n, k/8) uint8, packed
+    query_labels
+        int (nq,) or multi-hot (nq, classes); relevant = at least one shared label
+    db_labels
+        int (n,) or multi-hot (n, classes)
+    ties : str
+        "expected" | "lowest" | "highest" over orders; "order": by database index
+    empty : str
+        A query without relevant items counts 0 ("zero"), or is left out ("skip", nan)
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        Precision, recall: (n,) float64 each
+    """
     _check_options(ties=(ties, TIES), empty=(empty, _EMPTY))
     N = np.arange(1, len(packed_codes(db_codes, "db_codes")) + 1)
     sums, queries = np.zeros((2, len(N))), 0
@@ -486,7 +653,13 @@ def precision_recall_by_rank(
 def gmap(
     maps,  # mAP values: a dict as from `map_at_k`, or a sequence
 ) -> float:
-    "Geometric mean of mAP@N over the cuts [inferred]; `ValueError` if there is none or one is negative."
+    """Geometric mean of mAP@N over the cuts [inferred]; `ValueError` if there is none or one is negative.
+
+    Parameters
+    ----------
+    maps
+        mAP values: a dict as from `map_at_k`, or a sequence
+    """
     values = as_array(list(maps.values()) if isinstance(maps, dict) else maps, "maps", float)
     check(values.size > 0 and bool((values >= 0).all()), "maps", "at least one mAP, none negative", values)
     return float(values.prod() ** (1 / values.size))
@@ -499,7 +672,26 @@ def precision_recall(
     db_labels,
     bits: int | None = None,  # k, where it is no multiple of 8
 ) -> tuple[np.ndarray, np.ndarray]:  # Precision, recall: (k+1,) float64 each, one per Hamming radius from 0
-    "Precision and recall within each Hamming radius over all pairs; `ValueError` if no pair is relevant."
+    """Precision and recall within each Hamming radius over all pairs; `ValueError` if no pair is relevant.
+
+    Parameters
+    ----------
+    query_codes
+        (nq, k/8) uint8, packed
+    db_codes
+        (n, k/8) uint8, packed
+    query_labels
+        int (nq,) or multi-hot (nq, classes); relevant = at least one shared label
+    db_labels
+        int (n,) or multi-hot (n, classes)
+    bits : int | None
+        k, where it is no multiple of 8
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        Precision, recall: (k+1,) float64 each, one per Hamming radius from 0
+    """
     histograms = distance_histograms(query_codes, db_codes, query_labels, db_labels, bits=bits)
     pairs, hits = (counts.long().sum(0).cumsum(0).double() for counts in histograms)
     check(hits[-1] > 0, "db_labels", "an item relevant to at least one query", "none")
