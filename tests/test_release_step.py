@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from s5vh_nb.basics.config import replace, variant
+from s5vh_nb.basics.config import replace
 from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.datasets.splits import Dataset, Split
 from s5vh_nb.learning.checkpoints import new_run
@@ -178,7 +178,7 @@ def double():
 @pytest.mark.parametrize("name", ["paper", "released"])
 def test_a_step_equals_the_release(name, main_phase, monkeypatch):
     sizes = dict(d=D, m=16, depth=3, decoder_m=16, bits=8, n_centers=CENTERS, drop_path=0.5, batch=BATCH)
-    config = variant(train_config("spoken-digits", "full", **sizes), name)
+    config = train_config("spoken-digits", "full", name, **sizes)
     config = replace(config, start="released") if name == "released" else config
     run = new_run(config, toy_data(), CPU)
     generator = torch.Generator().manual_seed(3)

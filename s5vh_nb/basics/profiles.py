@@ -7,7 +7,7 @@ __all__ = ['DATASETS', 'PROFILES', 'train_config']
 
 # %% ../../nbs/lib/basics/04_profiles.ipynb #61ed3bae
 from .checks import known
-from .config import DMMHConfig, MetricConfig, TrainConfig, replace
+from .config import VARIANTS, DMMHConfig, MetricConfig, TrainConfig, replace
 
 # %% ../../nbs/lib/basics/04_profiles.ipynb #05570951
 DATASETS = {
@@ -49,14 +49,16 @@ _PAIR_PROFILES = {
     "full": {},
     "paper": {},
 }
+_PLUS_PROFILES = {"smoke": dict(m=16, depth=1, epochs=2)}  # it is small: the others take all of it
 
 
 def train_config(
     dataset: str = "spoken-digits",  # A name that `datasets.catalog.load` knows
     profile: str = "quick",  # "smoke", "quick", "full" or "paper"
+    variant: str = "paper",  # of videos: "paper", "released", "conmh", "ssth" or "plus"
     **changes,  # Fields to set on top, e.g. `bits=16, seed=2, beta=0.0`
 ) -> TrainConfig:
-    """A data set's configuration: the paper's values, then the profile's, then `changes`.
+    """A data set's configuration: the paper's values, then the profile's, the variant's, and `changes`.
 
     Parameters
     ----------
@@ -64,13 +66,18 @@ def train_config(
         A name that `datasets.catalog.load` knows
     profile : str
         "smoke", "quick", "full" or "paper"
+    variant : str
+        of videos: "paper", "released", "conmh", "ssth" or "plus"
     **changes
         Fields to set on top, e.g. `bits=16, seed=2, beta=0.0`
     """
     name = dataset.removeprefix("synthetic-like:")
     known(profile, PROFILES, "profile")
+    known(variant, VARIANTS if name not in _PAIR_DATASETS else ["paper"], "variant")
     if name in _PAIR_DATASETS:
         base = TrainConfig(dataset=dataset, **_DMMH_TRAINING)
         return replace(base, **{**_PAIR_DATASETS[name], **_PAIR_PROFILES[profile], **changes})
     values = DATASETS.get(name, DATASETS["ucf101"])
-    return replace(TrainConfig(dataset=dataset), **{**values, **PROFILES[profile], **changes})
+    config = replace(TrainConfig(dataset=dataset), **{**values, **PROFILES[profile]})
+    sizes = _PLUS_PROFILES.get(profile, {}) if variant == "plus" else {}
+    return replace(replace(config, **VARIANTS[variant]), **{**sizes, **changes})

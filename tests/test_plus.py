@@ -1,0 +1,195 @@
+"The variant plus: its step by hand, ragged videos, resumed runs, files, what is refused, and that it learns."
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from s5vh_nb.basics.profiles import train_config
+from s5vh_nb.datasets.catalog import load
+from s5vh_nb.datasets.splits import Dataset, Split
+from s5vh_nb.evidence.scoring import score
+from s5vh_nb.learning import objectives, training
+from s5vh_nb.learning.checkpoints import new_run
+from s5vh_nb.models.baselines import fit_baseline
+from s5vh_nb.models.plus import Plus
+
+N, T, D, BITS = 30, 7, 4, 8
+SMALL = dict(bits=BITS, m=8, depth=1, moments=T, batch=10, epochs=3, dropout=0.0)
+LENGTHS = np.random.default_rng(2).integers(3, T + 1, N)
+
+
+def videos(lengths=None, extra=0, filling=0):
+    "Random videos; with lengths, what lies behind each end depends on `filling` alone."
+    rng = np.random.default_rng(0)
+    x = np.random.default_rng(10 + filling).normal(size=(N, T + extra, D)).astype("float32")
+    for i, video in enumerate(x):
+        length = T if lengths is None else lengths[i]
+        video[:length] = rng.normal(size=(length, D))
+    train = Split({"frames": x}, np.arange(N) % 3, "toy", lengths=lengths)
+    return Dataset("spoken-digits", train, train, train.take(slice(9)), ("a", "b", "c"), "random numbers")
+
+
+def configuration(**changes):
+    return train_config("spoken-digits", "quick", "plus", **{**SMALL, **changes})
+
+
+def train(config, data, **options):
+    return training.train(config, data, device="cpu", progress=False, **options)
+
+
+@pytest.fixture
+def double():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def loss_by_hand(w, linear, views, affinity, c):
+    "The loss of two views, (2b, s, d) together, of a network without layers; everything written out."
+    place, j = torch.arange(T)[:, None], torch.arange(8)
+    angle = place / 10000 ** (2 * (j // 2) / 8)
+    positions = torch.where(j % 2 == 0, torch.sin(angle), torch.cos(angle))
+    z = views @ w["embed.weight"].T + w["embed.bias"] + positions
+    z = (z - z.mean(2, keepdim=True)) / torch.sqrt(z.var(2, unbiased=False, keepdim=True) + 1e-5)
+    z = (z * w["norm.weight"] + w["norm.bias"]).reshape(len(views), -1)
+    h = (
+        w["gain"] * (z @ w["head.weight"].T + w["head.bias"])
+        + views.reshape(len(views), -1) @ linear[0]
+        + linear[1]
+    )
+    h = (h - h.mean(0)) / torch.sqrt(h.var(0, unbiased=False) + 1e-5)
+    clipped = h.clamp(-1, 1)
+    codes = clipped + (torch.where(h > 0, 1.0, -1.0) - clipped).detach()
+    cosines = codes @ codes.T / BITS  # of signs; their norm has no gradient along itself
+    norms = codes.norm(dim=1)
+    cosines = codes @ codes.T / (norms[:, None] * norms)
+    total, b = 0, len(affinity)
+    for i in range(2 * b):
+        others = [j for j in range(2 * b) if j != i]
+        below = torch.logsumexp(cosines[i, others] / c.temperature, 0)
+        for j in others:
+            pi = (1 - c.neighbour_weight) * ((i - j) % b == 0)
+            pi = pi + c.neighbour_weight * affinity[i % b, j % b] / (2 * affinity[i % b].sum())
+            total = total - pi * (cosines[i, j] / c.temperature - below)
+    return total / (2 * b)
+
+
+def test_a_step_by_hand(double, monkeypatch):
+    config, data = configuration(depth=0, d=D), videos()
+    run = new_run(config, data, torch.device("cpu"))
+    training.fit_objective(run, data)
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randperm(N, generator=generator)[:10]
+    views = torch.randn(20, T, D, generator=generator)
+    given = iter(views.chunk(2))
+    monkeypatch.setattr(objectives, "draw_view", lambda *_: next(given))
+
+    theirs = {name: p.detach().clone().requires_grad_() for name, p in run.model.named_parameters()}
+    linear = run.model.linear.directions.clone(), run.model.linear.offset.clone()
+    affinity = run.objective.affinities.double()[rows][:, rows]
+    loss = loss_by_hand(theirs, linear, views, affinity, config.objective)
+    loss.backward()
+
+    x = torch.as_tensor(data.train.frames).double()[rows]
+    terms = training.step(run, False, x, rows, torch.arange(T).expand(10, -1))
+    torch.testing.assert_close(terms["loss"], loss.detach(), rtol=0, atol=1e-10)
+    for name, p in run.model.named_parameters():
+        grad = theirs[name].grad
+        torch.testing.assert_close(p.grad, grad, rtol=0, atol=1e-10, msg=f"gradient of {name}")
+        step = grad / (grad.abs() + 1e-8)  # AdamW's first
+        updated = theirs[name].detach() * (1 - config.lr * config.weight_decay) - config.lr * step
+        torch.testing.assert_close(p.detach(), updated, rtol=0, atol=1e-10, msg=f"{name} after the step")
+    assert all(
+        torch.equal(a, b) for a, b in zip(linear, (run.model.linear.directions, run.model.linear.offset))
+    )
+
+
+def test_every_weight_learns():
+    run = train(configuration(epochs=1), videos())
+    fresh = new_run(run.config, videos(), torch.device("cpu"))
+    for (name, p), (_, q) in zip(run.model.named_parameters(), fresh.model.named_parameters()):
+        assert not torch.equal(p, q), name
+
+
+def test_padding_does_not_count():
+    runs = [train(configuration(), videos(LENGTHS, extra, filling)) for extra, filling in ((0, 0), (7, 1))]
+    assert runs[0].history == runs[1].history and torch.equal(runs[0].weights, runs[1].weights)
+    whole = videos(LENGTHS).train
+    again = videos(LENGTHS, 7, 1).train
+    codes = [run.model.encode(s.frames, lengths=s.lengths) for run, s in zip(runs, (whole, again))]
+    assert torch.equal(*codes)
+    alone = runs[0].model.encode(whole.frames[4:5, : LENGTHS[4]])
+    assert torch.equal(alone, codes[0][4:5])
+
+
+def test_a_resumed_run_is_the_whole_run(tmp_path):
+    data, config = videos(), configuration(dropout=0.3)
+    whole = train(config, data)
+
+    class Stop(Exception):
+        pass
+
+    def stop(run):
+        if run.epoch == 2:
+            raise Stop
+
+    path = tmp_path / "run.pt"
+    with pytest.raises(Stop):
+        train(dataclasses.replace(config, evaluate_every=1), data, checkpoint=path, every=1, evaluate=stop)
+    rest = train(dataclasses.replace(config, evaluate_every=1), data, checkpoint=path, every=1, resume=True)
+    assert torch.equal(rest.weights, whole.weights)
+    assert torch.equal(rest.model.encode(data.query.frames), whole.model.encode(data.query.frames))
+
+
+def test_files_and_programs(tmp_path):
+    run = train(configuration(), videos())
+    x = torch.as_tensor(videos().query.frames)
+    codes = run.model.encode(x)
+    run.model.save_pretrained(tmp_path)
+    assert torch.equal(Plus.from_pretrained(tmp_path).encode(x), codes)
+    program = run.model.export_program().module()
+    assert torch.equal(program(x), codes)
+    longer = torch.randn(5, 11, D)
+    assert torch.equal(program(longer), run.model.encode(longer))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(bits=32, moments=12),
+            "bits: expected at most 30 for the linear hash of these videos, found 32",
+        ),
+        (dict(bits=29), "bits: expected at most 28"),
+    ],
+)
+def test_too_few_videos_or_numbers(changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(configuration(**changes), videos())
+
+
+def test_it_needs_videos():
+    with pytest.raises(ValueError, match="data: expected videos, for PlusConfig, found 'emoji'"):
+        train(configuration(), load("emoji"))
+
+
+def test_a_table_too_large_for_memory(monkeypatch):
+    monkeypatch.setattr("s5vh_nb.learning.neighbours.free_memory", lambda device: 1000)
+    with pytest.raises(ValueError, match="training items: expected fewer, as n x n tables fill"):
+        train(configuration(), videos())
+
+
+def test_it_learns_more_than_its_linear_start():
+    "On real recordings, with a small network and few epochs, its codes beat those of ITQ."
+    data = load("spoken-digits")
+    run = train(train_config("spoken-digits", "smoke", "plus", bits=16, epochs=3), data)
+    found = {}
+    for name, hasher in (("plus", run.model), ("ITQ", fit_baseline("itq", data.train, 16, "flat", seed=1))):
+        codes = {"query": data.query, "database": data.database}
+        found[name] = score({k: np.asarray(hasher.encode(s.frames)) for k, s in codes.items()}, data).metrics
+    assert found["plus"]["GmAP"] > found["ITQ"]["GmAP"] + 0.02
+    assert math.isfinite(run.history[-1]["loss"]) and run.history[-1]["loss"] < run.history[0]["loss"]
