@@ -47,7 +47,8 @@ def from_fractions(fractions: np.ndarray) -> np.ndarray:
     ----------
     fractions : np.ndarray
     """
-    check(fractions.dtype == np.uint8, "fractions", "uint8", fractions.dtype, TypeError)
+    expected = "uint8 (an earlier version kept uint16: delete the run's files, and it is made again)"
+    check(fractions.dtype == np.uint8, "fractions", expected, fractions.dtype, TypeError)
     return fractions / _STEPS
 
 # %% ../../nbs/lib/evidence/02_archive.ipynb #3aece2fd
