@@ -244,8 +244,8 @@ class PlusConfig:
         width of a frame feature
     bits : int
         k, of any length
-    moments : int
-        at which every video is read, s
+    time_steps : int
+        that every video is resampled to, s
     m : int
         width of the layers
     depth : int
@@ -253,25 +253,26 @@ class PlusConfig:
     mixer : str
         temporal layer: a name of `models.mixers.MIXERS`
     pooling : str
-        of the moments: "frames" side by side, or their "mean"
+        of the time steps: "concat" side by side, or their "mean"
     linear : bool
-        the linear hash is added to what the layers give
+        the linear hash is added to the output of the layers; the objective needs it either way
     centring : float
-        share of each feature's mean over the video that the linear hash takes away
+        share of each feature's mean over the video that the linear hash subtracts
     dropout : float
-        of what the layers give
+        after the layers
     """
 
     d: int = 4096  # width of a frame feature
     bits: int = 64  # k, of any length
-    moments: int = 25  # at which every video is read, s
+    time_steps: int = 25  # that every video is resampled to, s
     m: int = 96  # width of the layers
     depth: int = 2  # bidirectional layers; 0 leaves them out
     mixer: str = "Mamba"  # temporal layer: a name of `models.mixers.MIXERS`
-    pooling: str = "frames"  # of the moments: "frames" side by side, or their "mean"
-    linear: bool = True  # the linear hash is added to what the layers give
-    centring: float = 0.8  # share of each feature's mean over the video that the linear hash takes away
-    dropout: float = 0.2  # of what the layers give
+    pooling: str = "concat"  # of the time steps: "concat" side by side, or their "mean"
+    # the linear hash is added to the output of the layers; the objective needs it either way
+    linear: bool = True
+    centring: float = 0.8  # share of each feature's mean over the video that the linear hash subtracts
+    dropout: float = 0.2  # after the layers
 
     def __post_init__(self):
         _check_types(self)
@@ -279,9 +280,9 @@ class PlusConfig:
         for name in ("d", "m"):
             check(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         check(self.depth >= 0, "depth", "a number of layers, or 0 for none", self.depth)
-        check(self.moments >= 2, "moments", "at least 2", self.moments)
+        check(self.time_steps >= 2, "time_steps", "at least 2", self.time_steps)
         known(self.mixer, _MIXERS, "mixer")
-        check(self.pooling in ("frames", "mean"), "pooling", "'frames' or 'mean'", repr(self.pooling))
+        check(self.pooling in ("concat", "mean"), "pooling", "'concat' or 'mean'", repr(self.pooling))
         check(0 <= self.centring <= 1, "centring", "a share in [0, 1]", self.centring)
         check(0 <= self.dropout < 1, "dropout", "a share in [0, 1)", self.dropout)
 
@@ -293,13 +294,13 @@ class NeighbourConfig:
     Parameters
     ----------
     warp : float
-        how much pace, bend and start of a view change, in [0, 1)
+        how much speed, curvature and start of a view vary, in [0, 1)
     scale : float
         standard deviation of a feature's factor
     offset : float
-        standard deviation of what a feature is shifted by
+        standard deviation of what is added to a feature in all frames, in units of its own
     noise : float
-        standard deviation of what is added to each number
+        standard deviation of what is added to each number, in units of the feature's own
     hide : float
         share of a view's frames that are set to 0
     temperature : float
@@ -308,28 +309,28 @@ class NeighbourConfig:
         share of the target that belongs to neighbours; the rest is the other view's
     neighbours : int
         nearest videos of each in the graph
-    reach : float
+    damping : float
         weight of each further step along the graph, in [0, 1)
     """
 
-    warp: float = 0.3  # how much pace, bend and start of a view change, in [0, 1)
+    warp: float = 0.3  # how much speed, curvature and start of a view vary, in [0, 1)
     scale: float = 0.2  # standard deviation of a feature's factor
-    offset: float = 0.2  # standard deviation of what a feature is shifted by
-    noise: float = 0.3  # standard deviation of what is added to each number
+    offset: float = 0.2  # standard deviation of what is added to a feature in all frames, in units of its own
+    noise: float = 0.3  # standard deviation of what is added to each number, in units of the feature's own
     hide: float = 0.0  # share of a view's frames that are set to 0
     temperature: float = 0.2  # of the contrast
     neighbour_weight: float = (
         0.5  # share of the target that belongs to neighbours; the rest is the other view's
     )
     neighbours: int = 10  # nearest videos of each in the graph
-    reach: float = 0.9  # weight of each further step along the graph, in [0, 1)
+    damping: float = 0.9  # weight of each further step along the graph, in [0, 1)
 
     def __post_init__(self):
         _check_types(self)
         for name in ("scale", "offset", "noise"):
             value = getattr(self, name)
             check(0 <= value < math.inf, name, "a finite number of at least 0", value)
-        for name in ("warp", "hide", "reach"):
+        for name in ("warp", "hide", "damping"):
             check(0 <= getattr(self, name) < 1, name, "a number in [0, 1)", getattr(self, name))
         check(0 <= self.neighbour_weight <= 1, "neighbour_weight", "a share in [0, 1]", self.neighbour_weight)
         check(self.temperature > 0, "temperature", "a positive number", self.temperature)

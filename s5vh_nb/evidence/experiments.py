@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLUS', 'TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'NO_DEPTH', 'TWO_DIFFERENCES', 'WITH_DEPTH', 'WITHOUT_DEPTH',
-           'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'EXPERIMENTS', 'Fitted',
-           'config_of', 'Experiment', 'terms_row', 'but_for', 'schedule_row', 'share_row', 'efficiency_config']
+           'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS', 'EXPERIMENTS',
+           'Fitted', 'config_of', 'Experiment', 'terms_row', 'but_for', 'schedule_row', 'share_row',
+           'efficiency_config']
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cbbcb356
 from collections.abc import Callable
@@ -33,7 +34,7 @@ class Fitted:
     view: str = "pair"
 
 
-_Row = dict | str | Fitted | Callable
+_Row = dict | Fitted | Callable
 
 
 def config_of(
@@ -58,11 +59,10 @@ def config_of(
     """
     if isinstance(row, Fitted):
         return BaselineConfig(dataset, row.method, row.view, bits, seed)
-    if isinstance(row, str):
-        return train_config(dataset, profile, row, bits=bits, seed=seed)
     changes = {"epochs": epochs} if epochs else {}
-    config = train_config(dataset, profile, bits=bits, seed=seed, **changes)
-    return row(config) if callable(row) else replace(config, **row)
+    if isinstance(row, dict):
+        return train_config(dataset, profile, **{"bits": bits, "seed": seed, **changes, **row})
+    return row(train_config(dataset, profile, bits=bits, seed=seed, **changes))
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #d71cfd3e
 _SEEDS = {"smoke": (1,), "quick": (1,), "full": (1, 2, 3, 4, 5), "paper": (1, 2, 3, 4, 5)}
@@ -358,7 +358,7 @@ CENTER_KINDS = {  # centers of a training -> what they change
 
 _PAPER1 = {
     "retrieval": Experiment(
-        {"S5VH": {}, **_STYLES, **_ITQ, **_LSH, PLUS: "plus"},
+        {"S5VH": {}, **_STYLES, **_ITQ, **_LSH, PLUS: dict(variant="plus")},
         datasets=_ONE_IN_QUICK,
         bits={**_BITS, "quick": _LONGEST["quick"]},
         epochs={"quick": 40},  # see LOG.md
@@ -598,6 +598,34 @@ _PAPER2 = {
     "claims": Experiment(kind="pairs", datasets=_PAIRS, bits=_PAIR_BITS),
 }
 
-EXPERIMENTS = {f"s5vh/{name}": e for name, e in _PAPER1.items()} | {
-    f"dmmh/{name}": e for name, e in _PAPER2.items()
+PLUS_PARTS = {  # what a row changes in Plus
+    "views hide frames": dict(warp=0.0, scale=0.0, offset=0.0, noise=0.0, hide=0.5),
+    "views without warps": dict(warp=0.0),
+    "views without scale and offset": dict(scale=0.0, offset=0.0),
+    "views without noise": dict(noise=0.0),
+    "without neighbours": dict(neighbour_weight=0.0),
+    "mean over time": dict(pooling="mean"),
+    "linear hash not added": dict(linear=False),
+    "without centring": dict(centring=0.0),
+    "without layers": dict(depth=0),
+    "with a Transformer": dict(mixer="Transformer"),
+    "with an LSTM": dict(mixer="LSTM"),
 }
+_BEYOND = {
+    "plus": Experiment(
+        {
+            PLUS: dict(variant="plus"),
+            **{name: dict(variant="plus", **changes) for name, changes in PLUS_PARTS.items()},
+            "S5VH": {},
+            "ITQ, flattened": _ITQ["ITQ, flattened"],
+        },
+        datasets=_ONE_IN_QUICK,
+        bits=_ABLATION_BITS,
+        epochs={"quick": 6},
+        base=PLUS,
+        without={"smoke": ("S5VH",), "quick": ("S5VH",)},  # its schedule is another
+    )
+}
+
+_FOLDERS = {"s5vh": _PAPER1, "dmmh": _PAPER2, "beyond": _BEYOND}  # of nbs
+EXPERIMENTS = {f"{folder}/{name}": e for folder, found in _FOLDERS.items() for name, e in found.items()}

@@ -16,7 +16,7 @@ from IPython import get_ipython
 
 from ..basics.checks import check, known, parse_list
 from ..basics.devices import Device
-from ..basics.profiles import PROFILES, train_config
+from ..basics.profiles import PROFILES
 from ..datasets.catalog import CATALOG, DATA_ROOT, available, is_there
 from .experiments import EXPERIMENTS, Experiment, Fitted, config_of
 from .report import folder_of, save_figure, save_table, style
@@ -62,14 +62,17 @@ class Study:
         if all(isinstance(row, Fitted) for row in self.rows.values()):
             return ""
         own = self.experiment.epochs.get(self.profile)
-        here = own or train_config(self.datasets[0], self.profile).epochs
-        full = train_config(self.datasets[0], "full").epochs
+        trained = [row for row in self.rows.values() if not isinstance(row, Fitted)]
+        place = self.rows.get(self.experiment.base, trained[0]), self.datasets[0]
+        bits, seed = self.bits[0], self.seeds[0]
+        here = config_of(*place, self.profile, bits, seed, own).epochs
+        full = config_of(*place, "full", bits, seed).epochs
         if here >= full:
             return ""
         shows = (
             "large differences, not small ones" if own else "that the notebook runs, not which row is ahead"
         )
-        return f"Small networks, {here} epochs where the full profile has {full}: they show {shows}."
+        return f"Short trainings, {here} epochs where the full profile has {full}: they show {shows}."
 
     def configs(self, dataset: str, bits: int, row: str) -> list | None:
         """The configurations of a row, one per seed; None where it is not run.

@@ -258,40 +258,62 @@ class NeighbourObjective(nn.Module):
     ):
         super().__init__()
         self.c, self.seed = config.objective, config.seed
-        self.register_buffer("affinities", torch.zeros(n, n, dtype=torch.float16))
+        self.register_buffer("spread", torch.ones(config.model.d))  # of each feature
+        self.register_buffer("affinities", torch.zeros(0, 0, dtype=torch.float16), persistent=False)
 
     @torch.no_grad()
     def fit(
         self,
-        model: Plus,  # Its linear part is fitted, too
+        model: Plus,  # Its linear hash is fitted, unless it is already
         train: Split,  # The training videos
     ):
-        """Fit the linear part of the network, and find the affinities of the videos by what it gives.
+        """What views and linear hash need to know: the spread of the features, and ITQ's projection.
 
         Parameters
         ----------
         model : Plus
-            Its linear part is fitted, too
+            Its linear hash is fitted, unless it is already
         train : Split
             The training videos
         """
-        like = model.linear.directions  # its type and device
         x, kept = fit_matrix(train, "flat", self.seed)  # at most so many as a fit gets
-        x = torch.as_tensor(x).to(like).unflatten(1, train.frames.shape[1:])  # (some, t, d)
-        lengths = None if train.lengths is None else torch.as_tensor(train.lengths).to(like.device)
-        model.linear.fit(
-            model.read(x, None if lengths is None else lengths[torch.as_tensor(kept)]), self.seed
-        )
+        x = torch.as_tensor(x).unflatten(1, train.frames.shape[1:])  # (some, t, d)
+        rows = torch.as_tensor(kept).nonzero()[:, 0]
+        parts = zip(x.split(1024), rows.split(1024))
+        x = torch.cat([self._resampled(model, train, *part) for part in parts])  # (some, s, d)
+        self.spread.copy_(x.std((0, 1)))
+        if not model.linear.fitted:
+            model.linear.fit(x, self.seed)
 
-        def project(rows):
-            x = rows_of(train.frames, rows, like.device).to(like)  # (block, t, d)
-            return model.linear(model.read(x, None if lengths is None else lengths[rows]))
+    @torch.no_grad()
+    def connect(
+        self,
+        model: Plus,  # With a fitted linear hash
+        train: Split,  # The training videos
+    ):
+        """Find the affinities of the videos by what the linear hash gives; `ValueError` without room for them.
 
-        z = torch.cat([project(rows) for rows in row_blocks(train.frames)])  # (n, k)
-        self.affinities.copy_(affinities(z, self.c.neighbours, self.c.reach))
+        Parameters
+        ----------
+        model : Plus
+            With a fitted linear hash
+        train : Split
+            The training videos
+        """
+        if self.c.neighbour_weight == 0:
+            return
+        blocks = ((rows_of(train.frames, rows), rows) for rows in row_blocks(train.frames))
+        z = torch.cat([model.linear(self._resampled(model, train, *block)) for block in blocks])  # (n, k)
+        self.affinities = affinities(z, self.c.neighbours, self.c.damping).half()
+
+    def _resampled(self, model, train, x, rows):
+        "Some training videos x (some, t, d), `rows` their numbers, as the network reads them."
+        x = x.to(model.linear.directions)
+        lengths = None if train.lengths is None else torch.as_tensor(train.lengths[rows], device=x.device)
+        return model.resample(x, lengths)
 
     def unused(self, model: nn.Module) -> list:
-        """None: the loss reaches all weights.
+        """Weights that no term reaches: none.
 
         Parameters
         ----------
@@ -337,13 +359,15 @@ class NeighbourObjective(nn.Module):
         """
         if lengths is None:
             lengths = torch.full((len(x),), x.shape[1], device=x.device)
-        s = model.config.moments
-        views = torch.cat([draw_view(x, lengths, s, self.c) for _ in range(2)])  # (2b, s, d)
-        h = relax(model(views), "sign")  # (2b, k)
-        with torch.autocast(x.device.type, enabled=False):
-            known = self.affinities[rows][:, rows].to(x.dtype)  # (b, b)
-            loss = neighbour_loss(h.to(x.dtype), known, self.c.neighbour_weight, self.c.temperature)
-        return {"loss": loss}
+        s = model.config.time_steps
+        views = torch.cat([draw_view(x, lengths, self.spread, s, self.c) for _ in range(2)])  # (2b, s, d)
+        h = relax(model(views), "sign").to(self.spread.dtype)  # (2b, k)
+        if self.c.neighbour_weight > 0:
+            affinity = self.affinities[rows][:, rows].to(h.dtype)  # (b, b)
+        else:
+            affinity = h.new_zeros(len(x), len(x))
+        with torch.autocast(x.device.type, enabled=False):  # these small products need all their digits
+            return {"loss": neighbour_loss(h, affinity, self.c.neighbour_weight, self.c.temperature)}
 
 # %% ../../nbs/lib/learning/04_objectives.ipynb #57e93ba0
 class MetricObjective(nn.Module):

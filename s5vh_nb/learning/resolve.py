@@ -71,7 +71,7 @@ def check_trainable(
 ):
     """`ValueError` for a set too small to train on.
 
-    It needs two items to contrast; S5VH frames to hide and frames to show; Plus as many videos as bits.
+    It needs two items to contrast; S5VH frames to hide and frames to show; Plus more videos than bits.
 
     Parameters
     ----------
@@ -91,13 +91,10 @@ def check_trainable(
         shown = t - int(ratio * t)
         check(0 < shown < t, "mask_ratio", expected, f"{ratio} (shows {shown})")
     elif isinstance(config.model, PlusConfig):
-        most = min(n, config.model.moments * config.model.d)
-        check(
-            config.model.bits <= most,
-            "bits",
-            f"at most {most} for the linear hash of these videos",
-            config.model.bits,
-        )
+        t, d = data.train.frames.shape[1:]
+        most = min(n - 1, min(t, config.model.time_steps) * d)  # independent directions
+        expected = f"at most {most} for the linear hash of these videos"
+        check(config.model.bits <= most, "bits", expected, config.model.bits)
 
 
 def centers_from_file(

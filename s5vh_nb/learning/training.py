@@ -354,6 +354,7 @@ def fit_objective(
         run.objective.fit(data.train.labels)
     elif isinstance(run.objective, NeighbourObjective):
         run.objective.fit(run.model, data.train)
+        run.objective.connect(run.model, data.train)
     else:
         means = time_means(data.train.frames, run.device, lengths=data.train.lengths)
         run.objective.fit(means, progress, centers_from_file(run.config, data))
@@ -401,7 +402,7 @@ def train(
     evaluate=None,  # Called with the run at each evaluation; may return a dict of scores for the history
     progress: bool = True,  # Show a bar
 ) -> TrainedRun:
-    """A trained S5VH or DMMH, in evaluation mode.
+    """A trained network, in evaluation mode: S5VH, Plus or DMMH.
 
     The same configuration on the same machine, with as many threads, gives the same weights, resumed or not.
     A finished checkpoint of fewer epochs is trained further, which is not the same as all epochs at once.
@@ -445,6 +446,8 @@ def train(
         start_from(run, start)
     if not resumed:
         fit_objective(run, data, progress)
+    elif run.epoch < config.epochs and isinstance(run.objective, NeighbourObjective):
+        run.objective.connect(run.model, data.train)  # its table is in no checkpoint
     if run.epoch < config.epochs:
         inputs = move_if_they_fit(data.train.arrays, device, config.precision)
         lengths = None if data.train.lengths is None else as_tensor(data.train.lengths).to(device)

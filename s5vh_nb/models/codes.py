@@ -265,7 +265,10 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         check(batch > 0, "batch", "at least 1 item", batch)
 
         def block(x, start):
-            return None if x is None else as_tensor(x[start : start + batch]).to(like)
+            if x is None:
+                return None
+            x = as_tensor(x[start : start + batch])
+            return x.to(like.device) if x.ndim == 1 else x.to(like)  # lengths stay whole numbers
 
         def encode(*parts):
             return pack(net.h(*parts))
