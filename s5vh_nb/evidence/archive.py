@@ -36,8 +36,9 @@ def to_fractions(
     axis : int
         Along which their means stay right
     """
-    sums = np.round(np.cumsum(np.asarray(values, float) * _STEPS, axis))
-    return np.diff(sums, axis=axis, prepend=0).astype(np.uint8)
+    # halves go up everywhere: rounded to even, a half before a 1 would make a step of 256
+    sums = np.floor(np.cumsum(np.asarray(values, float) * _STEPS, axis) + 0.5)
+    return np.diff(sums, axis=axis, prepend=0).clip(max=_STEPS).astype(np.uint8)
 
 
 def from_fractions(fractions: np.ndarray) -> np.ndarray:
