@@ -111,6 +111,8 @@ def documented(source: str) -> str:
             continue
         start, stop = first.lineno - 1, first.end_lineno
         text = lines[start:stop] if ast.get_docstring(node) is not None else []
+        if text and not text[0].lstrip().startswith('"'):
+            raise ValueError(f"{node.name}: expected a docstring in double quotes, found {text[0].strip()}")
         indent = " " * first.col_offset
         added = [(indent + line).rstrip() for line in [*added, '"""']]
         if not text:
