@@ -319,9 +319,8 @@ class NeighbourConfig:
     noise: float = 0.3  # standard deviation of what is added to each number, in units of the feature's own
     hide: float = 0.0  # share of a view's frames that are set to 0
     temperature: float = 0.2  # of the contrast
-    neighbour_weight: float = (
-        0.5  # share of the target that belongs to neighbours; the rest is the other view's
-    )
+    # share of the target that belongs to neighbours; the rest is the other view's
+    neighbour_weight: float = 0.5
     neighbours: int = 10  # nearest videos of each in the graph
     damping: float = 0.9  # weight of each further step along the graph, in [0, 1)
 

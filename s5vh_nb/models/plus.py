@@ -180,8 +180,8 @@ class Plus(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
     def encode(
         self,
         x,  # (n, t, d) frame features: a tensor, an array, or anything that slices to one
-        batch: int
-        | None = None,  # Videos at a time; None: as many as have 32768 frames or time steps together
+        # Videos at a time; None: as many as have 32768 frames or time steps together
+        batch: int | None = None,
         progress: bool = False,  # Show a bar
         lengths=None,  # (n,) how many frames of each video count, from 1 to t: the first ones; None: all
     ) -> Tensor:
