@@ -24,9 +24,14 @@ def _per_channel(B: Tensor, b: int, d: int, t: int) -> Tensor:
     return B.repeat_interleave(d // B.shape[1], 1)  # (b, g, n, t) -> (b, d, n, t)
 
 
+# they call it exporting when `torch.compile` or a strict export traces a function, both alike
+_COMPILING_IS_EXPORTING = torch.__version__ < (2, 13)
+
+
 def exporting() -> bool:
-    "Whether torch exports a program; torch 2.11 calls `torch.compile` exporting, too, and this does not."
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    "Whether torch exports a program; before torch 2.13 a strict export is taken for `torch.compile`."
+    traced = _COMPILING_IS_EXPORTING and torch.compiler.is_dynamo_compiling()
+    return torch.compiler.is_exporting() and not traced
 
 
 def each_step(
