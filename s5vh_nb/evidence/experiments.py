@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLUS', 'TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'NO_DEPTH', 'TWO_DIFFERENCES', 'WITH_DEPTH', 'WITHOUT_DEPTH',
-           'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS', 'NO_ALIGNMENT',
-           'RANDOM_CENTERS', 'CENTER_COUNTS', 'SOLVED', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row',
-           'but_for', 'schedule_row', 'share_row', 'efficiency_config', 'centers_row']
+           'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS', 'RANDOM_CENTERS',
+           'CENTER_COUNTS', 'SOLVED', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row', 'but_for',
+           'schedule_row', 'share_row', 'efficiency_config', 'centers_row']
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cbbcb356
 from collections.abc import Callable
@@ -629,7 +629,8 @@ def _short(**changes) -> Callable:
     return row
 
 
-NO_ALIGNMENT, RANDOM_CENTERS = "no alignment", "101 random centers"
+_NO_ALIGNMENT = "no alignment"
+RANDOM_CENTERS = "101 random centers"
 CENTER_COUNTS = (5, 20, 50, 101, 200, 400)
 
 
@@ -674,7 +675,7 @@ _BEYOND = {
     ),
     "sensitivity": Experiment(
         {
-            NO_ALIGNMENT: _short(beta=0.0),
+            _NO_ALIGNMENT: _short(beta=0.0),
             **_COUNTED,
             RANDOM_CENTERS: _short(n_centers=101, centers="random"),
             "ITQ, flattened": _ITQ["ITQ, flattened"],
@@ -682,7 +683,7 @@ _BEYOND = {
         datasets=_ONE_IN_QUICK,
         bits=_ABLATION_BITS,
         seeds=_THREE_SEEDS,
-        base=NO_ALIGNMENT,
+        base=_NO_ALIGNMENT,
         without={
             "smoke": tuple(centers_row(c) for c in (50, 200, 400)),
             "quick": (RANDOM_CENTERS, *(centers_row(c) for c in CENTER_COUNTS[2:])),
