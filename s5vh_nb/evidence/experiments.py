@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLUS', 'TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'NO_DEPTH', 'TWO_DIFFERENCES', 'WITH_DEPTH', 'WITHOUT_DEPTH',
-           'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS', 'EXPERIMENTS',
-           'Fitted', 'config_of', 'Experiment', 'terms_row', 'but_for', 'schedule_row', 'share_row',
-           'efficiency_config']
+           'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS', 'RANDOM_CENTERS',
+           'CENTER_COUNTS', 'SOLVED', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row', 'but_for',
+           'schedule_row', 'share_row', 'efficiency_config', 'centers_row']
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cbbcb356
 from collections.abc import Callable
@@ -614,6 +614,51 @@ PLUS_PARTS = {  # what a row changes in Plus
 }
 _IN_QUICK = ("without neighbours", "linear hash not added", "without layers")
 _NOT_IN_QUICK = tuple(name for name in PLUS_PARTS if name not in _IN_QUICK)
+
+_SHORTENED = 40 / 350  # of the epochs
+
+
+def _short(**changes) -> Callable:
+    "A row with a shorter schedule: the learning rate falls to its end, the warm-up keeps its share."
+
+    def row(config):
+        epochs = max(2, round(_SHORTENED * config.epochs))
+        warmup = round(config.objective.warmup * epochs / config.epochs)
+        return replace(config, epochs=epochs, warmup=warmup, **changes)
+
+    return row
+
+
+_NO_ALIGNMENT = "no alignment"
+RANDOM_CENTERS = "101 random centers"
+CENTER_COUNTS = (5, 20, 50, 101, 200, 400)
+
+
+def centers_row(c: int) -> str:
+    """The name of the row with c hash centers.
+
+    Parameters
+    ----------
+    c : int
+    """
+    return f"{c} centers"
+
+
+def _with_centers(c):
+    "A row with c hash centers; None where there are fewer codes or fewer training videos."
+
+    def row(config):
+        fits = c <= min(2**config.model.bits, _CLIPS.get(config.dataset, c))
+        return _short(n_centers=c)(config) if fits else None
+
+    return row
+
+
+_COUNTED = {centers_row(c): _with_centers(c) for c in CENTER_COUNTS}
+SOLVED = {  # profile -> the row whose centers are found with other settings of the solver
+    profile: centers_row(20 if profile in ("smoke", "quick") else 101) for profile in PROFILES
+}
+_CURVE_BITS = (8, 16, 32, 64, 128, 256)
 _BEYOND = {
     "plus": Experiment(
         {
@@ -627,7 +672,31 @@ _BEYOND = {
         base=PLUS,
         # S5VH's schedule is another there; quick has Plus at its own schedule, but few rows
         without={"smoke": ("S5VH",), "quick": ("S5VH", *_NOT_IN_QUICK)},
-    )
+    ),
+    "sensitivity": Experiment(
+        {
+            _NO_ALIGNMENT: _short(beta=0.0),
+            **_COUNTED,
+            RANDOM_CENTERS: _short(n_centers=101, centers="random"),
+            "ITQ, flattened": _ITQ["ITQ, flattened"],
+        },
+        datasets=_ONE_IN_QUICK,
+        bits=_ABLATION_BITS,
+        seeds=_THREE_SEEDS,
+        base=_NO_ALIGNMENT,
+        without={
+            "smoke": tuple(centers_row(c) for c in (50, 200, 400)),
+            "quick": (RANDOM_CENTERS, *(centers_row(c) for c in CENTER_COUNTS[2:])),
+        },
+    ),
+    "bits": Experiment(
+        {"S5VH": _short(), "ITQ, flattened": _ITQ["ITQ, flattened"], PLUS: dict(variant="plus")},
+        datasets=_ONE_IN_QUICK,
+        bits={"smoke": (8, 16), "quick": (8, 32, 128), "full": _CURVE_BITS, "paper": _CURVE_BITS},
+        seeds=_THREE_SEEDS,
+        base="S5VH",
+        without={"quick": (PLUS,)},  # it is the same size in every profile but smoke
+    ),
 }
 
 _FOLDERS = {"s5vh": _PAPER1, "dmmh": _PAPER2, "beyond": _BEYOND}  # of nbs

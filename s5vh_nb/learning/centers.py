@@ -374,7 +374,7 @@ def hash_centers(
     bits: int,  # k
     *,
     init: str = "hadamard",  # Start: "hadamard" or "random"
-    semantic: bool = True,  # Follow the similarity of the clusters; False: only keep the distance
+    semantic: float = 1.0,  # Weight of the similarity of the clusters; 0: only keep the distance
     optimise: bool = True,  # False: the start as it is
     pca: int = 512,  # Principal components kept before k-means
     seed: int = 0,  # Of k-means and of random rows
@@ -394,8 +394,8 @@ def hash_centers(
         k
     init : str
         Start: "hadamard" or "random"
-    semantic : bool
-        Follow the similarity of the clusters; False: only keep the distance
+    semantic : float
+        Weight of the similarity of the clusters; 0: only keep the distance
     optimise : bool
         False: the start as it is
     pca : int
@@ -412,6 +412,7 @@ def hash_centers(
     check_bits(bits)
     check(n_centers <= 2**bits, "n_centers", f"at most 2^{bits}, the number of codes", n_centers)
     known(init, ("hadamard", "random"), "init")
+    check(0 <= semantic < np.inf, "semantic", "a finite weight of at least 0", semantic)
     if given is not None:
         given = _checked(np.asarray(given), "given", n_centers, bits)
     W, labels = semantic_vectors(features, n_centers, pca, seed)
