@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLUS', 'TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'NO_DEPTH', 'TWO_DIFFERENCES', 'WITH_DEPTH', 'WITHOUT_DEPTH',
-           'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS', 'EXPERIMENTS',
-           'Fitted', 'config_of', 'Experiment', 'terms_row', 'but_for', 'schedule_row', 'share_row',
-           'efficiency_config']
+           'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS', 'LABEL_SHARES',
+           'ALL_LABELS', 'CLUSTERS', 'NEAREST_MEAN', 'OTHER_CENTERS', 'VOTES', 'EXPERIMENTS', 'Fitted', 'config_of',
+           'Experiment', 'terms_row', 'but_for', 'schedule_row', 'share_row', 'efficiency_config', 'labels_row']
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cbbcb356
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from math import ceil
 from ..basics.checks import known
 from ..basics.config import PAIR_VARIANTS, VARIANTS, BaselineConfig, TrainConfig, replace
 from ..basics.profiles import PROFILES, train_config
+from ..datasets.video_files import OFFICIAL
 from .identity import differences
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #67456ed3
@@ -611,6 +612,51 @@ PLUS_PARTS = {  # what a row changes in Plus
     "with a Transformer": dict(mixer="Transformer"),
     "with an LSTM": dict(mixer="LSTM"),
 }
+_CLASSES = {"spoken-digits": 10, "spoken-pairs": 20, "asl-words": 14}
+_CLASSES |= {name: layout.n_classes for name, layout in OFFICIAL.items()}
+LABEL_SHARES = (0.01, 0.05, 0.1, 0.5, 1.0)  # of the training videos
+
+
+def labels_row(share: float) -> str:
+    """The name of a row that is given this share of the labels.
+
+    Parameters
+    ----------
+    share : float
+    """
+    return f"{share:.0%} of the labels"
+
+
+def _in_40_epochs(**changes) -> Callable:
+    "A row with a whole schedule of 40 epochs, or the profile's where that is shorter."
+
+    def row(config):
+        epochs = min(40, config.epochs)
+        warmup = round(config.objective.warmup * epochs / config.epochs)
+        return replace(config, epochs=epochs, warmup=warmup, evaluate_every=0, **changes)
+
+    return row
+
+
+_LABEL_WEIGHT = 10.0  # of the alignment where labels are given, see LOG.md
+ALL_LABELS, CLUSTERS = labels_row(1.0), "clusters in place of classes"
+NEAREST_MEAN = f"{labels_row(0.1)}, nearest mean"
+OTHER_CENTERS = {"Hadamard centers": "hadamard", "random centers": "random"}  # row -> kind, without semantics
+_LABELLED = {labels_row(share): dict(labelled=share, beta=_LABEL_WEIGHT) for share in LABEL_SHARES}
+
+
+def _clusters(config):
+    "As with labels, but of as many k-means clusters as there are classes."
+    return _in_40_epochs(n_centers=_CLASSES[config.dataset], beta=_LABEL_WEIGHT)(config)
+
+
+_LABEL_CONTROLS = {
+    CLUSTERS: _clusters,
+    **{name: _in_40_epochs(**_LABELLED[ALL_LABELS], centers=k) for name, k in OTHER_CENTERS.items()},
+    NEAREST_MEAN: _in_40_epochs(**_LABELLED[labels_row(0.1)], propagation="mean"),
+}
+VOTES = "centers of classes"  # the row that learns from majority votes alone
+_VOTED = dict(similarity=0.0, classification=0.0, alignment=1.0)
 _IN_QUICK = ("without neighbours", "linear hash not added", "without layers")
 _NOT_IN_QUICK = tuple(name for name in PLUS_PARTS if name not in _IN_QUICK)
 _BEYOND = {
@@ -626,7 +672,40 @@ _BEYOND = {
         base=PLUS,
         # S5VH's schedule is another there; quick has Plus at its own schedule, but few rows
         without={"smoke": ("S5VH",), "quick": ("S5VH", *_NOT_IN_QUICK)},
-    )
+    ),
+    "supervised": Experiment(
+        {
+            "S5VH": _in_40_epochs(),
+            **{name: _in_40_epochs(**changes) for name, changes in _LABELLED.items()},
+            **_LABEL_CONTROLS,
+            "supervised linear, flattened": Fitted("supervised", "flat"),
+            "ITQ, flattened": _ITQ["ITQ, flattened"],
+        },
+        datasets=_ONE_IN_QUICK,
+        bits={**_ABLATION_BITS, "quick": (16,)},
+        seeds=_THREE_SEEDS,
+        base="S5VH",
+        without={
+            "smoke": (labels_row(0.05), labels_row(0.5), "random centers"),
+            "quick": (labels_row(0.01), labels_row(0.05), labels_row(0.5), *_LABEL_CONTROLS),
+        },
+        longest_only=_everywhere(_LABEL_CONTROLS),
+    ),
+    "supervised/pairs": Experiment(
+        {
+            "DMMH": {},
+            VOTES: _VOTED,
+            **{name: {**_VOTED, "centers": kind} for name, kind in OTHER_CENTERS.items()},
+            "DMMH and centers": dict(alignment=1.0),
+            "supervised linear": Fitted("supervised"),
+        },
+        "pairs",
+        _PAIRS,
+        bits={**_LONGEST, "quick": (16,)},
+        seeds=_THREE_SEEDS,
+        base="DMMH",
+        without={"smoke": ("random centers",), "quick": (*OTHER_CENTERS, "DMMH and centers")},
+    ),
 }
 
 _FOLDERS = {"s5vh": _PAPER1, "dmmh": _PAPER2, "beyond": _BEYOND}  # of nbs

@@ -95,7 +95,7 @@ def propagate_classes(
     neighbours: int = NeighbourConfig.neighbours,  # As for `affinities`
     damping: float = NeighbourConfig.damping,  # As for `affinities`
 ) -> Tensor:
-    """Classes of all items, bool (n, c): known ones as they are, one for each of the others (Zhou et al. 2004).
+    """Classes of all items, bool (n, c): known ones stay, each other item gets one (Zhou et al. 2004).
 
     Parameters
     ----------

@@ -87,7 +87,8 @@ def training_classes(
     if known.all():
         return classes, known
     x, kept = fit_matrix(train, "flat", config.seed)
-    check(kept.all(), "labelled", f"1: only {kept.sum()} of {len(train)} videos fit for propagation", c.labelled)
+    expected = f"1: only {kept.sum()} of {len(train)} videos fit for propagation"
+    check(kept.all(), "labelled", expected, c.labelled)
     z = torch.as_tensor(x - x.mean(0), device=device)
     given = torch.as_tensor(classes & known[:, None], device=device)
     return propagate_classes(z, given, c.propagation).cpu().numpy(), known
