@@ -701,7 +701,7 @@ _BEYOND = {
             "supervised linear": Fitted("supervised"),
         },
         "pairs",
-        _PAIRS,
+        _EMOJI,
         bits={**_LONGEST, "quick": (16,)},
         seeds=_THREE_SEEDS,
         base="DMMH",
