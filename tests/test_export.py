@@ -83,7 +83,10 @@ def test_numbers_of_pairs_are_free(mixer):
         assert torch.equal(program(image, text), net.encode(image, text))
 
 
-@pytest.mark.parametrize("strict,backend", [(False, "reference"), (True, "auto")])
+OLD = pytest.mark.skipif(torch.__version__ < (2, 13), reason="a strict export is taken for torch.compile")
+
+
+@pytest.mark.parametrize("strict,backend", [(False, "reference"), pytest.param(True, "auto", marks=OLD)])
 def test_networks_and_layers_go_through_torch_export(strict, backend):
     parts = (videos(mixer="Transformer").eval(), torch.randn(3, 7, 13)), (Mamba(8), torch.randn(2, 5, 8))
     for net, x in parts:

@@ -311,6 +311,8 @@ class NeighbourConfig:
     ----------
     warp : float
         how much speed, curvature and start of a view vary, in [0, 1)
+    exchange : float
+        how far at most a video's mean moves towards that of another one, in [0, 1]
     scale : float
         standard deviation of a feature's factor
     offset : float
@@ -330,11 +332,13 @@ class NeighbourConfig:
     """
 
     warp: float = 0.3  # how much speed, curvature and start of a view vary, in [0, 1)
+    # how far at most a video's mean moves towards that of another one, in [0, 1]
+    exchange: float = 0.5
     scale: float = 0.2  # standard deviation of a feature's factor
     offset: float = 0.2  # standard deviation of what is added to a feature in all frames, in units of its own
     noise: float = 0.3  # standard deviation of what is added to each number, in units of the feature's own
     hide: float = 0.0  # share of a view's frames that are set to 0
-    temperature: float = 0.2  # of the contrast
+    temperature: float = 0.25  # of the contrast
     # share of the target that belongs to neighbours; the rest is the other view's
     neighbour_weight: float = 0.5
     neighbours: int = 10  # nearest videos of each in the graph
@@ -347,7 +351,8 @@ class NeighbourConfig:
             check(0 <= value < math.inf, name, "a finite number of at least 0", value)
         for name in ("warp", "hide", "damping"):
             check(0 <= getattr(self, name) < 1, name, "a number in [0, 1)", getattr(self, name))
-        check(0 <= self.neighbour_weight <= 1, "neighbour_weight", "a share in [0, 1]", self.neighbour_weight)
+        for name in ("exchange", "neighbour_weight"):
+            check(0 <= getattr(self, name) <= 1, name, "a share in [0, 1]", getattr(self, name))
         check(self.temperature > 0, "temperature", "a positive number", self.temperature)
         check(self.neighbours > 0, "neighbours", "at least 1", self.neighbours)
 

@@ -49,6 +49,7 @@ _PAIR_PROFILES = {
     "full": {},
     "paper": {},
 }
+_PLUS_DATASETS = {"asl-words": dict(centring=0.5, temperature=0.3)}  # where a hand is says much of a sign
 _PLUS_PROFILES = {"smoke": dict(m=16, depth=1, epochs=2)}  # it is small: the others take all of it
 
 
@@ -79,5 +80,6 @@ def train_config(
         return replace(base, **{**_PAIR_DATASETS[name], **_PAIR_PROFILES[profile], **changes})
     values = DATASETS.get(name, DATASETS["ucf101"])
     config = replace(TrainConfig(dataset=dataset), **{**values, **PROFILES[profile]})
-    sizes = _PLUS_PROFILES.get(profile, {}) if variant == "plus" else {}
-    return replace(replace(config, **VARIANTS[variant]), **{**sizes, **changes})
+    if variant == "plus":
+        changes = {**_PLUS_DATASETS.get(name, {}), **_PLUS_PROFILES.get(profile, {}), **changes}
+    return replace(replace(config, **VARIANTS[variant]), **changes)

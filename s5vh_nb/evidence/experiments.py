@@ -600,8 +600,9 @@ _PAPER2 = {
 }
 
 PLUS_PARTS = {  # what a row changes in Plus
-    "views hide frames": dict(warp=0.0, scale=0.0, offset=0.0, noise=0.0, hide=0.5),
+    "views hide frames": dict(warp=0.0, exchange=0.0, scale=0.0, offset=0.0, noise=0.0, hide=0.5),
     "views without warps": dict(warp=0.0),
+    "views without exchanged means": dict(exchange=0.0),
     "views without scale and offset": dict(scale=0.0, offset=0.0),
     "views without noise": dict(noise=0.0),
     "without neighbours": dict(neighbour_weight=0.0),

@@ -47,6 +47,9 @@ def draw_view(
     curved = u ** around(1, c.warp) - 0.5  # (b, s)
     at = (0.5 + around(1, c.warp) * curved + around(0, c.warp / 4)).clamp(0, 1)
     view = resample(x, at * (lengths[:, None] - 1))  # (b, s, d)
+    means = view.mean(1, keepdim=True)  # (b, 1, d)
+    share = c.exchange * torch.rand(b, 1, 1, device=device).to(x)
+    view = view + share * (means[torch.rand(b, device=device).argsort()] - means)
     scale, offset = (torch.randn(b, 1, x.shape[2], device=device).to(x) for _ in range(2))
     view = view * (1 + c.scale * scale) + spread.to(x) * (
         c.offset * offset + c.noise * torch.randn_like(view)

@@ -17,7 +17,7 @@ from ..basics.checks import check
 from ..datasets.rows import own_frames
 from .mamba import Mamba, step_bias
 from ..ops.dispatch import causal_conv1d, runs_on_triton
-from ..ops.reference import each_step
+from ..ops.reference import each_step, exporting
 
 # %% ../../nbs/lib/models/02_mixers.ipynb #8b102b31
 def _compile_on_gpu(
@@ -109,7 +109,7 @@ def _ssd(
 ) -> Tensor:  # (b, t, h, p)
     "State space duality: products in a chunk, a recurrence between chunks (Dao & Gu, 2024, section 6)."
     S, ys = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[2]), []  # (b, h, p, n)
-    if torch.compiler.is_exporting():
+    if exporting():
 
         def advance(S, step):  # a frame's x (b, h, p, 1), decay (b, h, 1, 1), B, C (b, 1, 1, n)
             S = step[1] * S + step[0] * step[2]
@@ -226,7 +226,7 @@ class LSTM(nn.Module):
         Tensor
             (b, t, m)
         """
-        return self._by_frame(x) if torch.compiler.is_exporting() else self.lstm(x)[0]
+        return self._by_frame(x) if exporting() else self.lstm(x)[0]
 
     def _by_frame(self, x):
         of_input = F.linear(x, self.lstm.weight_ih_l0, self.lstm.bias_ih_l0)  # (b, t, 4*m)
@@ -354,7 +354,7 @@ def _wkv(
     log_w = log_w.clamp(min=math.log(torch.finfo(log_w.dtype).eps))
     S, outs = r.new_zeros(*r.shape[:2], r.shape[3], v.shape[3]), []
     bonus = (r * u[:, None] * k).sum(-1, keepdim=True) * v  # (b, h, t, w)
-    if torch.compiler.is_exporting():
+    if exporting():
 
         def advance(S, step):  # a frame's r, k, decay (b, h, w, 1), v (b, h, 1, w)
             return step[3] * S + step[1] * step[2], (step[0] * S).sum(-2)

@@ -18,6 +18,7 @@ from .codes import HashNetwork, check_array, pack
 from .mamba import Bidirectional, Layers
 from .mixers import MIXERS
 from .s5vh import positions
+from ..ops.reference import exporting
 
 # %% ../../nbs/lib/models/07_plus.ipynb #18925c30
 def resample(
@@ -133,7 +134,7 @@ class Plus(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
         """
         s, t = self.config.time_steps, x.shape[1]
         # already so many frames; an exported program must take any number
-        if lengths is None and not torch.compiler.is_exporting() and t == s:
+        if lengths is None and not exporting() and t == s:
             return x
         last = t - 1 if lengths is None else lengths[:, None] - 1
         return resample(x, torch.arange(s, device=x.device)[None] * last / (s - 1))

@@ -25,6 +25,7 @@ from .mamba import Bidirectional, Layers
 from .mixers import MIXERS
 from .released import released_config, released_state
 from ..ops.dispatch import norm_linear
+from ..ops.reference import exporting
 
 # %% ../../nbs/lib/models/04_s5vh.ipynb #8977b5d4
 def _sinusoids(
@@ -61,7 +62,7 @@ def positions(
         Where to make them
     """
     # a program that torch exports makes its own, for any number of frames
-    make = _kept_positions.__wrapped__ if torch.compiler.is_exporting() else _kept_positions
+    make = _kept_positions.__wrapped__ if exporting() else _kept_positions
     return make(t, m, device, torch.get_default_dtype())
 
 # %% ../../nbs/lib/models/04_s5vh.ipynb #48f3bd05

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..basics.checks import check
 from .compiled import conv_numba, scan_numba
-from .reference import by_flipping, conv_torch, scan_reference, scan_torch
+from .reference import by_flipping, conv_torch, exporting, scan_reference, scan_torch
 from .triton_layers import frame_error_triton, mamba_layers_triton, norm_linear_triton
 from .triton_scan import causal_conv1d_triton, selective_scan_triton
 
@@ -95,7 +95,7 @@ def _pick(backend: str, x: Tensor, backends: dict) -> str:
     The reference while torch exports a program, which can hold nothing but torch's own operations.
     """
     _check_name(backend, backends)
-    if backend == "auto" and torch.compiler.is_exporting():
+    if backend == "auto" and exporting():
         return "reference"
     if backend == "auto" and _AUTO.get() in backends:
         backend = _AUTO.get()
