@@ -1,4 +1,4 @@
-"Labels in training: class centers, votes, label shares, propagation, steps by hand, resumed runs, faults."
+"Labels in training: centers, votes, shares, propagation, steps by hand, resumed runs, faults, the artefact."
 
 import dataclasses
 from itertools import product
@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from s5vh_nb.basics.config import replace
 from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.datasets.splits import Dataset, Split
+from s5vh_nb.evidence.experiments import ALL_LABELS, VOTES, labels_row
+from s5vh_nb.evidence.study import open_study
 from s5vh_nb.learning import training
 from s5vh_nb.learning.centers import (
     balanced_bits,
@@ -407,3 +409,30 @@ def test_a_checkpoint_with_other_labels_is_refused(tmp_path):
     train(configuration(epochs=1), videos(), checkpoint=path)
     with pytest.raises(ValueError, match="a checkpoint of a run with labelled 0.5, found labelled 0.3"):
         train(replace(configuration(epochs=1), labelled=0.5), videos(), checkpoint=path, resume=True)
+
+
+# The artefact
+
+
+def study_of(name, checkout):
+    return open_study(f"beyond/{name}", "smoke", device="cpu", root=checkout, may_train=False)
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["all records", "S5VH alone"])
+def test_the_notebook_answers(full, checkout, pretend, cells, capsys):
+    ours, theirs = (study_of(name, checkout) for name in ("supervised", "supervised/pairs"))
+    quality = {ours.base: 0.3, labels_row(0.01): 0.3, ALL_LABELS: 0.9, VOTES: 0.9}
+    for study in (ours, theirs):
+        for (*_, row), configs in study.cells(None if full else [study.base]).items():
+            for config in configs:
+                pretend(config, quality.get(row, 0.5))
+    cells("beyond/supervised")
+    said = capsys.readouterr().out
+    made = {path.name for path in checkout.rglob("*") if path.suffix in (".csv", ".png")}
+    assert ("has no records in profile smoke yet" in said) != full
+    assert ({"beyond_supervised.csv", "beyond_supervised_pairs.csv", "supervised_curve.png"} <= made) == full
+    if full:
+        assert "With all labels S5VH is better in 1 and worse in 0 of 1 comparisons" in said
+        assert "labels for 100% of the videos are enough to be better in all" in said
+        assert "Against Hadamard centers it is better in 1 and worse in 0 of 1" in said
+        assert "votes of centers alone are better in 1 and worse in 0 of 1 comparisons than DMMH's" in said
