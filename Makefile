@@ -65,6 +65,7 @@ prepare: $(READY)  ## after editing notebooks: format, export the package, clean
 	$(BIN)/ruff format --quiet .
 	$(BIN)/python tools/export.py
 	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level WARN $(wildcard nbs/s5vh/*.ipynb nbs/dmmh/*.ipynb nbs/beyond/*.ipynb)
+	$(BIN)/python tools/pictures.py
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/readme.py
 	$(BIN)/python tools/equations.py

@@ -20,14 +20,14 @@ from ..basics.profiles import PROFILES
 from .records import RunRecord, from_line, to_line
 
 # %% ../../nbs/lib/evidence/02_archive.ipynb #fcfd8a15
-_STEPS = 2**8 - 1
+_STEPS = 31  # fine enough for intervals: their width grows by less than 1 %; finer ones need twice the room
 
 
 def to_fractions(
     values,  # Numbers in [0, 1]
     axis: int = 0,  # Along which their means stay right
 ) -> np.ndarray:
-    """Multiples of 1/255 as bytes, less than one step away; what one is rounded by, the next one makes up for.
+    """How many 31sts, uint8, less than one away; what one is rounded by, the next one makes up for.
 
     Parameters
     ----------
@@ -36,20 +36,23 @@ def to_fractions(
     axis : int
         Along which their means stay right
     """
-    # halves go up everywhere: rounded to even, a half before a 1 would make a step of 256
+    # halves go up everywhere: rounded to even, a half before a 1 would make a step of 32
     sums = np.floor(np.cumsum(np.asarray(values, float) * _STEPS, axis) + 0.5)
     return np.diff(sums, axis=axis, prepend=0).clip(max=_STEPS).astype(np.uint8)
 
 
 def from_fractions(fractions: np.ndarray) -> np.ndarray:
-    """The numbers that `to_fractions` was given, float64, within 1/255; `TypeError` unless bytes.
+    """The numbers that `to_fractions` was given, float64, within 1/31; `ValueError` for others.
 
     Parameters
     ----------
     fractions : np.ndarray
     """
-    expected = "uint8 (an earlier version kept uint16: delete the run's files, and it is made again)"
-    check(fractions.dtype == np.uint8, "fractions", expected, fractions.dtype, TypeError)
+    expected = (
+        f"uint8 up to {_STEPS} (earlier versions were finer: delete the run's files, and it is made again)"
+    )
+    fits = fractions.dtype == np.uint8 and fractions.max(initial=0) <= _STEPS
+    check(fits, "fractions", expected, f"{fractions.dtype} up to {fractions.max(initial=0)}")
     return fractions / _STEPS
 
 # %% ../../nbs/lib/evidence/02_archive.ipynb #3aece2fd

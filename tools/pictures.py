@@ -1,0 +1,18 @@
+"Make the pictures in the lib and data notebooks small, as those of executed artefacts are."
+
+from pathlib import Path
+
+import nbformat
+
+from s5vh_nb.basics.files import write_text
+from s5vh_nb.cli.execute import shrink_pictures
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if __name__ == "__main__":
+    for path in sorted([*ROOT.glob("nbs/lib/*/*.ipynb"), *ROOT.glob("nbs/data/*.ipynb")]):
+        nb = nbformat.read(path, 4)
+        before = nbformat.writes(nb)
+        shrink_pictures(nb)
+        if (text := nbformat.writes(nb)) != before:
+            write_text(path, text + "\n")
