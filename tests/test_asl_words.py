@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.cli.command import main
 from s5vh_nb.datasets import asl_source, asl_words
 from s5vh_nb.datasets.asl_source import get_asl_words, sign_arrays
@@ -228,6 +229,7 @@ def test_records_are_enough_without_the_file(checkout, monkeypatch):
     (config,) = study.configs(*places)
     told = describe("asl-words")
     assert (told.kind, told.widths, told.fingerprint) == ("videos", {"d": 112}, asl_words.FINGERPRINT)
+    assert complete(train_config("asl-words", labelled=0.1), told).objective.n_centers == 14
     record = RunRecord(
         config=differences(complete(config, told)),
         metrics={"GmAP": 0.5},
@@ -253,7 +255,7 @@ def test_unseen_points_are_not_drawn():
 @needs_file
 def test_the_real_file():
     data, told = load("asl-words"), describe("asl-words", "nowhere")
-    assert (data.fingerprint, data.widths) == (told.fingerprint, told.widths)
+    assert (data.fingerprint, data.widths, data.n_classes) == (told.fingerprint, told.widths, told.n_classes)
     assert [len(split) for split in data.splits.values()] == [1830, 1830, 1363]
     assert data.database is data.train and not set(data.train.groups) & set(data.query.groups)
     assert len(np.unique(data.query.labels)) == data.n_classes == 14

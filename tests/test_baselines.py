@@ -149,8 +149,8 @@ def test_only_the_supervised_baseline_uses_labels():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(method="pq"), "method: expected one of itq, lsh, found 'pq'"),
-        (dict(method="supervised"), "method: expected one of itq, lsh, found 'supervised'"),
+        (dict(method="pq"), "method: expected one of itq, lsh, supervised, found 'pq'"),
+        (dict(method="cca-itq"), "method: expected one of itq, lsh, supervised, found 'cca-itq'"),
         (dict(view="max"), "view: expected one of mean, flat, pair, found 'max'"),
         (dict(view="pair"), "view: expected one for videos, found 'pair'"),
         (dict(bits=True), "bits: expected a positive whole number, found True"),

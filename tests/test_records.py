@@ -77,6 +77,8 @@ DEFAULTS = {  # of all fields that names may leave out
         warmup=50,
         refresh=0.01,
         refresh_with_norm=True,
+        labelled=0.0,
+        propagation="paths",
     ),
     DMMHConfig: dict(
         di=4096,
@@ -95,7 +97,9 @@ DEFAULTS = {  # of all fields that names may leave out
         fusion="sum",
         cnn_width=64,
     ),
-    MetricConfig: dict(n_classes=24, similarity=1.0, classification=1.0, quantization=0.0),
+    MetricConfig: dict(
+        n_classes=24, similarity=1.0, classification=1.0, quantization=0.0, alignment=0.0, centers="semantic"
+    ),
     TrainConfig: dict(
         dataset="spoken-digits",
         seed=1,

@@ -191,6 +191,11 @@ class SLGConfig:
         share of the new prediction in a soft label, per step; 0 keeps the labels
     refresh_with_norm : bool
         the refresh uses LayerNorm and temperature as training does; False: neither, as the released code runs
+    labelled : float
+        share of the training items whose labels are given, the same of each class. Above 0 the classes take the
+        place of the clusters, and `learning.resolve` sets `n_centers`
+    propagation : str
+        how the others get a class: along "paths" of neighbours, or that of the nearest class "mean"
     """
 
     reconstruction: float = 1.0  # weight of L_TR; the paper has 1, its ablation 0
@@ -212,6 +217,11 @@ class SLGConfig:
     refresh: float = 0.01  # share of the new prediction in a soft label, per step; 0 keeps the labels
     # the refresh uses LayerNorm and temperature as training does; False: neither, as the released code runs
     refresh_with_norm: bool = True
+    # share of the training items whose labels are given, the same of each class. Above 0 the classes take the
+    # place of the clusters, and `learning.resolve` sets `n_centers`
+    labelled: float = 0.0
+    # how the others get a class: along "paths" of neighbours, or that of the nearest class "mean"
+    propagation: str = "paths"
 
     def __post_init__(self):
         _check_types(self)
@@ -232,6 +242,12 @@ class SLGConfig:
         check(self.temperature > 0, "temperature", "a positive number", self.temperature)
         fits = self.centers in ("semantic", "plain", "hadamard", "random") or self.centers.startswith("file:")
         check(fits, "centers", "'semantic', 'plain', 'hadamard' or 'random'", repr(self.centers))
+        check(0 <= self.labelled <= 1, "labelled", "a share in [0, 1]", self.labelled)
+        known(self.propagation, ("paths", "mean"), "propagation")
+        if self.labelled > 0:  # labels are of use in the alignment to their centers only
+            check(self.beta > 0, "beta", "a weight above 0 where labels are given", self.beta)
+            follow = self.labels_follow_centers
+            check(follow, "labels_follow_centers", "True where labels are given", follow)
 
 # %% ../../nbs/lib/basics/03_config.ipynb #f289de5d
 @dataclass(frozen=True)
@@ -434,17 +450,25 @@ class MetricConfig:
         weight of MSE(sigmoid(Linear(h)), Y)
     quantization : float
         weight of MSE(h, sign h); 0.01 where a sister work has it
+    alignment : float
+        weight of MSE(h, the item's hash center), after CSQ (Yuan et al. 2020); no sister work has it
+    centers : str
+        "semantic", of class means, "hadamard" (its start only), "random"
     """
 
     n_classes: int = 24  # labels
     similarity: float = 1.0  # weight of MSE(hn hn^T, S)
     classification: float = 1.0  # weight of MSE(sigmoid(Linear(h)), Y)
     quantization: float = 0.0  # weight of MSE(h, sign h); 0.01 where a sister work has it
+    # weight of MSE(h, the item's hash center), after CSQ (Yuan et al. 2020); no sister work has it
+    alignment: float = 0.0
+    centers: str = "semantic"  # "semantic", of class means, "hadamard" (its start only), "random"
 
     def __post_init__(self):
         _check_types(self)
         check(self.n_classes > 0, "n_classes", "at least 1", self.n_classes)
-        weights = {name: getattr(self, name) for name in ("similarity", "classification", "quantization")}
+        names = "similarity", "classification", "quantization", "alignment"
+        weights = {name: getattr(self, name) for name in names}
         check(
             all(0 <= w < math.inf for w in weights.values()),
             ", ".join(weights),
@@ -452,11 +476,12 @@ class MetricConfig:
             weights,
         )
         check(
-            self.similarity + self.classification > 0,
-            "similarity, classification",
+            self.similarity + self.classification + self.alignment > 0,
+            "similarity, classification, alignment",
             "at least one weight above 0",
             "none",
         )
+        known(self.centers, ("semantic", "hadamard", "random"), "centers")
 
 # %% ../../nbs/lib/basics/03_config.ipynb #cce016a5
 # a network and what it minimises

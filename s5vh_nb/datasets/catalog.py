@@ -35,7 +35,7 @@ class _Entry:
     summary: str  # What it is, in one line
     files: tuple[str, ...] = ()  # Files that must be in one folder below the data root
     folders: tuple[str, ...] = ()  # Names that this folder may have, if it is not the data root itself
-    pinned: tuple = ()  # Widths and fingerprint of a set that is the same everywhere
+    pinned: tuple = ()  # Widths, fingerprint and number of classes of a set that is the same everywhere
 
 
 def _video_files(name: str) -> _Entry:
@@ -72,7 +72,7 @@ CATALOG = {
         "signed words as points of body and hands",
         (asl_words.FILE,),
         ("asl-words",),
-        ({"d": asl_words.WIDTH}, asl_words.FINGERPRINT),
+        ({"d": asl_words.WIDTH}, asl_words.FINGERPRINT, asl_words.N_CLASSES),
     ),
     **{name: _video_files(name) for name in OFFICIAL},
     **{name: _pair_files(name) for name in PAIR_LAYOUTS},
@@ -196,6 +196,7 @@ class Described:
     widths : dict
         see `Dataset.widths`
     fingerprint : str
+    n_classes : int
     folder : None
     """
 
@@ -203,6 +204,7 @@ class Described:
     kind: str
     widths: dict  # see `Dataset.widths`
     fingerprint: str
+    n_classes: int
     folder: None = None
 
 

@@ -249,7 +249,7 @@ class Dataset:
     name : str
         What `load` calls it
     train : Split
-        Labels of videos, if any, serve evaluation only
+        Training uses labels of videos, if any, only where a configuration asks for them
     database : Split
         What is searched; the same object as `train` or `query` where the protocol says so
     query : Split
@@ -269,7 +269,7 @@ class Dataset:
     """
 
     name: str  # What `load` calls it
-    train: Split  # Labels of videos, if any, serve evaluation only
+    train: Split  # Training uses labels of videos, if any, only where a configuration asks for them
     database: Split  # What is searched; the same object as `train` or `query` where the protocol says so
     query: Split  # What is searched for
     classes: tuple[str, ...]  # Name of each class or label

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PLUS', 'TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'NO_DEPTH', 'TWO_DIFFERENCES', 'WITH_DEPTH', 'WITHOUT_DEPTH',
-           'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS', 'RANDOM_CENTERS',
-           'CENTER_COUNTS', 'SOLVED', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row', 'but_for',
-           'schedule_row', 'share_row', 'efficiency_config', 'centers_row']
+           'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS', 'LABEL_SHARES',
+           'ALL_LABELS', 'CLUSTERS', 'NEAREST_MEAN', 'OTHER_CENTERS', 'VOTES', 'RANDOM_CENTERS', 'CENTER_COUNTS',
+           'SOLVED', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row', 'but_for', 'schedule_row',
+           'share_row', 'efficiency_config', 'labels_row', 'centers_row']
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cbbcb356
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from math import ceil
 from ..basics.checks import known
 from ..basics.config import PAIR_VARIANTS, VARIANTS, BaselineConfig, TrainConfig, replace
 from ..basics.profiles import PROFILES, train_config
+from ..datasets.video_files import OFFICIAL
 from .identity import differences
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #67456ed3
@@ -612,22 +614,53 @@ PLUS_PARTS = {  # what a row changes in Plus
     "with a Transformer": dict(mixer="Transformer"),
     "with an LSTM": dict(mixer="LSTM"),
 }
-_IN_QUICK = ("without neighbours", "linear hash not added", "without layers")
-_NOT_IN_QUICK = tuple(name for name in PLUS_PARTS if name not in _IN_QUICK)
+_CLASSES = {"spoken-digits": 10, "spoken-pairs": 20, "asl-words": 14}
+_CLASSES |= {name: layout.n_classes for name, layout in OFFICIAL.items()}
+LABEL_SHARES = (0.01, 0.05, 0.1, 0.5, 1.0)  # of the training videos
 
-_SHORTENED = 40 / 350  # of the epochs
+
+def labels_row(share: float) -> str:
+    """The name of a row that is given this share of the labels.
+
+    Parameters
+    ----------
+    share : float
+    """
+    return f"S5VH, {share:.0%} labelled"
 
 
-def _short(**changes) -> Callable:
-    "A row with a shorter schedule: the learning rate falls to its end, the warm-up keeps its share."
+def _in_40_epochs(**changes) -> Callable:
+    "A row with a whole schedule of 40 epochs, or the profile's where that is shorter."
 
     def row(config):
-        epochs = max(2, round(_SHORTENED * config.epochs))
+        epochs = min(40, config.epochs)
         warmup = round(config.objective.warmup * epochs / config.epochs)
-        return replace(config, epochs=epochs, warmup=warmup, **changes)
+        return replace(config, epochs=epochs, warmup=warmup, evaluate_every=0, **changes)
 
     return row
 
+
+_LABEL_WEIGHT = 10.0  # of the alignment where labels are given, see LOG.md
+ALL_LABELS, CLUSTERS = labels_row(1.0), "S5VH, a cluster per class"
+NEAREST_MEAN = f"{labels_row(0.1)}, nearest mean"
+OTHER_CENTERS = {"Hadamard centers": "hadamard", "random centers": "random"}  # row -> kind, without semantics
+_LABELLED = {labels_row(share): dict(labelled=share, beta=_LABEL_WEIGHT) for share in LABEL_SHARES}
+
+
+def _clusters(config):
+    "As with labels, but of as many k-means clusters as there are classes."
+    return _in_40_epochs(n_centers=_CLASSES[config.dataset], beta=_LABEL_WEIGHT)(config)
+
+
+_LABEL_CONTROLS = {
+    CLUSTERS: _clusters,
+    **{name: _in_40_epochs(**_LABELLED[ALL_LABELS], centers=k) for name, k in OTHER_CENTERS.items()},
+    NEAREST_MEAN: _in_40_epochs(**_LABELLED[labels_row(0.1)], propagation="mean"),
+}
+VOTES = "centers of classes"  # the row that learns from majority votes alone
+_VOTED = dict(similarity=0.0, classification=0.0, alignment=1.0)
+_IN_QUICK = ("without neighbours", "linear hash not added", "without layers")
+_NOT_IN_QUICK = tuple(name for name in PLUS_PARTS if name not in _IN_QUICK)
 
 _NO_ALIGNMENT = "no alignment"
 RANDOM_CENTERS = "101 random centers"
@@ -649,7 +682,7 @@ def _with_centers(c):
 
     def row(config):
         fits = c <= min(2**config.model.bits, _CLIPS.get(config.dataset, c))
-        return _short(n_centers=c)(config) if fits else None
+        return _in_40_epochs(n_centers=c)(config) if fits else None
 
     return row
 
@@ -675,9 +708,9 @@ _BEYOND = {
     ),
     "sensitivity": Experiment(
         {
-            _NO_ALIGNMENT: _short(beta=0.0),
+            _NO_ALIGNMENT: _in_40_epochs(beta=0.0),
             **_COUNTED,
-            RANDOM_CENTERS: _short(n_centers=101, centers="random"),
+            RANDOM_CENTERS: _in_40_epochs(n_centers=101, centers="random"),
             "ITQ, flattened": _ITQ["ITQ, flattened"],
         },
         datasets=_ONE_IN_QUICK,
@@ -690,12 +723,46 @@ _BEYOND = {
         },
     ),
     "bits": Experiment(
-        {"S5VH": _short(), "ITQ, flattened": _ITQ["ITQ, flattened"], PLUS: dict(variant="plus")},
+        {"S5VH": _in_40_epochs(), "ITQ, flattened": _ITQ["ITQ, flattened"], PLUS: dict(variant="plus")},
         datasets=_ONE_IN_QUICK,
         bits={"smoke": (8, 16), "quick": (8, 32, 128), "full": _CURVE_BITS, "paper": _CURVE_BITS},
         seeds=_THREE_SEEDS,
         base="S5VH",
         without={"quick": (PLUS,)},  # it is the same size in every profile but smoke
+    ),
+    "supervised": Experiment(
+        {
+            "S5VH": _in_40_epochs(),
+            **{name: _in_40_epochs(**changes) for name, changes in _LABELLED.items()},
+            **_LABEL_CONTROLS,
+            "supervised linear, flattened": Fitted("supervised", "flat"),
+            "ITQ, flattened": _ITQ["ITQ, flattened"],
+        },
+        datasets=_ONE_IN_QUICK,
+        bits={**_ABLATION_BITS, "quick": (16,)},
+        epochs={"quick": 6},  # enough to see what all labels change, see LOG.md
+        seeds=_THREE_SEEDS,
+        base="S5VH",
+        without={
+            "smoke": (*map(labels_row, (0.05, 0.1, 0.5)), NEAREST_MEAN, CLUSTERS, "random centers"),
+            "quick": (*map(labels_row, (0.01, 0.05, 0.5)), *_LABEL_CONTROLS),
+        },
+        longest_only=_everywhere(_LABEL_CONTROLS),
+    ),
+    "supervised/pairs": Experiment(
+        {
+            "DMMH": {},
+            VOTES: _VOTED,
+            **{name: {**_VOTED, "centers": kind} for name, kind in OTHER_CENTERS.items()},
+            "DMMH and centers": dict(alignment=1.0),
+            "supervised linear": Fitted("supervised"),
+        },
+        "pairs",
+        _EMOJI,
+        bits={**_LONGEST, "quick": (16,)},
+        seeds=_THREE_SEEDS,
+        base="DMMH",
+        without=dict.fromkeys(("smoke", "quick"), (*OTHER_CENTERS, "DMMH and centers")),
     ),
 }
 

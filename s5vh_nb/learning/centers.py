@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['semantic_vectors', 'hadamard', 'start_centers', 'wanted_distance', 'quality', 'semantic_targets', 'sweep_centers',
-           'balanced_bits', 'read_centers', 'HashCenters', 'hash_centers']
+           'balanced_bits', 'read_centers', 'HashCenters', 'hash_centers', 'class_matrix', 'majority_vote',
+           'labelled_items']
 
 # %% ../../nbs/lib/learning/01_centers.ipynb #e435df3d
 from concurrent.futures import ThreadPoolExecutor
@@ -28,13 +29,26 @@ from ..datasets.rows import hdf5_array, open_hdf5
 from .admm import ADMM, improve_center
 
 # %% ../../nbs/lib/learning/01_centers.ipynb #f91c92bd
+def _check_classes(classes, n, n_centers):
+    "`ValueError` unless (n, c) with a sample of each class and a class of each sample."
+    expected = f"shape {(n, n_centers)}, {n} samples and {n_centers} classes"
+    check(classes.shape == (n, n_centers), "classes", expected, classes.shape)
+    check(n_centers > 1, "classes", "at least 2", n_centers)
+    for axis, what, of in ((0, "class", "sample"), (1, "sample", "class")):
+        empty = np.flatnonzero(~classes.any(axis))
+        check(not len(empty), "classes", f"at least one {of} of each {what}", f"none of {what} {empty[:3]}")
+
+
 def semantic_vectors(
     features,  # (n, d) time means, or (n, t, d) frame features: array or CPU tensor
     n_centers: int,  # c, at most the number of distinct rows
     pca: int = 512,  # Principal components kept, at most min(n, d)
     seed: int = 0,  # Of k-means
+    classes: np.ndarray | None = None,  # (n, c) bool, from `class_matrix`: they take the place of k-means
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors W (c, p) and cluster numbers (n,) (S5VH, hash centers); `ValueError` for unfit input.
+    """Unit vectors W (c, p), and cluster numbers (n,), of several classes the first (S5VH, hash centers).
+
+    `ValueError` for unfit input, a class without samples and a sample without a class.
 
     Parameters
     ----------
@@ -46,6 +60,8 @@ def semantic_vectors(
         Principal components kept, at most min(n, d)
     seed : int
         Of k-means
+    classes : np.ndarray | None
+        (n, c) bool, from `class_matrix`: they take the place of k-means
     """
     x = np.asarray(features)
     check(x.ndim in (2, 3), "features", "shape (n, d) or (n, t, d)", x.shape)
@@ -53,11 +69,17 @@ def semantic_vectors(
         x = x.mean(1)  # (n, d)
     finite = np.isfinite(x)
     check(finite.all(), "features", "finite numbers", f"{(~finite).sum()} that are NaN or infinite")
-    check(2 <= n_centers <= len(x), "n_centers", f"2 to {len(x)}, the number of samples", n_centers)
-    distinct = len({hash(row.tobytes()) for row in x})
-    expected = f"at most {distinct}, the number of distinct samples"
-    check(n_centers <= distinct, "n_centers", expected, n_centers)
+    if classes is None:
+        check(2 <= n_centers <= len(x), "n_centers", f"2 to {len(x)}, the number of samples", n_centers)
+        distinct = len({hash(row.tobytes()) for row in x})
+        expected = f"at most {distinct}, the number of distinct samples"
+        check(n_centers <= distinct, "n_centers", expected, n_centers)
+    else:
+        _check_classes(classes, len(x), n_centers)
     x = PCA(min(pca, *x.shape), random_state=seed).fit_transform(x)  # (n, p)
+    if classes is not None:
+        means = classes.T.astype(float) @ x / classes.sum(0)[:, None]  # (c, p)
+        return normalize(means), classes.argmax(1)
     with threadpool_limits(1):
         found = KMeans(n_centers, n_init=1, random_state=seed).fit(x)
     return normalize(found.cluster_centers_.astype(float)), found.labels_.astype(np.int64)
@@ -343,7 +365,7 @@ class HashCenters:
     centers : np.ndarray
         (c, k) int8 in {-1, +1}
     labels : np.ndarray
-        (n,) int64: sample i belongs to centers[labels[i]]
+        (n,) int64: sample i belongs to centers[labels[i]]; of several classes the first
     objective : float
         The paper's quality of the set, see `quality`
     semantics : np.ndarray
@@ -355,7 +377,7 @@ class HashCenters:
     """
 
     centers: np.ndarray  # (c, k) int8 in {-1, +1}
-    labels: np.ndarray  # (n,) int64: sample i belongs to centers[labels[i]]
+    labels: np.ndarray  # (n,) int64: sample i belongs to centers[labels[i]]; of several classes the first
     objective: float  # The paper's quality of the set, see `quality`
     semantics: np.ndarray  # (c, p) unit vectors of the clusters
     wanted: int  # d_max, the distance asked for
@@ -379,10 +401,13 @@ def hash_centers(
     pca: int = 512,  # Principal components kept before k-means
     seed: int = 0,  # Of k-means and of random rows
     given: np.ndarray | None = None,  # Ready-made centers (c, k): they are ordered, not optimised
+    classes: np.ndarray | None = None,  # (n, c) bool, from `class_matrix`: one center per class
     admm: ADMM = ADMM(),  # Schedule
     progress: bool = True,  # Show a bar over the sweeps
 ) -> HashCenters:
-    """One center per k-means cluster of the features (S5VH, hash centers); `ValueError` for unfit input.
+    """One center per k-means cluster of the features, or per class (S5VH, hash centers).
+
+    `ValueError` for unfit input.
 
     Parameters
     ----------
@@ -404,6 +429,8 @@ def hash_centers(
         Of k-means and of random rows
     given : np.ndarray | None
         Ready-made centers (c, k): they are ordered, not optimised
+    classes : np.ndarray | None
+        (n, c) bool, from `class_matrix`: one center per class
     admm : ADMM
         Schedule
     progress : bool
@@ -415,7 +442,7 @@ def hash_centers(
     check(0 <= semantic < np.inf, "semantic", "a finite weight of at least 0", semantic)
     if given is not None:
         given = _checked(np.asarray(given), "given", n_centers, bits)
-    W, labels = semantic_vectors(features, n_centers, pca, seed)
+    W, labels = semantic_vectors(features, n_centers, pca, seed, classes)
     if given is None:
         H = start_centers(n_centers, bits, init, np.random.default_rng(seed))
     else:
@@ -427,3 +454,61 @@ def hash_centers(
         H = balanced_bits(H, S, wanted)
         history += [*sweeps, quality(H, W)]
     return HashCenters(H.astype(np.int8), labels, history[-1], W, wanted, tuple(history))
+
+# %% ../../nbs/lib/learning/01_centers.ipynb #23e37f51
+def class_matrix(
+    labels: np.ndarray,  # (n,) class numbers, or (n, c) multi-hot
+    n_classes: int,  # c
+) -> np.ndarray:
+    """Which classes each item has, bool (n, c).
+
+    Parameters
+    ----------
+    labels : np.ndarray
+        (n,) class numbers, or (n, c) multi-hot
+    n_classes : int
+        c
+    """
+    labels = np.asarray(labels)
+    return labels.astype(bool) if labels.ndim == 2 else labels[:, None] == np.arange(n_classes)
+
+
+def majority_vote(
+    centers: np.ndarray,  # (c, k) in {-1, +1}
+    classes: np.ndarray,  # (n, c) bool, at least one class in each row
+) -> np.ndarray:
+    """The code (n, k) int8 of each item: the majority of its classes' centers; ties are the first class's.
+
+    Parameters
+    ----------
+    centers : np.ndarray
+        (c, k) in {-1, +1}
+    classes : np.ndarray
+        (n, c) bool, at least one class in each row
+    """
+    votes = classes.astype(float) @ centers + 0.5 * centers[classes.argmax(1)]  # (n, k), never 0
+    return np.where(votes > 0, 1, -1).astype(np.int8)
+
+# %% ../../nbs/lib/learning/01_centers.ipynb #de3336f2
+def labelled_items(
+    classes: np.ndarray,  # (n, c) bool
+    share: float,  # Of the items of each class, in (0, 1]
+    seed: int,  # Decides which ones
+) -> np.ndarray:
+    """Which items have labels, bool (n,): the share of each class, rounded, at least one.
+
+    Parameters
+    ----------
+    classes : np.ndarray
+        (n, c) bool
+    share : float
+        Of the items of each class, in (0, 1]
+    seed : int
+        Decides which ones
+    """
+    order = np.random.default_rng(seed).permutation(len(classes))  # (n,)
+    chosen = np.zeros(len(classes), bool)
+    for column in classes[order].T:
+        members = order[column]
+        chosen[members[: max(1, round(share * len(members)))]] = True
+    return chosen

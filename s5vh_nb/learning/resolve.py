@@ -57,6 +57,8 @@ def resolve(config: TrainConfig, data: Dataset) -> TrainConfig:
     check(config.dataset == data.name, "dataset", f"{data.name!r}, the data given", repr(config.dataset))
     config = replace(config, **data.widths)
     c = config.objective
+    if isinstance(c, SLGConfig) and c.labelled > 0:
+        return replace(config, n_centers=data.n_classes)
     if not isinstance(c, SLGConfig) or c.beta == 0 or not c.centers_in_loss or c.centers != "semantic":
         return config
     path = _centers_file(data, config.model.bits)
@@ -69,7 +71,7 @@ def check_trainable(
     config: TrainConfig,  # Resolved
     data: Dataset,  # With the items to train on
 ):
-    """`ValueError` for a set too small to train on.
+    """`ValueError` for a set too small to train on, or without the labels that the configuration asks for.
 
     It needs two items to contrast; S5VH frames to hide and frames to show; Plus more videos than bits.
 
@@ -90,6 +92,9 @@ def check_trainable(
         expected = f"one that hides and shows at least one of the {t} frames{of}"
         shown = t - int(ratio * t)
         check(0 < shown < t, "mask_ratio", expected, f"{ratio} (shows {shown})")
+        expected = f"labels, as labelled={config.objective.labelled:g} asks for (0 trains without)"
+        there = config.objective.labelled == 0 or data.train.labels is not None
+        check(there, f"{data.train.source}: labels", expected, None)
     elif isinstance(config.model, PlusConfig):
         t, d = data.train.frames.shape[1:]
         most = min(n - 1, min(t, config.model.time_steps) * d)  # independent directions

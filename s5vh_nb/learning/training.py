@@ -29,7 +29,7 @@ from ..datasets.catalog import load
 from ..datasets.rows import rows_of, to_tensor, zeros_after
 from ..datasets.splits import Dataset
 from .checkpoints import TrainedRun, load_checkpoint, new_run, save_checkpoint, start_from
-from .objectives import MetricObjective, NeighbourObjective
+from .objectives import MetricObjective, NeighbourObjective, training_classes
 from .resolve import centers_from_file, check_trainable, resolve
 from ..models.codes import HashNetwork
 from ..ops.streams import GraphedCall
@@ -351,13 +351,15 @@ def fit_objective(
         Show a bar
     """
     if isinstance(run.objective, MetricObjective):
-        run.objective.fit(data.train.labels)
+        run.objective.fit(data.train, progress)
     elif isinstance(run.objective, NeighbourObjective):
         run.objective.fit(run.model, data.train)
         run.objective.connect(run.model, data.train)
     else:
         means = time_means(data.train.frames, run.device, lengths=data.train.lengths)
-        run.objective.fit(means, progress, centers_from_file(run.config, data))
+        told = run.config.objective.labelled > 0
+        classes = training_classes(run.config, data.train, run.device) if told else (None, None)
+        run.objective.fit(means, progress, centers_from_file(run.config, data), *classes)
 
 
 def _train_epochs(
