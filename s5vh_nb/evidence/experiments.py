@@ -692,6 +692,7 @@ SOLVED = {  # profile -> the row whose centers are found with other settings of 
     profile: centers_row(20 if profile in ("smoke", "quick") else 101) for profile in PROFILES
 }
 _CURVE_BITS = (8, 16, 32, 64, 128, 256)
+_FOUR_IN_QUICK = {"quick": 4}
 _BEYOND = {
     "plus": Experiment(
         {
@@ -715,6 +716,7 @@ _BEYOND = {
         },
         datasets=_ONE_IN_QUICK,
         bits=_ABLATION_BITS,
+        epochs=_FOUR_IN_QUICK,
         seeds=_THREE_SEEDS,
         base=_NO_ALIGNMENT,
         without={
@@ -726,6 +728,7 @@ _BEYOND = {
         {"S5VH": _in_40_epochs(), "ITQ, flattened": _ITQ["ITQ, flattened"], PLUS: dict(variant="plus")},
         datasets=_ONE_IN_QUICK,
         bits={"smoke": (8, 16), "quick": (8, 32, 128), "full": _CURVE_BITS, "paper": _CURVE_BITS},
+        epochs=_FOUR_IN_QUICK,
         seeds=_THREE_SEEDS,
         base="S5VH",
         without={"quick": (PLUS,)},  # it is the same size in every profile but smoke
