@@ -145,7 +145,7 @@ def test_wheel_has_everything(remade):
         entry = wheel.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
         module, function = re.search(r"^s5vh-nb = ([\w.]+):(\w+)$", entry, re.MULTILINE).groups()
         assert f"def {function}(" in wheel.read(module.replace(".", "/") + ".py").decode()
-    data = {name_of(path) for path in (PACKAGE / "data").iterdir()}
+    data = {name_of(path) for path in (PACKAGE / "data").rglob("*") if path.is_file()}
     assert data | {name_of(path) for path in PACKAGE.rglob("*.py")} | {"s5vh_nb/py.typed"} <= names
 
 
