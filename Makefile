@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce report test test-python test-lib test-artefacts lab expected readme prepare clean
+.PHONY: help reproduce report test test-python test-lib test-artefacts lab expected weights readme prepare clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ lab: $(READY)  ## JupyterLab for the whole project, opened at the index
 
 expected: $(READY)  ## results/expected.csv: what the main job should give, from three seeds of it
 	$(BIN)/python tools/expected.py
+
+weights: $(READY)  ## the networks of s5vh_nb/data/plus, trained anew
+	$(BIN)/python tools/weights.py
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py

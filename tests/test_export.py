@@ -83,10 +83,14 @@ def test_numbers_of_pairs_are_free(mixer):
         assert torch.equal(program(image, text), net.encode(image, text))
 
 
-OLD = pytest.mark.skipif(torch.__version__ < (2, 13), reason="a strict export is taken for torch.compile")
+NEEDS_TORCH_2_13 = pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="a strict export is taken for torch.compile"
+)
 
 
-@pytest.mark.parametrize("strict,backend", [(False, "reference"), pytest.param(True, "auto", marks=OLD)])
+@pytest.mark.parametrize(
+    "strict,backend", [(False, "reference"), pytest.param(True, "auto", marks=NEEDS_TORCH_2_13)]
+)
 def test_networks_and_layers_go_through_torch_export(strict, backend):
     parts = (videos(mixer="Transformer").eval(), torch.randn(3, 7, 13)), (Mamba(8), torch.randn(2, 5, 8))
     for net, x in parts:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..basics.checks import check
+from ..basics.checks import check, known
 from ..basics.config import NeighbourConfig
 from ..basics.devices import free_memory
 from ..models.plus import resample
@@ -93,18 +93,18 @@ def affinities(
 # %% ../../nbs/lib/learning/03_neighbours.ipynb #b629e3bf
 def propagate_classes(
     z: Tensor,  # (n, p) features of all items
-    known: Tensor,  # (n, c) bool: the classes of the items that have labels, rows of False for the others
+    given: Tensor,  # (n, c) bool: the classes of the items that have labels, rows of False for the others
     how: str,  # "paths" or "mean"
     neighbours: int = NeighbourConfig.neighbours,  # As for `affinities`
     damping: float = NeighbourConfig.damping,  # As for `affinities`
 ) -> Tensor:
-    """Classes of all items, bool (n, c): known ones stay, each other item gets one (Zhou et al. 2004).
+    """Classes of all items, bool (n, c): given ones stay, each other item gets one (Zhou et al. 2004).
 
     Parameters
     ----------
     z : Tensor
         (n, p) features of all items
-    known : Tensor
+    given : Tensor
         (n, c) bool: the classes of the items that have labels, rows of False for the others
     how : str
         "paths" or "mean"
@@ -113,13 +113,14 @@ def propagate_classes(
     damping : float
         As for `affinities`
     """
-    Y = known.to(z)  # (n, c)
+    known(how, ("paths", "mean"), "how")
+    Y = given.to(z)  # (n, c)
     score = F.normalize(z, dim=1) @ F.normalize(Y.T @ z, dim=1).T  # (n, c)
     if how == "paths":
         votes = affinities(z, neighbours, damping).clamp(min=0) @ Y  # (n, c)
         score = torch.where(votes.sum(1, keepdim=True) > 0, votes, score)
-    found = F.one_hot(score.argmax(1), known.shape[1]).bool()  # (n, c)
-    return torch.where(known.any(1, keepdim=True), known, found)
+    found = F.one_hot(score.argmax(1), given.shape[1]).bool()  # (n, c)
+    return torch.where(given.any(1, keepdim=True), given, found)
 
 # %% ../../nbs/lib/learning/03_neighbours.ipynb #67fba782
 def neighbour_loss(

@@ -87,7 +87,7 @@ def training_classes(
     if known.all():
         return classes, known
     x, kept = fit_matrix(train, "flat", config.seed)
-    expected = f"1: only {kept.sum()} of {len(train)} videos fit for propagation"
+    expected = f"1, all labels: propagation has room for {kept.sum()} of {len(train)} videos"
     check(kept.all(), "labelled", expected, c.labelled)
     z = torch.as_tensor(x - x.mean(0), device=device)
     given = torch.as_tensor(classes & known[:, None], device=device)

@@ -24,7 +24,7 @@ def _per_channel(B: Tensor, b: int, d: int, t: int) -> Tensor:
     return B.repeat_interleave(d // B.shape[1], 1)  # (b, g, n, t) -> (b, d, n, t)
 
 
-# they call it exporting when `torch.compile` or a strict export traces a function, both alike
+# before torch 2.13, `is_exporting` is also true inside of `torch.compile`: a strict export looks the same
 _COMPILING_IS_EXPORTING = torch.__version__ < (2, 13)
 
 
