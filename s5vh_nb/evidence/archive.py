@@ -8,6 +8,7 @@ __all__ = ['to_fractions', 'from_fractions', 'Archive', 'pack']
 # %% ../../nbs/lib/evidence/02_archive.ipynb #4531eba6
 import functools
 import io
+import json
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -79,6 +80,30 @@ def _read_arrays(path: Path, prefix: str = "") -> dict:  # Names begin with it; 
         expected = "the arrays of a record (`s5vh-nb forget` removes the record)"
         raise ValueError(f"{path}: expected {expected}, found: {error}") from error
 
+# %% ../../nbs/lib/evidence/02_archive.ipynb #f5aa5075
+def _stacked(arrays: dict) -> dict:  # run -> name -> array
+    "Name -> array, for a packed file."
+    kinds = {}
+    for run, named in sorted(arrays.items()):
+        for name, array in sorted(named.items()):
+            kinds.setdefault((name, array.dtype.str, array.shape), {})[run] = array
+    index = [[name, list(found)] for (name, *_), found in kinds.items()]
+    stacks = {str(i): np.stack(list(found.values())) for i, found in enumerate(kinds.values())}
+    return stacks | {"index": np.frombuffer(json.dumps(index).encode(), np.uint8)}
+
+
+@functools.lru_cache(maxsize=8)
+def _unstacked(path: Path, changed: int) -> dict:  # When the file was last changed, in ns
+    "Run -> name -> array, read-only, of a packed file."
+    stacks, found = _read_arrays(path), {}
+    expected = "an index of its arrays (earlier versions had none)"
+    check("index" in stacks, str(path), expected, "none")
+    for i, (name, runs) in enumerate(json.loads(stacks["index"].tobytes())):
+        stacks[str(i)].flags.writeable = False
+        for run, array in zip(runs, stacks[str(i)], strict=True):
+            found.setdefault(run, {})[name] = array
+    return found
+
 # %% ../../nbs/lib/evidence/02_archive.ipynb #a43da932
 def _read_record(path: Path) -> RunRecord:
     "The record in a file of its own."
@@ -97,8 +122,8 @@ _CODES = "codes "  # before the names of packed codes
 
 
 def _key(record: RunRecord) -> str:
-    "What the names of a packed record's arrays begin with; another run of that name has another one."
-    return f"{record.name}/{record.created}/"
+    "What a packed file calls the run of a record; another run of that name has another one."
+    return f"{record.name}/{record.created}"
 
 
 def _write_table(path: Path, records: dict):
@@ -110,9 +135,16 @@ class _Source(NamedTuple):
     "Where a record and its arrays lie."
 
     record: RunRecord
-    arrays: Path  # the file of its arrays
-    prefix: str  # before their names in that file
+    file: Path  # of its arrays
     table: Path | None  # of a packed record
+
+    def arrays(self) -> dict:
+        "Name -> array, without codes; `FileNotFoundError` or `ValueError` naming the file."
+        if self.table is None:
+            found = _read_arrays(self.file)
+            return {name: array for name, array in found.items() if not name.startswith(_CODES)}
+        changed = self.file.stat().st_mtime_ns if self.file.exists() else 0
+        return dict(_unstacked(self.file, changed).get(_key(self.record), {}))
 
 
 class Archive:
@@ -158,12 +190,12 @@ class Archive:
         found = []
         for table, records in self.tables().items():
             if record := records.get(name):
-                found.append(_Source(record, table.with_suffix(".npz"), _key(record), table))
+                found.append(_Source(record, table.with_suffix(".npz"), table))
         path = self.path_of(name)
         if path.exists():
             record = _read_record(path)
             check(record.name == name, f"{path}, name", name, record.name)
-            found.append(_Source(record, path.with_suffix(".npz"), "", None))
+            found.append(_Source(record, path.with_suffix(".npz"), None))
         return max(found, key=lambda source: source.record.created, default=None)
 
     def find(
@@ -217,8 +249,7 @@ class Archive:
         """
         source = self._source(record.name)
         check(source, f"record {record.name}", "a record of this archive", "none", FileNotFoundError)
-        found = _read_arrays(source.arrays, source.prefix)
-        return {name: array for name, array in found.items() if not name.startswith(_CODES)}
+        return source.arrays()
 
     def codes(self, record: RunRecord) -> dict | None:
         """The packed codes of a run by split, uint8 (n, k/8); None where they are not kept any more.
@@ -291,14 +322,8 @@ def _pack(archive, table, sources) -> list:
 
     A process that is killed between the two leaves more arrays than the old table names, and no others.
     """
-    kept = archive.tables().get(table, {})
-    arrays = _read_arrays(table.with_suffix(".npz")) if kept else {}
-    named = tuple(_key(record) for record in kept.values())
-    arrays = {name: array for name, array in arrays.items() if name.startswith(named)}
-    for source in sources:
-        found = _read_arrays(source.arrays)
-        key = _key(source.record)
-        arrays |= {f"{key}{name}": v for name, v in found.items() if not name.startswith(_CODES)}
-    _write_arrays(table.with_suffix(".npz"), arrays)
+    kept, file = archive.tables().get(table, {}), table.with_suffix(".npz")
+    packed = [_Source(record, file, table) for record in kept.values()]
+    _write_arrays(file, _stacked({_key(s.record): s.arrays() for s in [*packed, *sources]}))
     _write_table(table, kept | {source.record.name: source.record for source in sources})
-    return [table, table.with_suffix(".npz")]
+    return [table, file]
