@@ -149,6 +149,12 @@ def test_wheel_has_everything(remade):
     assert data | {name_of(path) for path in PACKAGE.rglob("*.py")} | {"s5vh_nb/py.typed"} <= names
 
 
+def test_docstrings_are_free_of_cell_markers():
+    "The line above a cell's first function is no comment on what it returns."
+    marked = [p.name for p in PACKAGE.rglob("*.py") if re.search(r"^\s+%% ", p.read_text("utf-8"), re.M)]
+    assert not marked
+
+
 def load_tool(name):
     "A script of tools/ as a module."
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")

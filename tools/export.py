@@ -21,6 +21,7 @@ def comments(source: str) -> tuple:
     "`(texts, whole)`: the comments by line, and the lines that are nothing but a comment."
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     found = [token for token in tokens if token.type == tokenize.COMMENT]
+    found = [token for token in found if not token.string.startswith("# %%")]  # where a cell begins
     texts = {token.start[0]: token.string.lstrip("# ") for token in found}
     return texts, {token.start[0] for token in found if token.line.lstrip().startswith("#")}
 

@@ -102,12 +102,6 @@ def method_name(config: Config) -> str:
     Parameters
     ----------
     config : Config
-        %% ../../nbs/lib/evidence/00_identity.ipynb #6a6c26b0
-
-    Returns
-    -------
-    str
-        %% ../../nbs/lib/evidence/00_identity.ipynb #6a6c26b0
     """
     if isinstance(config, TransferConfig):
         return f"{method_name(config.source)} from {config.source.dataset}"

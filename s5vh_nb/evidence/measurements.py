@@ -288,12 +288,6 @@ def signs_of(subject: Subject) -> np.ndarray:
     Parameters
     ----------
     subject : Subject
-        %% ../../nbs/lib/evidence/13_measurements.ipynb #98ba0aae
-
-    Returns
-    -------
-    np.ndarray
-        %% ../../nbs/lib/evidence/13_measurements.ipynb #98ba0aae
     """
     k = find_value(to_dict(subject.config), "bits")
     return np.unpackbits(subject.codes["database"], axis=1, count=k) * 2.0 - 1

@@ -14,13 +14,7 @@ from ..basics.checks import check
 from ..basics.config import TrainConfig
 from ..datasets.rows import own_frames, row_blocks, rows_of
 from ..datasets.splits import Split
-from s5vh_nb.learning.centers import (
-    HashCenters,
-    class_matrix,
-    hash_centers,
-    labelled_items,
-    majority_vote,
-)
+from .centers import HashCenters, class_matrix, hash_centers, labelled_items, majority_vote
 from s5vh_nb.learning.losses import (
     center_alignment_loss,
     center_logits,

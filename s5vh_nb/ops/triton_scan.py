@@ -661,7 +661,6 @@ def check_triton(x: torch.Tensor):
     Parameters
     ----------
     x : torch.Tensor
-        %% ../../nbs/lib/ops/03_triton_scan.ipynb #9140ec48
     """
     source = "the package triton to be installed (it comes with torch's CUDA builds)"
     check(hasattr(triton, "language"), "triton", source, "none", ImportError)
