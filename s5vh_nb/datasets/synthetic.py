@@ -108,7 +108,8 @@ def synthetic_like(
     return Dataset(f"synthetic-like:{name}", *(splits[f] for f in roles.values()), classes, origin)
 
 # %% ../../nbs/lib/datasets/10_synthetic.ipynb #4f718ff5
-_T, _D, _SCENES, _SHORTEST = 25, 64, 5, 2  # frames, their width, scenes, frames of the shortest one
+_T, _D = 25, 64  # frames of a video, numbers of a frame
+_SCENES, _SHORTEST = 5, 2  # of a video, and frames of the shortest one
 MADE_UP = "synthetic:"  # how the names of the family begin
 
 

@@ -6,9 +6,9 @@
 __all__ = ['PLUS', 'TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'NO_DEPTH', 'TWO_DIFFERENCES', 'WITH_DEPTH', 'WITHOUT_DEPTH',
            'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS', 'LABEL_SHARES',
            'ALL_LABELS', 'CLUSTERS', 'NEAREST_MEAN', 'OTHER_CENTERS', 'VOTES', 'RANDOM_CENTERS', 'CENTER_COUNTS',
-           'SOLVED', 'MAP_PANELS', 'MAP_ORDERS', 'MAP_NOISES', 'ATTENTION', 'NO_LAYERS', 'FROM_SCHEDULE', 'EXPERIMENTS',
-           'Fitted', 'PartOf', 'config_of', 'Experiment', 'terms_row', 'but_for', 'schedule_row', 'share_row',
-           'efficiency_config', 'labels_row', 'centers_row', 'shared_rows']
+           'SOLVED', 'ATTENTION', 'NO_LAYERS', 'FROM_SCHEDULE', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment',
+           'terms_row', 'but_for', 'schedule_row', 'share_row', 'efficiency_config', 'labels_row', 'centers_row',
+           'shared_rows']
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cbbcb356
 from collections.abc import Callable
@@ -42,21 +42,14 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class PartOf:
-    """A row that learns from a part of the training set; schedule and warm-up have the steps of the whole.
-
-    Parameters
-    ----------
-    share : float
-    changes : dict
-        of the base configuration
-    """
+class _PartOf:
+    "A row that learns from a part of the training set; schedule and warm-up have the steps of the whole."
 
     share: float
     changes: dict = field(default_factory=dict)  # of the base configuration
 
 
-_Row = dict | Fitted | PartOf | Callable
+_Row = dict | Fitted | _PartOf | Callable
 
 
 def config_of(
@@ -81,7 +74,7 @@ def config_of(
     """
     if isinstance(row, Fitted):
         return BaselineConfig(dataset, row.method, row.view, bits, seed, row.share)
-    if isinstance(row, PartOf):
+    if isinstance(row, _PartOf):
         return _on_a_part(config_of(row.changes, dataset, profile, bits, seed, epochs), row.share)
     changes = {"epochs": epochs} if epochs else {}
     if isinstance(row, dict):
@@ -347,7 +340,7 @@ _SCHEDULED = {
     for name, row in SIZED.items()
     for epochs in SCHEDULES
 }
-_SHARED = {share_row(name, share): PartOf(share, row) for name, row in SIZED.items() for share in SHARES}
+_SHARED = {share_row(name, share): _PartOf(share, row) for name, row in SIZED.items() for share in SHARES}
 _SCHEDULE_ROWS = {**SIZED, **_SCHEDULED, **_SHARED, **_ITQ}
 _OURS, _CONMH = "S5VH" + WITH_DEPTH, "ConMH-style" + WITH_DEPTH
 _SSTH = "SSTH-style" + WITH_DEPTH
@@ -556,8 +549,8 @@ PAIR_ABLATIONS = {  # group -> rows
     },
     "layers": {"1 layer": _layers(1), "2 layers": _layers(2), "4 layers": _layers(4)},
     "training": {
-        "50% of the training pairs": PartOf(0.5),
-        "25% of the training pairs": PartOf(0.25),
+        "50% of the training pairs": _PartOf(0.5),
+        "25% of the training pairs": _PartOf(0.25),
     },
 }
 
@@ -711,13 +704,13 @@ SOLVED = {  # profile -> the row whose centers are found with other settings of 
 }
 _CURVE_BITS = (8, 16, 32, 64, 128, 256)
 _FOUR_IN_QUICK = {"quick": 4}
-MAP_PANELS = ((20, 0.0), (20, 0.8), (50, 0.0))  # classes and redundancy of made-up sets
-MAP_ORDERS, MAP_NOISES = (0.0, 0.5, 1.0), (2.0, 5.0)  # of each of them
+_PANELS = ((20, 0.0), (20, 0.8), (50, 0.0))  # classes and redundancy of made-up sets
+_ORDERS, _NOISES = (0.0, 0.5, 1.0), (2.0, 5.0)  # of each of them
 _MAPPED = [
     Difficulty(classes, order, noise, redundancy).name
-    for classes, redundancy in MAP_PANELS
-    for noise in MAP_NOISES
-    for order in MAP_ORDERS
+    for classes, redundancy in _PANELS
+    for noise in _NOISES
+    for order in _ORDERS
 ]
 ATTENTION, NO_LAYERS = "ConMH-style with stochastic depth", f"{PLUS} without layers"
 
@@ -735,7 +728,7 @@ def shared_rows(name: str) -> list:
 def _shared(name: str, row: dict | Fitted) -> dict:
     "These rows."
     fitted = isinstance(row, Fitted)
-    parts = [replace(row, share=share) if fitted else PartOf(share, row) for share in SHARES]
+    parts = [replace(row, share=share) if fitted else _PartOf(share, row) for share in SHARES]
     return dict(zip(shared_rows(name), [*parts, row]))
 
 
@@ -791,7 +784,7 @@ _BEYOND = {
             NO_LAYERS: dict(variant="plus", **PLUS_PARTS["without layers"]),
             **_ITQ,
         },
-        datasets={**_everywhere(_MAPPED), **dict.fromkeys(("smoke", "quick"), (_MAPPED[2], _MAPPED[3]))},
+        datasets={**_everywhere(_MAPPED), **dict.fromkeys(("smoke", "quick"), (_MAPPED[3], _MAPPED[5]))},
         bits=_LONGEST,
         seeds=_THREE_SEEDS,
         epochs={"quick": 2},
