@@ -331,8 +331,8 @@ class Stream:
         expected = "a number of frames, at least 1, for a network that reads backward, too"
         fits = net.config.directions == "forward" if chunk is None else is_whole(chunk) and chunk > 0
         check(fits, "chunk", expected, chunk)
-        least = 0 if chunk is None else ahead
-        check(is_whole(ahead) and least == ahead >= 0, "ahead", "0, or at least 0 with a chunk", ahead)
+        fits = is_whole(ahead) and (ahead == 0 or ahead > 0 and chunk is not None)
+        check(fits, "ahead", "0, or at least 0 with a chunk", ahead)
         self.net, self.chunk = evaluation_view(net), chunk
         self.ahead, self.frames = ahead, 0  # frames that have had their vote
         like = net.hash.linear.weight
@@ -355,7 +355,7 @@ class Stream:
             The next frames of each video (b, s, d)
         """
         check_array(x, "frames")
-        b, _, d = self.waiting.shape
+        b, d = len(self.votes), self.net.config.d
         fits = x.ndim == 3 and x.shape[0] == b and x.shape[1] > 0 and x.shape[2] == d
         check(fits, "frames", f"shape ({b}, s, {d}), s at least 1", tuple(x.shape))
         x = as_tensor(x).to(self.waiting)
