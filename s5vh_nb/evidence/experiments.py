@@ -6,7 +6,7 @@
 __all__ = ['PLUS', 'TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'NO_DEPTH', 'TWO_DIFFERENCES', 'WITH_DEPTH', 'WITHOUT_DEPTH',
            'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS', 'LABEL_SHARES',
            'ALL_LABELS', 'CLUSTERS', 'NEAREST_MEAN', 'OTHER_CENTERS', 'VOTES', 'RANDOM_CENTERS', 'CENTER_COUNTS',
-           'SOLVED', 'LONG_SETS', 'LOOKS_BACK', 'RELEASED_START', 'LONG_USED', 'LONG_COST', 'LONG_STREAMS',
+           'SOLVED', 'LONG_SETS', 'LOOKS_BACK', 'RELEASED_START', 'TAUGHT', 'LONG_USED', 'LONG_COST', 'LONG_STREAMS',
            'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row', 'but_for', 'schedule_row', 'share_row',
            'efficiency_config', 'labels_row', 'centers_row']
 
@@ -699,6 +699,7 @@ LONG_SETS = {  # set -> its kind and its frames
 }
 _SHORTEST_LONG = tuple(name for name, (_, t) in LONG_SETS.items() if t == LONG_FRAMES[0])
 LOOKS_BACK, RELEASED_START = "Mamba, forward", "S5VH, released start"
+TAUGHT = "S5VH, all labels", "S5VH, released start, all labels"  # where the order decides
 
 
 def _long(**changes) -> Callable:
@@ -714,6 +715,12 @@ def _long(**changes) -> Callable:
         return _shorter(config, min(100, 80_000 // t), **options, **changes)
 
     return row
+
+
+def _taught(**changes) -> Callable:
+    "With all labels, where the order decides: whether a network remembers what it is told to remember."
+    row = _long(labelled=1.0, beta=_LABEL_WEIGHT, **changes)
+    return lambda config: row(config) if LONG_SETS.get(config.dataset, ("order",))[0] == "order" else None
 
 
 LONG_USED = {  # profile -> frames that were trained on, and frames that are encoded
@@ -791,6 +798,8 @@ _BEYOND = {
             "LSTM, forward": _long(mixer="LSTM", directions="forward"),
             "Transformer": _long(mixer="Transformer", directions="forward"),
             RELEASED_START: _long(start="released"),
+            TAUGHT[0]: _taught(),
+            TAUGHT[1]: _taught(start="released"),
             **_ITQ,
         },
         datasets={
@@ -801,7 +810,7 @@ _BEYOND = {
         bits=_LONGEST,
         seeds=_THREE_SEEDS,
         base="S5VH",
-        without=dict.fromkeys(("smoke", "quick"), ("LSTM, forward", "Transformer", RELEASED_START)),
+        without=dict.fromkeys(("smoke", "quick"), ("LSTM, forward", "Transformer", RELEASED_START, *TAUGHT)),
     ),
     "supervised": Experiment(
         {
