@@ -2,7 +2,7 @@
 
 import pytest
 
-from s5vh_nb.evidence.experiments import ATTENTION, NO_LAYERS, PLUS, shared_rows
+from s5vh_nb.evidence.experiments import ATTENTION, LOOKS_BACK, NO_LAYERS, PLUS, shared_rows
 from s5vh_nb.evidence.study import open_study
 
 
@@ -89,3 +89,39 @@ def test_the_line_over_the_shares(answer, straight):
     assert f"off the line through the smaller shares on {int(not straight)} of 1 sets" in said
     assert {"scale.png", "beyond_scale_lines.csv", "beyond_scale_points.csv"} <= files
     assert "beyond_scale_map.csv" not in files
+
+
+LONG = {"S5VH": 0.5, LOOKS_BACK: 0.5, "ITQ, flattened": 0.9, "ITQ, time mean": 0.1}
+
+
+def test_long_videos(answer):
+    said, files = answer("long", LONG)
+    assert "Where which digits occur decides, GmAP at 100 frames is: ITQ, flattened" in said
+    (quality,) = (line for line in said.splitlines() if line.startswith("Where"))
+    first, *_, last = quality.split(": ")[1].split("), ")
+    assert first.endswith("(better (one seed)") and last.startswith("ITQ, time mean")
+    assert last.endswith("(worse (one seed)).")
+    assert {"beyond_long.csv", "long_quality.png"} <= files
+    assert not {"beyond_long_used.csv", "beyond_long_cost.csv", "beyond_long_streams.csv"} & files
+
+
+def test_costs_and_streams_of_long_videos(answer, keep, checkout):
+    "A training step that stays within the limits, one that needs more memory, one that needs more time."
+    study = open_study("beyond/long", "smoke", device="cpu", root=checkout, may_train=False)
+    place = "spoken-long-which:100", 16
+    cost = {"step s": 0.1, "step bytes": 1e8, "encoding s": 0.1, "encoding bytes": 1e7}
+    ends = {"S5VH": cost | {"step bytes": 2e9}, LOOKS_BACK: cost | {"step s": 2.0}}
+    for row, end in ends.items():
+        (config,) = study.configs(*place, row)
+        keep(config, {"points": [{"t": 25, **cost}, {"t": 50, **end}]}, "cost")
+    (config,) = study.configs(*place, "S5VH")
+    keep(config, {"points": [{"chunk": 25, "ahead": a, "drift": 0.2 / (a + 1)} for a in (0, 100)]}, "drift")
+    said, files = answer("long", LONG)
+    assert "S5VH 25 (more memory needed at 50), Mamba, forward 25 (more time needed at 50)." in said
+    assert "drift 20.0% with 25 frames at a time and 0 ahead, 0.2% with 25 frames" in said
+    assert {"beyond_long_cost.csv", "long_cost.png", "beyond_long_streams.csv"} <= files
+
+
+def test_long_videos_without_records(answer):
+    said, files = answer("long", {"ITQ, flattened": 0.3})
+    assert "S5VH has no records in profile smoke yet." in said and not files & {"beyond_long.csv"}

@@ -19,7 +19,7 @@ from .emoji import emoji
 from .moving import moving_digits
 from .pair_files import PAIR_LAYOUTS, load_official_pairs
 from .splits import Dataset
-from .spoken import spoken_digits, spoken_pairs
+from .spoken import LONG_FRAMES, spoken_digits, spoken_long, spoken_pairs
 from .synthetic import MADE_UP, difficulty_of, made_up_videos, synthetic_like
 from .video_files import OFFICIAL, load_official
 
@@ -55,6 +55,16 @@ def _pair_files(name: str) -> _Entry:
     )
 
 
+_LONG = {  # kind of spoken-long -> what decides the class
+    "which": "which two digits occur in {} frames",
+    "order": "the order of three digits at the beginning of {} frames",
+}
+
+
+def _long(kind: str, t: int) -> _Entry:
+    return _Entry("videos", "bundled", functools.partial(spoken_long, kind, t), _LONG[kind].format(t))
+
+
 def _stand_in(name: str) -> _Entry:
     summary = f"random numbers in the shape of {name}, for speed and memory only"
     return _Entry("videos", "random numbers", functools.partial(synthetic_like, name), summary)
@@ -74,6 +84,7 @@ CATALOG = {
         ("asl-words",),
         ({"d": asl_words.WIDTH}, asl_words.FINGERPRINT, asl_words.N_CLASSES),
     ),
+    **{f"spoken-long-{kind}:{t}": _long(kind, t) for kind in _LONG for t in LONG_FRAMES},
     **{name: _video_files(name) for name in OFFICIAL},
     **{name: _pair_files(name) for name in PAIR_LAYOUTS},
     **{f"synthetic-like:{name}": _stand_in(name) for name in OFFICIAL},

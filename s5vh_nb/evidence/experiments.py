@@ -6,9 +6,9 @@
 __all__ = ['PLUS', 'TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'NO_DEPTH', 'TWO_DIFFERENCES', 'WITH_DEPTH', 'WITHOUT_DEPTH',
            'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS', 'LABEL_SHARES',
            'ALL_LABELS', 'CLUSTERS', 'NEAREST_MEAN', 'OTHER_CENTERS', 'VOTES', 'RANDOM_CENTERS', 'CENTER_COUNTS',
-           'SOLVED', 'ATTENTION', 'NO_LAYERS', 'FROM_SCHEDULE', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment',
-           'terms_row', 'but_for', 'schedule_row', 'share_row', 'efficiency_config', 'labels_row', 'centers_row',
-           'shared_rows']
+           'SOLVED', 'LONG_SETS', 'LOOKS_BACK', 'RELEASED_START', 'TAUGHT', 'LONG_USED', 'LONG_COST', 'LONG_STREAMS',
+           'ATTENTION', 'NO_LAYERS', 'FROM_SCHEDULE', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row',
+           'but_for', 'schedule_row', 'share_row', 'efficiency_config', 'labels_row', 'centers_row', 'shared_rows']
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cbbcb356
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from math import ceil
 from ..basics.checks import known
 from ..basics.config import PAIR_VARIANTS, VARIANTS, BaselineConfig, TrainConfig, replace
 from ..basics.profiles import PROFILES, train_config
+from ..datasets.spoken import LONG_FRAMES
 from ..datasets.synthetic import Difficulty
 from ..datasets.video_files import OFFICIAL
 from .identity import differences
@@ -640,15 +641,16 @@ def labels_row(share: float) -> str:
     return f"S5VH, {share:.0%} labelled"
 
 
+def _shorter(config: TrainConfig, epochs: int, **changes) -> TrainConfig:
+    "With a whole schedule of so many epochs, or the profile's where that is shorter."
+    epochs = min(epochs, config.epochs)
+    warmup = round(config.objective.warmup * epochs / config.epochs)
+    return replace(config, epochs=epochs, warmup=warmup, evaluate_every=0, **changes)
+
+
 def _in_40_epochs(**changes) -> Callable:
     "A row with a whole schedule of 40 epochs, or the profile's where that is shorter."
-
-    def row(config):
-        epochs = min(40, config.epochs)
-        warmup = round(config.objective.warmup * epochs / config.epochs)
-        return replace(config, epochs=epochs, warmup=warmup, evaluate_every=0, **changes)
-
-    return row
+    return lambda config: _shorter(config, 40, **changes)
 
 
 _LABEL_WEIGHT = 10.0  # of the alignment where labels are given, see LOG.md
@@ -702,6 +704,61 @@ _COUNTED = {centers_row(c): _with_centers(c) for c in CENTER_COUNTS}
 SOLVED = {  # profile -> the row whose centers are found with other settings of the solver
     profile: centers_row(20 if profile in ("smoke", "quick") else 101) for profile in PROFILES
 }
+LONG_SETS = {  # set -> its kind and its frames
+    f"spoken-long-{kind}:{t}": (kind, t) for kind in ("which", "order") for t in LONG_FRAMES
+}
+_SHORTEST_LONG = tuple(name for name, (_, t) in LONG_SETS.items() if t == LONG_FRAMES[0])
+LOOKS_BACK, RELEASED_START = "Mamba, forward", "S5VH, released start"
+TAUGHT = "S5VH, all labels", "S5VH, released start, all labels"  # where the order decides
+
+
+def _long(**changes) -> Callable:
+    """A row on long videos: half as wide and a third as deep as the profile's.
+
+    A training takes each video at most 100 times, and at most 80 000 frames of it.
+    """
+
+    def row(config):
+        m, depth = config.model.m // 2, max(1, config.model.depth // 3)
+        _, t = LONG_SETS.get(config.dataset, ("", 25))
+        options = dict(m=m, decoder_m=m, depth=depth, batch=64, lr=2e-3, precision="bfloat16")
+        return _shorter(config, min(100, 80_000 // t), **options, **changes)
+
+    return row
+
+
+def _taught(**changes) -> Callable:
+    "With all labels, where the order decides: whether a network remembers what it is told to remember."
+    row = _long(labelled=1.0, beta=_LABEL_WEIGHT, **changes)
+    return lambda config: row(config) if LONG_SETS.get(config.dataset, ("order",))[0] == "order" else None
+
+
+LONG_USED = {  # profile -> frames that were trained on, and frames that are encoded
+    "smoke": ((100, 400),),
+    "quick": ((100, 400),),
+    **dict.fromkeys(("full", "paper"), ((100, 4000), (400, 4000))),
+}
+LONG_COST = {  # profile -> sizes of the measurement of cost, and what a training step may take
+    "smoke": dict(frames=(25, 50), batch=2, gigabytes=1, seconds=1.0),
+    "quick": dict(frames=(100, 200, 400), batch=8, gigabytes=1, seconds=2.0),
+    **dict.fromkeys(
+        ("full", "paper"),
+        dict(frames=(100, 400, 1000, 4000, 10_000, 40_000), batch=64, gigabytes=80, seconds=5.0),
+    ),
+}
+LONG_STREAMS = {  # profile -> sets whose streams are measured, chunks, frames ahead
+    "smoke": dict(sets=_SHORTEST_LONG[:1], chunks=(25,), ahead=(0, 100)),
+    "quick": dict(sets=_SHORTEST_LONG, chunks=(5, 25), ahead=(0, 25, 100)),
+    **dict.fromkeys(
+        ("full", "paper"),
+        dict(
+            sets=tuple(name for name, (_, t) in LONG_SETS.items() if t >= 1000),
+            chunks=(25, 100, 400),
+            ahead=(0, 25, 100, 400),
+        ),
+    ),
+}
+
 _CURVE_BITS = (8, 16, 32, 64, 128, 256)
 _FOUR_IN_QUICK = {"quick": 4}
 _PANELS = ((20, 0.0), (20, 0.8), (50, 0.0))  # classes and redundancy of made-up sets
@@ -797,6 +854,27 @@ _BEYOND = {
         seeds=_THREE_SEEDS,
         epochs={"quick": 40},  # as in s5vh/schedule
         without={"quick": tuple(_PLUS_SHARED)},
+    ),
+    "long": Experiment(
+        {
+            "S5VH": _long(),
+            LOOKS_BACK: _long(directions="forward"),
+            "LSTM, forward": _long(mixer="LSTM", directions="forward"),
+            "Transformer": _long(mixer="Transformer", directions="forward"),
+            RELEASED_START: _long(start="released"),
+            TAUGHT[0]: _taught(),
+            TAUGHT[1]: _taught(start="released"),
+            **_ITQ,
+        },
+        datasets={
+            "smoke": _SHORTEST_LONG[:1],
+            "quick": _SHORTEST_LONG,
+            **dict.fromkeys(("full", "paper"), tuple(LONG_SETS)),
+        },
+        bits=_LONGEST,
+        seeds=_THREE_SEEDS,
+        base="S5VH",
+        without=dict.fromkeys(("smoke", "quick"), ("LSTM, forward", "Transformer", RELEASED_START, *TAUGHT)),
     ),
     "supervised": Experiment(
         {
