@@ -6,7 +6,7 @@
 __all__ = ['EFFORTS', 'RESERVED', 'Found', 'recall_at', 'check_ids', 'as_table', 'check_codes', 'is_several', 'check_search',
            'HashIndex']
 
-# %% ../../nbs/lib/search/02_index.ipynb #e75a5ebb
+# %% ../../nbs/lib/search/02_index.ipynb #2af20c9a
 import json
 import time
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from ..basics.devices import as_array, jit
 from ..basics.files import atomic_write, user_path
 from .hamming import bucket_starts, packed_codes, popcount
 
-# %% ../../nbs/lib/search/02_index.ipynb #338bb8d8
+# %% ../../nbs/lib/search/02_index.ipynb #39682f4c
 _RUN = 512  # codes whose distances are computed at once
 _BLOCK = 2048  # codes that all queries of a tile visit while they are in the cache
 _TILE = 32  # queries
@@ -163,7 +163,7 @@ def _exact(
         list(pool.map(lambda t: _scan(q[t], db, radius, *(part[t] for part in found)), tiles))
     return found
 
-# %% ../../nbs/lib/search/02_index.ipynb #3d6276fd
+# %% ../../nbs/lib/search/02_index.ipynb #30418c72
 EFFORTS = {"ivf": (1, 4, 16, 64), "hnsw": (32, 128, 512), "multihash": (0, 1, 2)}  # tried by `choose`
 
 
@@ -235,7 +235,7 @@ def recall_at(
     hits = ((found.ids >= 0) & (found.distances <= last[:, None])).sum(1)
     return float((hits[wanted > 0] / wanted[wanted > 0]).mean())
 
-# %% ../../nbs/lib/search/02_index.ipynb #25a3e5d2
+# %% ../../nbs/lib/search/02_index.ipynb #8f846326
 RESERVED = ("id", "code", "distance", "query", "rank")  # names of columns that metadata can't have
 
 
@@ -290,7 +290,10 @@ def as_table(
     check(not set(fields) & set(RESERVED), "metadata", f"fields other than {', '.join(RESERVED)}", fields)
     sizes = {name: len(metadata[name]) for name in metadata}
     check(set(sizes.values()) <= {n}, "metadata", f"{n} values a field, one an item", sizes)
-    table = pd.DataFrame({str(name): np.asarray(metadata[name]) for name in metadata}, index=range(n))
+    columns = {str(name): metadata[name] for name in metadata}
+    for name, values in columns.items():
+        columns[name] = as_array(values, f"metadata {name!r}") if hasattr(values, "dtype") else list(values)
+    table = pd.DataFrame(columns, index=range(n))
     for name, column in table.items():
         plain = column.dtype.kind in "biuf" or all(isinstance(value, str) for value in column)
         check(plain, f"metadata {name!r}", "only text, or only numbers", column.dtype)
@@ -371,7 +374,7 @@ def check_search(
         known(name, fields, "filter")
     return queries
 
-# %% ../../nbs/lib/search/02_index.ipynb #99c7658f
+# %% ../../nbs/lib/search/02_index.ipynb #8fa232af
 _FORMAT = "s5vh_nb index 1"
 
 
@@ -405,7 +408,7 @@ def _read(path: Path, mmap: bool) -> tuple[dict, dict]:
             arrays[name] = array if mmap else array.copy()
     return arrays, json.loads(header["about"])
 
-# %% ../../nbs/lib/search/02_index.ipynb #2ff914d2
+# %% ../../nbs/lib/search/02_index.ipynb #ddc4bd33
 class HashIndex:
     """Packed codes with ids and metadata, searched by Hamming distance.
 

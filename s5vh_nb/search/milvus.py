@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_milvus', 'MilvusIndex', 'open_index']
 
-# %% ../../nbs/lib/search/03_milvus.ipynb #282c57b7
+# %% ../../nbs/lib/search/03_milvus.ipynb #0c80bc91
 import contextlib
 import json
 import logging
@@ -21,9 +21,10 @@ from ..basics.config import check_bits
 from ..basics.files import user_path
 from .index import Found, HashIndex, as_table, check_codes, check_ids, check_search, is_several
 
-# %% ../../nbs/lib/search/03_milvus.ipynb #b79650a0
+# %% ../../nbs/lib/search/03_milvus.ipynb #def63681
 _MOST = 16384  # items that Milvus returns at most
 _PIECE = 10000  # items in one message
+_NOTHING = "id < 0"  # a filter that lets nothing through
 
 
 def _is_file(place: str) -> bool:
@@ -71,17 +72,20 @@ def _expression(filter) -> str:
     if filter is None:
         return ""
     if not isinstance(filter, Mapping):
-        return f"id in {check_ids(filter, 'filter').tolist()}"
+        ids = check_ids(filter, "filter").tolist()
+        return f"id in {ids}" if ids else _NOTHING
     parts = []
     for name, value in filter.items():
-        values = [
-            v.item() if isinstance(v, np.generic) else v for v in (value if is_several(value) else [value])
-        ]
-        wanted = [f"$meta[{json.dumps(name)}] == {json.dumps(v, ensure_ascii=False)}" for v in values]
-        parts.append(f"({' or '.join(wanted)})" if wanted else "id < 0")
+        groups = {}  # a list of Milvus holds values of one type
+        for each in value if is_several(value) else [value]:
+            each = each.item() if isinstance(each, np.generic) else each
+            groups.setdefault(type(each), []).append(each)
+        lists = [json.dumps(group, ensure_ascii=False) for group in groups.values()]
+        wanted = [f"$meta[{json.dumps(name)}] in {values}" for values in lists]
+        parts.append(f"({' or '.join(wanted or [_NOTHING])})")
     return " and ".join(parts)
 
-# %% ../../nbs/lib/search/03_milvus.ipynb #24de52aa
+# %% ../../nbs/lib/search/03_milvus.ipynb #ab627ae6
 def _sorted_hits(
     hits: list,  # (id, distance) of a query, in any order
     top: int,
@@ -137,7 +141,9 @@ class MilvusIndex:
         self.place = str(user_path(place)) if _is_file(str(place)) else str(place)
         self.collection, self.effort, self._timeout = collection, effort, timeout
         check(is_milvus(place), "place", "a file NAME.db or a URL", repr(place))
-        with self._milvus() as pymilvus:
+        of_file = "a file of Milvus Lite that no other process has open"
+        of_server = f"a Milvus server that answers within {timeout:g} seconds"
+        with _errors(self.place, of_file if _is_file(self.place) else of_server) as pymilvus:
             self._client = pymilvus.MilvusClient(self.place, token=token, timeout=timeout)
             if not self._client.has_collection(collection, timeout=timeout):
                 check(bits is not None, "bits", "the length of the codes, for a new index", "none")
@@ -150,15 +156,9 @@ class MilvusIndex:
         self.bits = int(about[0])
         check(bits in (None, self.bits), "bits", f"{self.bits}, as the index in {self.place} has", bits)
 
-    def _milvus(self):
-        "Milvus, with errors that say what is wanted of this place."
-        of_file = "a file of Milvus Lite that no other process has open"
-        of_server = f"a Milvus server that answers within {self._timeout:g} seconds"
-        return _errors(self.place, of_file if _is_file(self.place) else of_server)
-
     def _call(self, method: str, **options):
         "What a method of the client returns for this collection."
-        with self._milvus():
+        with _errors(self.place, f"an answer to {method!r} within {self._timeout:g} seconds"):
             return getattr(self._client, method)(self.collection, timeout=self._timeout, **options)
 
     def _create(self, types, bits: int, lists: int, shards: int):
