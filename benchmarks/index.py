@@ -24,7 +24,8 @@ from s5vh_nb.evidence.archive import Archive
 from s5vh_nb.evidence.records import RunRecord, device_name, git_commit
 from s5vh_nb.search.index import HashIndex
 
-BITS, TOP, QUERIES, SEED = 64, 100, 512, 0
+BITS, SEED = 64, 0
+TOP, QUERIES = 100, 512
 TURNS = 5
 
 

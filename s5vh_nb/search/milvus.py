@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_milvus', 'MilvusIndex', 'open_index']
 
-# %% ../../nbs/lib/search/03_milvus.ipynb #0c80bc91
+# %% ../../nbs/lib/search/03_milvus.ipynb #d25ff06e
 import contextlib
 import json
 import logging
@@ -21,7 +21,7 @@ from ..basics.config import check_bits
 from ..basics.files import user_path
 from .index import Found, HashIndex, as_table, check_codes, check_ids, check_search, is_several
 
-# %% ../../nbs/lib/search/03_milvus.ipynb #def63681
+# %% ../../nbs/lib/search/03_milvus.ipynb #6fb5b2db
 _MOST = 16384  # items that Milvus returns at most
 _PIECE = 10000  # items in one message
 _NOTHING = "id < 0"  # a filter that lets nothing through
@@ -85,7 +85,7 @@ def _expression(filter) -> str:
         parts.append(f"({' or '.join(wanted or [_NOTHING])})")
     return " and ".join(parts)
 
-# %% ../../nbs/lib/search/03_milvus.ipynb #ab627ae6
+# %% ../../nbs/lib/search/03_milvus.ipynb #efa84622
 def _sorted_hits(
     hits: list,  # (id, distance) of a query, in any order
     top: int,
@@ -139,7 +139,8 @@ class MilvusIndex:
         timeout: float = 10.0,  # Seconds to wait for the server
     ):
         self.place = str(user_path(place)) if _is_file(str(place)) else str(place)
-        self.collection, self.effort, self._timeout = collection, effort, timeout
+        self.collection, self.effort = collection, effort
+        self._timeout = timeout
         check(is_milvus(place), "place", "a file NAME.db or a URL", repr(place))
         of_file = "a file of Milvus Lite that no other process has open"
         of_server = f"a Milvus server that answers within {timeout:g} seconds"
@@ -325,7 +326,8 @@ class MilvusIndex:
         queries = check_search(queries, top, radius, filter, self.bits, size, fields)
         check(top <= _MOST, "top", f"at most {_MOST}, which is Milvus's limit", top)
         most = min(size, _MOST)
-        limit, todo, hits = min(2 * top, most), np.arange(len(queries)), {}
+        limit, hits = min(2 * top, most), {}
+        todo = np.arange(len(queries))
         while len(todo):
             given = dict(
                 filter=_expression(filter), limit=limit, search_params={"params": {"nprobe": self.effort}}
