@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EFFORTS', 'Found', 'recall_at', 'check_ids', 'as_table', 'check_codes', 'is_several', 'check_search', 'HashIndex']
 
-# %% ../../nbs/lib/search/02_index.ipynb #fea77481
+# %% ../../nbs/lib/search/02_index.ipynb #6daffda6
 import json
 import time
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from ..basics.devices import as_array, jit
 from ..basics.files import atomic_write, user_path
 from .hamming import bucket_starts, packed_codes, popcount
 
-# %% ../../nbs/lib/search/02_index.ipynb #0743e53c
+# %% ../../nbs/lib/search/02_index.ipynb #de186702
 _RUN = 512  # codes whose distances are computed at once
 _BLOCK = 2048  # codes that all queries of a tile visit while they are in the cache
 _TILE = 32  # queries
@@ -163,7 +163,7 @@ def _exact(
         list(pool.map(lambda t: _scan(q[t], db, radius, *(part[t] for part in found)), tiles))
     return found
 
-# %% ../../nbs/lib/search/02_index.ipynb #4f057a8d
+# %% ../../nbs/lib/search/02_index.ipynb #0aed902b
 EFFORTS = {"ivf": (1, 4, 16, 64), "hnsw": (32, 128, 512), "multihash": (0, 1, 2)}  # tried by `choose`
 
 
@@ -235,7 +235,7 @@ def recall_at(
     hits = ((found.ids >= 0) & (found.distances <= last[:, None])).sum(1)
     return float((hits[wanted > 0] / wanted[wanted > 0]).mean())
 
-# %% ../../nbs/lib/search/02_index.ipynb #b4a63794
+# %% ../../nbs/lib/search/02_index.ipynb #a83075ef
 _RESERVED = ("id", "code", "distance", "query", "rank")  # names of columns that metadata can't have
 
 
@@ -374,7 +374,7 @@ def check_search(
         known(name, fields, "filter")
     return queries
 
-# %% ../../nbs/lib/search/02_index.ipynb #1e8d306d
+# %% ../../nbs/lib/search/02_index.ipynb #47f1d2d2
 _FORMAT = "s5vh_nb index 1"
 
 
@@ -408,7 +408,7 @@ def _read(path: Path, mmap: bool) -> tuple[dict, dict]:
             arrays[name] = array if mmap else array.copy()
     return arrays, json.loads(header["about"])
 
-# %% ../../nbs/lib/search/02_index.ipynb #820db0c0
+# %% ../../nbs/lib/search/02_index.ipynb #dbe0d328
 class HashIndex:
     """Packed codes with ids and metadata, searched by Hamming distance.
 

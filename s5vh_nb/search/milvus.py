@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_milvus', 'MilvusIndex', 'open_index']
 
-# %% ../../nbs/lib/search/03_milvus.ipynb #d25ff06e
+# %% ../../nbs/lib/search/03_milvus.ipynb #6fd27261
 import contextlib
 import json
 import logging
@@ -21,7 +21,7 @@ from ..basics.config import check_bits
 from ..basics.files import user_path
 from .index import Found, HashIndex, as_table, check_codes, check_ids, check_search, is_several
 
-# %% ../../nbs/lib/search/03_milvus.ipynb #6fb5b2db
+# %% ../../nbs/lib/search/03_milvus.ipynb #cc09bfd3
 _MOST = 16384  # items that Milvus returns at most
 _PIECE = 10000  # items in one message
 _NOTHING = "id < 0"  # a filter that lets nothing through
@@ -85,7 +85,7 @@ def _expression(filter) -> str:
         parts.append(f"({' or '.join(wanted or [_NOTHING])})")
     return " and ".join(parts)
 
-# %% ../../nbs/lib/search/03_milvus.ipynb #efa84622
+# %% ../../nbs/lib/search/03_milvus.ipynb #905853f8
 def _sorted_hits(
     hits: list,  # (id, distance) of a query, in any order
     top: int,
