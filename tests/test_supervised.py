@@ -401,9 +401,7 @@ def test_faults_are_named(call, message):
 
 def test_too_many_videos_to_propagate_are_named(monkeypatch):
     monkeypatch.setattr("s5vh_nb.models.baselines._FIT_NUMBERS", 10 * T * D)
-    with pytest.raises(
-        ValueError, match="labelled: expected 1, all labels: propagation has room for 10 of 40 videos"
-    ):
+    with pytest.raises(ValueError, match="training items: expected at most 10, for which there is room"):
         train(configuration(), videos())
     train(configuration(labelled=1.0, epochs=1), videos())
 
