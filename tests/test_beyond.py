@@ -10,11 +10,15 @@ from s5vh_nb.evidence.study import open_study
 def answer(checkout, pretend, cells, capsys):
     "A function of a notebook and the quality of its rows: what it prints, and the names of its files."
 
-    def make(name, quality):
-        study = open_study(f"beyond/{name}", "smoke", device="cpu", root=checkout, may_train=False)
-        for (*_, row), configs in study.cells(list(quality)).items():
-            for config in configs:
-                pretend(config, quality[row])
+    def make(name, quality, of_pairs=None):
+        for experiment, rows in {name: quality, f"{name}/pairs": of_pairs or {}}.items():
+            if rows:
+                study = open_study(
+                    f"beyond/{experiment}", "smoke", device="cpu", root=checkout, may_train=False
+                )
+                for (*_, row), configs in study.cells(list(rows)).items():
+                    for config in configs:
+                        pretend(config, rows[row])
         cells(f"beyond/{name}")
         files = {path.name for path in checkout.rglob("*") if path.suffix in (".csv", ".png")}
         return capsys.readouterr().out, files
@@ -25,16 +29,18 @@ def answer(checkout, pretend, cells, capsys):
 @pytest.mark.parametrize("better", [True, False])
 def test_plus_and_its_parts(answer, better):
     quality = {PLUS: 0.6, "without layers": 0.9 if better else 0.2, "ITQ, flattened": 0.3}
-    said, files = answer("plus", quality)
+    said, files = answer("plus", quality, {PLUS: 0.9 if better else 0.3, "ITQ": 0.6, "text counts once": 0.1})
     assert f"With one part changed Plus is worse in {int(not better)} of 1 comparisons" in said
     row = "'without layers' on spoken-digits (16 bits)" if better else "none"
     assert f"Better than Plus is {row}." in said
-    assert {"beyond_plus.csv", "plus_gains.png"} <= files
+    assert f"Plus is better than ITQ in {int(better)} of 1, than CCA-ITQ in 0 of 0" in said
+    assert {"beyond_plus.csv", "plus_gains.png", "beyond_plus_pairs.csv", "plus_pair_gains.png"} <= files
 
 
 def test_plus_without_records(answer):
-    said, files = answer("plus", {"ITQ, flattened": 0.3})
+    said, files = answer("plus", {"ITQ, flattened": 0.3}, {"ITQ": 0.3})
     assert "Plus has no records in profile smoke yet." in said and "beyond_plus.csv" not in files
+    assert "On image-text pairs Plus has no records" in said and "beyond_plus_pairs.csv" not in files
 
 
 def test_where_curves_flatten(answer):

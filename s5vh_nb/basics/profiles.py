@@ -7,8 +7,15 @@ __all__ = ['DATASETS', 'PROFILES', 'train_config']
 
 # %% ../../nbs/lib/basics/04_profiles.ipynb #61ed3bae
 from .checks import known
-from .config import PAIR_VARIANTS, VARIANTS, DMMHConfig, MetricConfig, PairNeighbourConfig
-from .config import TrainConfig, replace
+from s5vh_nb.basics.config import (
+    PAIR_VARIANTS,
+    VARIANTS,
+    DMMHConfig,
+    MetricConfig,
+    PairNeighbourConfig,
+    TrainConfig,
+    replace,
+)
 
 # %% ../../nbs/lib/basics/04_profiles.ipynb #05570951
 DATASETS = {

@@ -32,8 +32,12 @@ from s5vh_nb.basics.config import (
 )
 from ..basics.files import atomic_write, user_path
 from ..datasets.splits import Dataset
-from .objectives import MetricObjective, NeighbourObjective, PairNeighbourObjective
-from .objectives import SLGObjective
+from s5vh_nb.learning.objectives import (
+    MetricObjective,
+    NeighbourObjective,
+    PairNeighbourObjective,
+    SLGObjective,
+)
 from ..models.dmmh import DMMH
 from ..models.plus import Plus
 from ..models.s5vh import S5VH

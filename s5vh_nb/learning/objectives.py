@@ -23,8 +23,13 @@ from s5vh_nb.learning.losses import (
     reconstruction_loss,
     refresh_labels,
 )
-from .neighbours import affinities, draw_pair_view, draw_view, neighbour_loss
-from .neighbours import propagate_classes
+from s5vh_nb.learning.neighbours import (
+    affinities,
+    draw_pair_view,
+    draw_view,
+    neighbour_loss,
+    propagate_classes,
+)
 from ..models.baselines import balance, fit_matrix
 from ..models.codes import relax
 from ..models.plus import Plus
@@ -71,7 +76,7 @@ def pair_vectors(
     text_weight: float,  # Of the text beside the image; with 1 both have the same variance
     device: torch.device | str = "cpu",  # Where the result is wanted
 ) -> Tensor:
-    """What neighbours among pairs are found by: both features side by side, balanced and centred, (n, di + dt).
+    """What neighbours of pairs are found by: both features side by side, balanced and centred, (n, di + dt).
 
     Parameters
     ----------
@@ -585,7 +590,7 @@ class MetricObjective(nn.Module):
         train: Split,  # The training pairs
         progress: bool = True,  # Show a bar
     ):
-        """Keep the labels of the training pairs, given or propagated, and where it is asked for a center of each.
+        """Keep the labels of the training pairs, given or propagated, and where asked for a center of each.
 
         Parameters
         ----------

@@ -29,8 +29,12 @@ from ..datasets.catalog import load
 from ..datasets.rows import rows_of, to_tensor, zeros_after
 from ..datasets.splits import Dataset
 from .checkpoints import TrainedRun, load_checkpoint, new_run, save_checkpoint, start_from
-from .objectives import MetricObjective, NeighbourObjective, PairNeighbourObjective
-from .objectives import training_classes
+from s5vh_nb.learning.objectives import (
+    MetricObjective,
+    NeighbourObjective,
+    PairNeighbourObjective,
+    training_classes,
+)
 from .resolve import centers_from_file, check_trainable, resolve
 from ..models.codes import HashNetwork
 from ..ops.streams import GraphedCall
