@@ -7,9 +7,9 @@ __all__ = ['PLUS', 'TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'NO_DEPTH', 'TWO_DIFFE
            'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS',
            'PLUS_PAIR_PARTS', 'LABEL_SHARES', 'ALL_LABELS', 'CLUSTERS', 'NEAREST_MEAN', 'OTHER_CENTERS', 'VOTES',
            'PAIR_SHARES', 'RANDOM_CENTERS', 'CENTER_COUNTS', 'SOLVED', 'LONG_SETS', 'LOOKS_BACK', 'RELEASED_START',
-           'TAUGHT', 'LONG_USED', 'LONG_COST', 'LONG_STREAMS', 'ATTENTION', 'NO_LAYERS', 'FROM_SCHEDULE', 'EXPERIMENTS',
-           'Fitted', 'config_of', 'Experiment', 'terms_row', 'but_for', 'schedule_row', 'share_row',
-           'efficiency_config', 'labels_row', 'left_out_row', 'centers_row', 'shared_rows']
+           'TAUGHT', 'LONG_USED', 'LONG_COST', 'LONG_STREAMS', 'ATTENTION', 'NO_LAYERS', 'OTHER_LAYERS',
+           'FROM_SCHEDULE', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row', 'but_for', 'schedule_row',
+           'share_row', 'efficiency_config', 'labels_row', 'left_out_row', 'centers_row', 'shared_rows']
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cbbcb356
 from collections.abc import Callable
@@ -797,7 +797,8 @@ _MAPPED = [
     for noise in _NOISES
     for order in _ORDERS
 ]
-ATTENTION, NO_LAYERS = "ConMH-style with stochastic depth", f"{PLUS} without layers"
+ATTENTION = "ConMH-style with stochastic depth"
+NO_LAYERS, OTHER_LAYERS = f"{PLUS} without layers", f"{PLUS} with a Transformer"
 
 
 def shared_rows(name: str) -> list:
@@ -880,13 +881,14 @@ _BEYOND = {
             PLUS: dict(variant="plus"),
             ATTENTION: _in_40_epochs(**SIZED[_CONMH]),
             NO_LAYERS: dict(variant="plus", **PLUS_PARTS["without layers"]),
+            OTHER_LAYERS: dict(variant="plus", **PLUS_PARTS["with a Transformer"]),
             **_ITQ,
         },
         datasets={**_everywhere(_MAPPED), **dict.fromkeys(("smoke", "quick"), (_MAPPED[3], _MAPPED[5]))},
         bits=_LONGEST,
         seeds=_THREE_SEEDS,
         epochs={"quick": 2},
-        without={"quick": (PLUS, NO_LAYERS)},  # of the same size in every profile but smoke
+        without={"quick": (PLUS, NO_LAYERS, OTHER_LAYERS)},  # of the same size in every profile but smoke
     ),
     "scale/shares": Experiment(
         {**_PLUS_SHARED, **_ITQ_SHARED, **_SHARED_BEFORE},
