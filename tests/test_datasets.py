@@ -802,6 +802,8 @@ FINGERPRINTS = {
     "synthetic-like:hmdb51": "recipe-10baa8bbf2d3fbe3",
     "synthetic-like:fcvid": "recipe-165ae8e84df96172",
     "synthetic-like:activitynet": "recipe-494bebcd7e7f29ae",
+    "synthetic:classes=20+order=0.5+noise=2+redundancy=0.8": "0ec4c06aba51f4bb",
+    "synthetic:classes=50+order=1+noise=5+redundancy=0": "a356b73f2eabb6d2",
 }
 
 

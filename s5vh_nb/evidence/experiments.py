@@ -7,8 +7,8 @@ __all__ = ['PLUS', 'TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'NO_DEPTH', 'TWO_DIFFE
            'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS', 'LABEL_SHARES',
            'ALL_LABELS', 'CLUSTERS', 'NEAREST_MEAN', 'OTHER_CENTERS', 'VOTES', 'RANDOM_CENTERS', 'CENTER_COUNTS',
            'SOLVED', 'LONG_SETS', 'LOOKS_BACK', 'RELEASED_START', 'TAUGHT', 'LONG_USED', 'LONG_COST', 'LONG_STREAMS',
-           'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row', 'but_for', 'schedule_row', 'share_row',
-           'efficiency_config', 'labels_row', 'centers_row']
+           'ATTENTION', 'NO_LAYERS', 'FROM_SCHEDULE', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row',
+           'but_for', 'schedule_row', 'share_row', 'efficiency_config', 'labels_row', 'centers_row', 'shared_rows']
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cbbcb356
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from ..basics.checks import known
 from ..basics.config import PAIR_VARIANTS, VARIANTS, BaselineConfig, TrainConfig, replace
 from ..basics.profiles import PROFILES, train_config
 from ..datasets.spoken import LONG_FRAMES
+from ..datasets.synthetic import Difficulty
 from ..datasets.video_files import OFFICIAL
 from .identity import differences
 
@@ -32,13 +33,24 @@ class Fitted:
     ----------
     method : str
     view : str
+    share : float
+        of the training items
     """
 
     method: str
     view: str = "pair"
+    share: float = 1.0  # of the training items
 
 
-_Row = dict | Fitted | Callable
+@dataclass(frozen=True)
+class _PartOf:
+    "A row that learns from a part of the training set; schedule and warm-up have the steps of the whole."
+
+    share: float
+    changes: dict = field(default_factory=dict)  # of the base configuration
+
+
+_Row = dict | Fitted | _PartOf | Callable
 
 
 def config_of(
@@ -62,11 +74,34 @@ def config_of(
         None: the profile's
     """
     if isinstance(row, Fitted):
-        return BaselineConfig(dataset, row.method, row.view, bits, seed)
+        return BaselineConfig(dataset, row.method, row.view, bits, seed, row.share)
+    if isinstance(row, _PartOf):
+        return _on_a_part(config_of(row.changes, dataset, profile, bits, seed, epochs), row.share)
     changes = {"epochs": epochs} if epochs else {}
     if isinstance(row, dict):
         return train_config(dataset, profile, **{"bits": bits, "seed": seed, **changes, **row})
     return row(train_config(dataset, profile, bits=bits, seed=seed, **changes))
+
+
+_CLIPS = {"spoken-digits": 2250, "spoken-pairs": 2250, "asl-words": 1830}  # small: their last batches count
+
+
+def _epochs_for_one(config: TrainConfig, share: float) -> float:
+    "How many epochs over a part of the training set have the steps of one over the whole."
+    if config.dataset not in _CLIPS:
+        return 1 / share
+    whole, part = (ceil(round(of * _CLIPS[config.dataset]) / config.batch) for of in (1, share))
+    return whole / part
+
+
+def _on_a_part(config: TrainConfig, share: float) -> TrainConfig:
+    "The configuration on a part of the training set, with as many steps."
+    factor = _epochs_for_one(config, share)
+    warmup = getattr(config.objective, "warmup", None)  # of S5VH
+    if warmup is not None:
+        config = replace(config, warmup=round(factor * warmup))
+    epochs, every = round(factor * config.epochs), round(factor * config.evaluate_every)
+    return replace(config, share=share, epochs=epochs, evaluate_every=every)
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #d71cfd3e
 _SEEDS = {"smoke": (1,), "quick": (1,), "full": (1, 2, 3, 4, 5), "paper": (1, 2, 3, 4, 5)}
@@ -276,7 +311,6 @@ _GAIN = {
 
 SCHEDULES = (15, 40, 100)  # epochs beside the profile's own; in full they are shorter
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the training clips, at as many steps as the whole set has
-_CLIPS = {"spoken-digits": 2250, "spoken-pairs": 2250, "asl-words": 1830}  # small: their last batches count
 
 
 def schedule_row(network: str, epochs: int) -> str:
@@ -301,37 +335,13 @@ def share_row(network: str, share: float) -> str:
     return f"{network}, {share:g} of the clips"
 
 
-def _epochs_for_one(config: TrainConfig, share: float) -> float:
-    "How many epochs over a part of the training set have the steps of one over the whole."
-    if config.dataset not in _CLIPS:
-        return 1 / share
-    whole, part = (ceil(round(of * _CLIPS[config.dataset]) / config.batch) for of in (1, share))
-    return whole / part
-
-
-def _part_of_training(share: float, **changes) -> Callable:
-    "A row that learns from a part of the training set; schedule and warm-up have the steps of the whole."
-
-    def row(config):
-        config, factor = replace(config, **changes), _epochs_for_one(config, share)
-        warmup = getattr(config.objective, "warmup", None)  # of videos
-        if warmup is not None:
-            config = replace(config, warmup=round(factor * warmup))
-        epochs, every = round(factor * config.epochs), round(factor * config.evaluate_every)
-        return replace(config, share=share, epochs=epochs, evaluate_every=every)
-
-    return row
-
-
 SIZED = _at_both_depths({"S5VH": {}, **_STYLES})  # name of a network -> its row at the profile's schedule
 _SCHEDULED = {
     schedule_row(name, epochs): {**row, "epochs": epochs}
     for name, row in SIZED.items()
     for epochs in SCHEDULES
 }
-_SHARED = {
-    share_row(name, share): _part_of_training(share, **row) for name, row in SIZED.items() for share in SHARES
-}
+_SHARED = {share_row(name, share): _PartOf(share, row) for name, row in SIZED.items() for share in SHARES}
 _SCHEDULE_ROWS = {**SIZED, **_SCHEDULED, **_SHARED, **_ITQ}
 _OURS, _CONMH = "S5VH" + WITH_DEPTH, "ConMH-style" + WITH_DEPTH
 _SSTH = "SSTH-style" + WITH_DEPTH
@@ -540,8 +550,8 @@ PAIR_ABLATIONS = {  # group -> rows
     },
     "layers": {"1 layer": _layers(1), "2 layers": _layers(2), "4 layers": _layers(4)},
     "training": {
-        "50% of the training pairs": _part_of_training(0.5),
-        "25% of the training pairs": _part_of_training(0.25),
+        "50% of the training pairs": _PartOf(0.5),
+        "25% of the training pairs": _PartOf(0.25),
     },
 }
 
@@ -751,6 +761,38 @@ LONG_STREAMS = {  # profile -> sets whose streams are measured, chunks, frames a
 
 _CURVE_BITS = (8, 16, 32, 64, 128, 256)
 _FOUR_IN_QUICK = {"quick": 4}
+_PANELS = ((20, 0.0), (20, 0.8), (50, 0.0))  # classes and redundancy of made-up sets
+_ORDERS, _NOISES = (0.0, 0.5, 1.0), (2.0, 5.0)  # of each of them
+_MAPPED = [
+    Difficulty(classes, order, noise, redundancy).name
+    for classes, redundancy in _PANELS
+    for noise in _NOISES
+    for order in _ORDERS
+]
+ATTENTION, NO_LAYERS = "ConMH-style with stochastic depth", f"{PLUS} without layers"
+
+
+def shared_rows(name: str) -> list:
+    """The rows of a method at each share of the training clips, all of them last.
+
+    Parameters
+    ----------
+    name : str
+    """
+    return [*(share_row(name, share) for share in SHARES), name]
+
+
+def _shared(name: str, row: dict | Fitted) -> dict:
+    "These rows."
+    fitted = isinstance(row, Fitted)
+    parts = [replace(row, share=share) if fitted else _PartOf(share, row) for share in SHARES]
+    return dict(zip(shared_rows(name), [*parts, row]))
+
+
+_PLUS_SHARED = _shared(PLUS, dict(variant="plus"))
+_ITQ_SHARED = {name: row for itq, fitted in _ITQ.items() for name, row in _shared(itq, fitted).items()}
+FROM_SCHEDULE = (_OURS, _CONMH)  # networks that s5vh/schedule trains on shares of the clips
+_SHARED_BEFORE = {name: row for net in FROM_SCHEDULE for name, row in _shared(net, SIZED[net]).items()}
 _BEYOND = {
     "plus": Experiment(
         {
@@ -811,6 +853,28 @@ _BEYOND = {
         seeds=_THREE_SEEDS,
         base="S5VH",
         without=dict.fromkeys(("smoke", "quick"), ("LSTM, forward", "Transformer", RELEASED_START, *TAUGHT)),
+    ),
+    "scale": Experiment(
+        {
+            "S5VH": _in_40_epochs(),
+            PLUS: dict(variant="plus"),
+            ATTENTION: _in_40_epochs(**SIZED[_CONMH]),
+            NO_LAYERS: dict(variant="plus", **PLUS_PARTS["without layers"]),
+            **_ITQ,
+        },
+        datasets={**_everywhere(_MAPPED), **dict.fromkeys(("smoke", "quick"), (_MAPPED[3], _MAPPED[5]))},
+        bits=_LONGEST,
+        seeds=_THREE_SEEDS,
+        epochs={"quick": 2},
+        without={"quick": (PLUS, NO_LAYERS)},  # of the same size in every profile but smoke
+    ),
+    "scale/shares": Experiment(
+        {**_PLUS_SHARED, **_ITQ_SHARED, **_SHARED_BEFORE},
+        datasets=_ONE_IN_QUICK,
+        bits=_LONGEST,
+        seeds=_THREE_SEEDS,
+        epochs={"quick": 40},  # as in s5vh/schedule
+        without={"quick": tuple(_PLUS_SHARED)},
     ),
     "supervised": Experiment(
         {
