@@ -60,6 +60,37 @@ def test_numbers_of_centers(answer, rows):
         assert "Alignment is better in 2 and worse in 0 of 2 comparisons with none" in said
 
 
+ITQ = "ITQ, flattened"
+RIVALS = {ATTENTION: 0.3, NO_LAYERS: 0.5, ITQ: 0.4, "ITQ, time mean": 0.1}
+
+
+@pytest.mark.parametrize(("s5vh", "plus"), [(0.7, 0.9), (0.2, 0.5), (0.2, 0.3)])
+def test_where_selective_layers_help(answer, s5vh, plus):
+    said, files = answer("scale", {"S5VH": s5vh, PLUS: plus, **RIVALS})
+    better = 2 * max(s5vh > 0.5, plus > 0.5)  # both sets
+    assert f"selective layers help in {better} of 2 sets" in said
+    assert f"S5VH in {2 * (s5vh > 0.5)}, Plus in {2 * (plus > 0.5)}), most Plus over {NO_LAYERS}" in said
+    assert {"scale.png", "beyond_scale_map.csv"} <= files
+    assert "Not run on all shares of the clips in profile smoke: Plus; S5VH" in said
+
+
+def test_a_rival_that_has_not_been_run(answer):
+    rivals = {row: quality for row, quality in RIVALS.items() if row != ATTENTION}
+    said, files = answer("scale", {"S5VH": 0.9, PLUS: 0.9, **rivals})
+    assert "The map has no records in profile smoke yet." in said and "scale.png" not in files
+
+
+@pytest.mark.parametrize("straight", [True, False])
+def test_the_line_over_the_shares(answer, straight):
+    gains = [0.1, 0.2, 0.3, 0.4 if straight else 0.05]
+    plus = {row: 0.3 + gain for row, gain in zip(shared_rows(PLUS), gains)}
+    said, files = answer("scale", {ITQ: 0.4}, shares={**plus, **dict.fromkeys(shared_rows(ITQ), 0.3)})
+    assert "The map has no records in profile smoke yet." in said
+    assert f"off the line through the smaller shares on {int(not straight)} of 1 sets" in said
+    assert {"scale.png", "beyond_scale_lines.csv", "beyond_scale_points.csv"} <= files
+    assert "beyond_scale_map.csv" not in files
+
+
 LONG = {"S5VH": 0.5, LOOKS_BACK: 0.5, "ITQ, flattened": 0.9, "ITQ, time mean": 0.1}
 
 
@@ -94,34 +125,3 @@ def test_costs_and_streams_of_long_videos(answer, keep, checkout):
 def test_long_videos_without_records(answer):
     said, files = answer("long", {"ITQ, flattened": 0.3})
     assert "S5VH has no records in profile smoke yet." in said and not files & {"beyond_long.csv"}
-
-
-ITQ = "ITQ, flattened"
-RIVALS = {ATTENTION: 0.3, NO_LAYERS: 0.5, ITQ: 0.4, "ITQ, time mean": 0.1}
-
-
-@pytest.mark.parametrize(("s5vh", "plus"), [(0.7, 0.9), (0.2, 0.5), (0.2, 0.3)])
-def test_where_selective_layers_help(answer, s5vh, plus):
-    said, files = answer("scale", {"S5VH": s5vh, PLUS: plus, **RIVALS})
-    better = 2 * max(s5vh > 0.5, plus > 0.5)  # both sets
-    assert f"selective layers help in {better} of 2 sets" in said
-    assert f"S5VH in {2 * (s5vh > 0.5)}, Plus in {2 * (plus > 0.5)}), most Plus over {NO_LAYERS}" in said
-    assert {"scale.png", "beyond_scale_map.csv"} <= files
-    assert "Not run on all shares of the clips in profile smoke: Plus; S5VH" in said
-
-
-def test_a_rival_that_has_not_been_run(answer):
-    rivals = {row: quality for row, quality in RIVALS.items() if row != ATTENTION}
-    said, files = answer("scale", {"S5VH": 0.9, PLUS: 0.9, **rivals})
-    assert "The map has no records in profile smoke yet." in said and "scale.png" not in files
-
-
-@pytest.mark.parametrize("straight", [True, False])
-def test_the_line_over_the_shares(answer, straight):
-    gains = [0.1, 0.2, 0.3, 0.4 if straight else 0.05]
-    plus = {row: 0.3 + gain for row, gain in zip(shared_rows(PLUS), gains)}
-    said, files = answer("scale", {ITQ: 0.4}, shares={**plus, **dict.fromkeys(shared_rows(ITQ), 0.3)})
-    assert "The map has no records in profile smoke yet." in said
-    assert f"off the line through the smaller shares on {int(not straight)} of 1 sets" in said
-    assert {"scale.png", "beyond_scale_lines.csv", "beyond_scale_points.csv"} <= files
-    assert "beyond_scale_map.csv" not in files

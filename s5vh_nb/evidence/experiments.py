@@ -833,27 +833,6 @@ _BEYOND = {
         base="S5VH",
         without={"quick": (PLUS,)},  # it is the same size in every profile but smoke
     ),
-    "long": Experiment(
-        {
-            "S5VH": _long(),
-            LOOKS_BACK: _long(directions="forward"),
-            "LSTM, forward": _long(mixer="LSTM", directions="forward"),
-            "Transformer": _long(mixer="Transformer", directions="forward"),
-            RELEASED_START: _long(start="released"),
-            TAUGHT[0]: _taught(),
-            TAUGHT[1]: _taught(start="released"),
-            **_ITQ,
-        },
-        datasets={
-            "smoke": _SHORTEST_LONG[:1],
-            "quick": _SHORTEST_LONG,
-            **dict.fromkeys(("full", "paper"), tuple(LONG_SETS)),
-        },
-        bits=_LONGEST,
-        seeds=_THREE_SEEDS,
-        base="S5VH",
-        without=dict.fromkeys(("smoke", "quick"), ("LSTM, forward", "Transformer", RELEASED_START, *TAUGHT)),
-    ),
     "scale": Experiment(
         {
             "S5VH": _in_40_epochs(),
@@ -875,6 +854,27 @@ _BEYOND = {
         seeds=_THREE_SEEDS,
         epochs={"quick": 40},  # as in s5vh/schedule
         without={"quick": tuple(_PLUS_SHARED)},
+    ),
+    "long": Experiment(
+        {
+            "S5VH": _long(),
+            LOOKS_BACK: _long(directions="forward"),
+            "LSTM, forward": _long(mixer="LSTM", directions="forward"),
+            "Transformer": _long(mixer="Transformer", directions="forward"),
+            RELEASED_START: _long(start="released"),
+            TAUGHT[0]: _taught(),
+            TAUGHT[1]: _taught(start="released"),
+            **_ITQ,
+        },
+        datasets={
+            "smoke": _SHORTEST_LONG[:1],
+            "quick": _SHORTEST_LONG,
+            **dict.fromkeys(("full", "paper"), tuple(LONG_SETS)),
+        },
+        bits=_LONGEST,
+        seeds=_THREE_SEEDS,
+        base="S5VH",
+        without=dict.fromkeys(("smoke", "quick"), ("LSTM, forward", "Transformer", RELEASED_START, *TAUGHT)),
     ),
     "supervised": Experiment(
         {
