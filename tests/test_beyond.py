@@ -32,16 +32,19 @@ def answer(checkout, pretend, cells, capsys):
 @pytest.mark.parametrize("better", [True, False])
 def test_plus_and_its_parts(answer, better):
     quality = {PLUS: 0.6, "without layers": 0.9 if better else 0.2, "ITQ, flattened": 0.3}
-    said, files = answer("plus", quality)
+    of_pairs = {PLUS: 0.9 if better else 0.3, "ITQ": 0.6, "text counts once": 0.1}
+    said, files = answer("plus", quality, pairs=of_pairs)
     assert f"With one part changed Plus is worse in {int(not better)} of 1 comparisons" in said
     row = "'without layers' on spoken-digits (16 bits)" if better else "none"
     assert f"Better than Plus is {row}." in said
-    assert {"beyond_plus.csv", "plus_gains.png"} <= files
+    assert f"Plus is better than ITQ in {int(better)} of 1, than CCA-ITQ in 0 of 0" in said
+    assert {"beyond_plus.csv", "plus_gains.png", "beyond_plus_pairs.csv", "plus_pair_gains.png"} <= files
 
 
 def test_plus_without_records(answer):
-    said, files = answer("plus", {"ITQ, flattened": 0.3})
+    said, files = answer("plus", {"ITQ, flattened": 0.3}, pairs={"ITQ": 0.3})
     assert "Plus has no records in profile smoke yet." in said and "beyond_plus.csv" not in files
+    assert "On image-text pairs Plus has no records" in said and "beyond_plus_pairs.csv" not in files
 
 
 def test_where_curves_flatten(answer):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'PAIR_VARIANTS', 'KINDS', 'check_bits', 'bits_of', 'check_config', 'S5VHConfig', 'SLGConfig', 'PlusConfig',
-           'NeighbourConfig', 'DMMHConfig', 'MetricConfig', 'TrainConfig', 'replace', 'BaselineConfig',
-           'TransferConfig', 'to_dict', 'from_dict']
+           'NeighbourConfig', 'PairNeighbourConfig', 'DMMHConfig', 'MetricConfig', 'TrainConfig', 'replace',
+           'BaselineConfig', 'TransferConfig', 'to_dict', 'from_dict']
 
 # %% ../../nbs/lib/basics/03_config.ipynb #51369f0d
 import dataclasses
@@ -361,6 +361,52 @@ class NeighbourConfig:
         check(self.temperature > 0, "temperature", "a positive number", self.temperature)
         check(self.neighbours > 0, "neighbours", "at least 1", self.neighbours)
 
+# %% ../../nbs/lib/basics/03_config.ipynb #7cb0cf8e
+@dataclass(frozen=True)
+class PairNeighbourConfig:
+    """The objective of variant `plus` for pairs: changed views of a pair are alike, and neighbours are, too.
+
+    Parameters
+    ----------
+    noise : float
+        standard deviation of what is added to an image feature, in units of its own
+    drop : float
+        share of the text features that a view does not see
+    alone : float
+        share of the views that lack the image or the text
+    text_weight : float
+        of the text beside the image where neighbours are sought
+    temperature : float
+        of the contrast
+    neighbour_weight : float
+        share of the target that belongs to neighbours; the rest is the other view's
+    neighbours : int
+        nearest pairs of each in the graph
+    damping : float
+        weight of each further step along the graph, in [0, 1)
+    """
+
+    noise: float = 0.3  # standard deviation of what is added to an image feature, in units of its own
+    drop: float = 0.3  # share of the text features that a view does not see
+    alone: float = 0.3  # share of the views that lack the image or the text
+    text_weight: float = 2.0  # of the text beside the image where neighbours are sought
+    temperature: float = 0.5  # of the contrast
+    # share of the target that belongs to neighbours; the rest is the other view's
+    neighbour_weight: float = 0.8
+    neighbours: int = 10  # nearest pairs of each in the graph
+    damping: float = 0.9  # weight of each further step along the graph, in [0, 1)
+
+    def __post_init__(self):
+        _check_types(self)
+        check(0 <= self.noise < math.inf, "noise", "a finite number of at least 0", self.noise)
+        for name in ("drop", "damping"):
+            check(0 <= getattr(self, name) < 1, name, "a number in [0, 1)", getattr(self, name))
+        for name in ("alone", "neighbour_weight"):
+            check(0 <= getattr(self, name) <= 1, name, "a share in [0, 1]", getattr(self, name))
+        check(0 < self.text_weight < math.inf, "text_weight", "a positive number", self.text_weight)
+        check(self.temperature > 0, "temperature", "a positive number", self.temperature)
+        check(self.neighbours > 0, "neighbours", "at least 1", self.neighbours)
+
 # %% ../../nbs/lib/basics/03_config.ipynb #77acbd2f
 @dataclass(frozen=True)
 class DMMHConfig:
@@ -459,6 +505,10 @@ class MetricConfig:
         weight of MSE(h, the item's hash center), after CSQ (Yuan et al. 2020); no sister work has it
     centers : str
         "semantic", of class means, "hadamard" (its start only), "random"
+    labelled : float
+        share of the training pairs whose labels are given, the same of each label
+    propagation : str
+        what becomes of the others: they get labels along "paths" of neighbours, or "none" and are left out
     """
 
     n_classes: int = 24  # labels
@@ -468,6 +518,9 @@ class MetricConfig:
     # weight of MSE(h, the item's hash center), after CSQ (Yuan et al. 2020); no sister work has it
     alignment: float = 0.0
     centers: str = "semantic"  # "semantic", of class means, "hadamard" (its start only), "random"
+    labelled: float = 1.0  # share of the training pairs whose labels are given, the same of each label
+    # what becomes of the others: they get labels along "paths" of neighbours, or "none" and are left out
+    propagation: str = "paths"
 
     def __post_init__(self):
         _check_types(self)
@@ -487,10 +540,16 @@ class MetricConfig:
             "none",
         )
         known(self.centers, ("semantic", "hadamard", "random"), "centers")
+        check(0 < self.labelled <= 1, "labelled", "a share in (0, 1]", self.labelled)
+        known(self.propagation, ("paths", "none"), "propagation")
 
 # %% ../../nbs/lib/basics/03_config.ipynb #cce016a5
-# a network and what it minimises
-_PAIRS = ((S5VHConfig, SLGConfig), (PlusConfig, NeighbourConfig), (DMMHConfig, MetricConfig))
+_PAIRS = (  # a network and what it minimises
+    (S5VHConfig, SLGConfig),
+    (PlusConfig, NeighbourConfig),
+    (DMMHConfig, MetricConfig),
+    (DMMHConfig, PairNeighbourConfig),
+)
 
 
 @dataclass(frozen=True)
@@ -521,7 +580,7 @@ class TrainConfig:
         epochs between two evaluations during training, for curves; 0: none. Nothing is chosen by them
     model : S5VHConfig | PlusConfig | DMMHConfig
         the network
-    objective : SLGConfig | NeighbourConfig | MetricConfig
+    objective : SLGConfig | NeighbourConfig | MetricConfig | PairNeighbourConfig
         what it minimises
     """
 
@@ -538,9 +597,10 @@ class TrainConfig:
     # epochs between two evaluations during training, for curves; 0: none. Nothing is chosen by them
     evaluate_every: int = 0
     model: S5VHConfig | PlusConfig | DMMHConfig = field(default_factory=S5VHConfig)  # the network
-    objective: SLGConfig | NeighbourConfig | MetricConfig = field(
+    # what it minimises
+    objective: SLGConfig | NeighbourConfig | MetricConfig | PairNeighbourConfig = field(
         default_factory=SLGConfig
-    )  # what it minimises
+    )
 
     def __post_init__(self):
         _check_types(self)

@@ -7,7 +7,15 @@ __all__ = ['DATASETS', 'PROFILES', 'train_config']
 
 # %% ../../nbs/lib/basics/04_profiles.ipynb #61ed3bae
 from .checks import known
-from .config import VARIANTS, DMMHConfig, MetricConfig, TrainConfig, replace
+from s5vh_nb.basics.config import (
+    PAIR_VARIANTS,
+    VARIANTS,
+    DMMHConfig,
+    MetricConfig,
+    PairNeighbourConfig,
+    TrainConfig,
+    replace,
+)
 
 # %% ../../nbs/lib/basics/04_profiles.ipynb #05570951
 DATASETS = {
@@ -51,12 +59,24 @@ _PAIR_PROFILES = {
 }
 _PLUS_DATASETS = {"asl-words": dict(centring=0.5, temperature=0.3)}  # where a hand is says much of a sign
 _PLUS_PROFILES = {"smoke": dict(m=16, depth=1, epochs=2)}  # it is small: the others take all of it
+_PLUS_PAIRS = dict(
+    model=DMMHConfig(
+        width=128, image_hidden=256, text_hidden=256, dropout=0.2, **PAIR_VARIANTS["plain MLPs"]
+    ),
+    objective=PairNeighbourConfig(),
+    epochs=40,
+    batch=256,
+    lr=2e-3,
+    lr_end=1e-5,
+    weight_decay=1e-2,
+)
+_PLUS_PAIR_PROFILES = {"smoke": dict(width=16, image_hidden=32, text_hidden=32, epochs=2)}
 
 
 def train_config(
     dataset: str = "spoken-digits",  # A name that `datasets.catalog.load` knows
     profile: str = "quick",  # "smoke", "quick", "full" or "paper"
-    variant: str = "paper",  # of videos: "paper", "released", "conmh", "ssth" or "plus"
+    variant: str = "paper",  # "paper" or "plus"; of videos also "released", "conmh" or "ssth"
     **changes,  # Fields to set on top, e.g. `bits=16, seed=2, beta=0.0`
 ) -> TrainConfig:
     """A data set's configuration: the paper's values, then the profile's, the variant's, and `changes`.
@@ -68,13 +88,16 @@ def train_config(
     profile : str
         "smoke", "quick", "full" or "paper"
     variant : str
-        of videos: "paper", "released", "conmh", "ssth" or "plus"
+        "paper" or "plus"; of videos also "released", "conmh" or "ssth"
     **changes
         Fields to set on top, e.g. `bits=16, seed=2, beta=0.0`
     """
     name = dataset.removeprefix("synthetic-like:")
     known(profile, PROFILES, "profile")
-    known(variant, VARIANTS if name not in _PAIR_DATASETS else ["paper"], "variant")
+    known(variant, VARIANTS if name not in _PAIR_DATASETS else ["paper", "plus"], "variant")
+    if name in _PAIR_DATASETS and variant == "plus":
+        base = TrainConfig(dataset=dataset, **_PLUS_PAIRS)
+        return replace(base, **{**_PLUS_PAIR_PROFILES.get(profile, {}), **changes})
     if name in _PAIR_DATASETS:
         base = TrainConfig(dataset=dataset, **_DMMH_TRAINING)
         return replace(base, **{**_PAIR_DATASETS[name], **_PAIR_PROFILES[profile], **changes})

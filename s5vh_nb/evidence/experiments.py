@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PLUS', 'TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'NO_DEPTH', 'TWO_DIFFERENCES', 'WITH_DEPTH', 'WITHOUT_DEPTH',
-           'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS', 'LABEL_SHARES',
-           'ALL_LABELS', 'CLUSTERS', 'NEAREST_MEAN', 'OTHER_CENTERS', 'VOTES', 'RANDOM_CENTERS', 'CENTER_COUNTS',
-           'SOLVED', 'LONG_SETS', 'LOOKS_BACK', 'RELEASED_START', 'TAUGHT', 'LONG_USED', 'LONG_COST', 'LONG_STREAMS',
-           'ATTENTION', 'NO_LAYERS', 'FROM_SCHEDULE', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row',
-           'but_for', 'schedule_row', 'share_row', 'efficiency_config', 'labels_row', 'centers_row', 'shared_rows']
+           'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS',
+           'PLUS_PAIR_PARTS', 'LABEL_SHARES', 'ALL_LABELS', 'CLUSTERS', 'NEAREST_MEAN', 'OTHER_CENTERS', 'VOTES',
+           'PAIR_SHARES', 'RANDOM_CENTERS', 'CENTER_COUNTS', 'SOLVED', 'LONG_SETS', 'LOOKS_BACK', 'RELEASED_START',
+           'TAUGHT', 'LONG_USED', 'LONG_COST', 'LONG_STREAMS', 'ATTENTION', 'NO_LAYERS', 'FROM_SCHEDULE', 'EXPERIMENTS',
+           'Fitted', 'config_of', 'Experiment', 'terms_row', 'but_for', 'schedule_row', 'share_row',
+           'efficiency_config', 'labels_row', 'left_out_row', 'centers_row', 'shared_rows']
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cbbcb356
 from collections.abc import Callable
@@ -626,19 +627,42 @@ PLUS_PARTS = {  # what a row changes in Plus
     "with a Transformer": dict(mixer="Transformer"),
     "with an LSTM": dict(mixer="LSTM"),
 }
+PLUS_PAIR_PARTS = {  # what a row changes in Plus for image-text pairs
+    "without neighbours": dict(neighbour_weight=0.0),
+    "text counts once": dict(text_weight=1.0),
+    "views with all words": dict(drop=0.0),
+    "views with both modalities": dict(alone=0.0),
+    "views without noise": dict(noise=0.0),
+    "DMMH's network": dict(dilation="bit", mixer="Mamba", fusion="sum", cnn_width=64, dropout=0.5),
+}
 _CLASSES = {"spoken-digits": 10, "spoken-pairs": 20, "asl-words": 14}
 _CLASSES |= {name: layout.n_classes for name, layout in OFFICIAL.items()}
 LABEL_SHARES = (0.01, 0.05, 0.1, 0.5, 1.0)  # of the training videos
 
 
-def labels_row(share: float) -> str:
+def labels_row(
+    share: float,
+    network: str = "S5VH",  # or "DMMH", for image-text pairs
+) -> str:
     """The name of a row that is given this share of the labels.
 
     Parameters
     ----------
     share : float
+    network : str
+        or "DMMH", for image-text pairs
     """
-    return f"S5VH, {share:.0%} labelled"
+    return f"{network}, {share:.0%} labelled"
+
+
+def left_out_row(share: float) -> str:
+    """The name of the row that learns from this share of the image-text pairs alone.
+
+    Parameters
+    ----------
+    share : float
+    """
+    return f"{labels_row(share, 'DMMH')}, others left out"
 
 
 def _shorter(config: TrainConfig, epochs: int, **changes) -> TrainConfig:
@@ -672,6 +696,10 @@ _LABEL_CONTROLS = {
 }
 VOTES = "centers of classes"  # the row that learns from majority votes alone
 _VOTED = dict(similarity=0.0, classification=0.0, alignment=1.0)
+PAIR_SHARES = LABEL_SHARES[:-1]  # of the training pairs; DMMH itself has all labels
+_LABELLED_PAIRS = {labels_row(share, "DMMH"): dict(labelled=share) for share in PAIR_SHARES}
+_LABELLED_PAIRS |= {left_out_row(share): dict(labelled=share, propagation="none") for share in PAIR_SHARES}
+_OTHER_SHARES = [row for row in _LABELLED_PAIRS if "10%" not in row]
 _IN_QUICK = ("without neighbours", "linear hash not added", "without layers")
 _NOT_IN_QUICK = tuple(name for name in PLUS_PARTS if name not in _IN_QUICK)
 
@@ -808,6 +836,19 @@ _BEYOND = {
         # S5VH's schedule is another there; quick has Plus at its own schedule, but few rows
         without={"smoke": ("S5VH",), "quick": ("S5VH", *_NOT_IN_QUICK)},
     ),
+    "plus/pairs": Experiment(
+        {
+            PLUS: dict(variant="plus"),
+            **{name: dict(variant="plus", **changes) for name, changes in PLUS_PAIR_PARTS.items()},
+            **{name: _PAIR_BASELINES[name] for name in ("ITQ", "CCA-ITQ", "LSH")},
+        },
+        "pairs",
+        _EMOJI,
+        bits={**_PAIR_BITS, "quick": (64,)},
+        base=PLUS,
+        without={"smoke": ("DMMH's network",), "quick": tuple(PLUS_PAIR_PARTS)[1:]},
+        longest_only=_everywhere(PLUS_PAIR_PARTS),
+    ),
     "sensitivity": Experiment(
         {
             _NO_ALIGNMENT: _in_40_epochs(beta=0.0),
@@ -902,6 +943,7 @@ _BEYOND = {
             VOTES: _VOTED,
             **{name: {**_VOTED, "centers": kind} for name, kind in OTHER_CENTERS.items()},
             "DMMH and centers": dict(alignment=1.0),
+            **_LABELLED_PAIRS,
             "supervised linear": Fitted("supervised"),
         },
         "pairs",
@@ -909,7 +951,7 @@ _BEYOND = {
         bits={**_LONGEST, "quick": (16,)},
         seeds=_THREE_SEEDS,
         base="DMMH",
-        without=dict.fromkeys(("smoke", "quick"), (*OTHER_CENTERS, "DMMH and centers")),
+        without=dict.fromkeys(("smoke", "quick"), (*OTHER_CENTERS, "DMMH and centers", *_OTHER_SHARES)),
     ),
 }
 

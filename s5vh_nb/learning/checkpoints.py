@@ -21,6 +21,7 @@ from s5vh_nb.basics.config import (
     DMMHConfig,
     MetricConfig,
     NeighbourConfig,
+    PairNeighbourConfig,
     PlusConfig,
     S5VHConfig,
     SLGConfig,
@@ -31,7 +32,12 @@ from s5vh_nb.basics.config import (
 )
 from ..basics.files import atomic_write, user_path
 from ..datasets.splits import Dataset
-from .objectives import MetricObjective, NeighbourObjective, SLGObjective
+from s5vh_nb.learning.objectives import (
+    MetricObjective,
+    NeighbourObjective,
+    PairNeighbourObjective,
+    SLGObjective,
+)
 from ..models.dmmh import DMMH
 from ..models.plus import Plus
 from ..models.s5vh import S5VH
@@ -39,7 +45,12 @@ from ..models.s5vh import S5VH
 # %% ../../nbs/lib/learning/06_checkpoints.ipynb #b71f9ef6
 # a part of the configuration -> what it configures
 _NETWORKS = {S5VHConfig: S5VH, PlusConfig: Plus, DMMHConfig: DMMH}
-_OBJECTIVES = {SLGConfig: SLGObjective, NeighbourConfig: NeighbourObjective, MetricConfig: MetricObjective}
+_OBJECTIVES = {
+    SLGConfig: SLGObjective,
+    NeighbourConfig: NeighbourObjective,
+    PairNeighbourConfig: PairNeighbourObjective,
+    MetricConfig: MetricObjective,
+}
 
 
 @dataclass(repr=False)

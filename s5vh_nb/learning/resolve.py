@@ -6,6 +6,7 @@
 __all__ = ['resolve', 'check_trainable', 'centers_from_file']
 
 # %% ../../nbs/lib/learning/05_resolve.ipynb #1dc934b1
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def resolve(config: TrainConfig, data: Dataset) -> TrainConfig:
     kind, network = _KINDS[type(config.model)], type(config.model).__name__
     check(data.kind == kind, "data", f"{kind}, for {network}", f"{data.name!r}, a set of {data.kind}")
     check(config.dataset == data.name, "dataset", f"{data.name!r}, the data given", repr(config.dataset))
-    config = replace(config, **data.widths)
+    asked = {f.name for part in (config.model, config.objective) for f in dataclasses.fields(part)}
+    config = replace(config, **{name: size for name, size in data.widths.items() if name in asked})
     c = config.objective
     if isinstance(c, SLGConfig) and c.labelled > 0:
         return replace(config, n_centers=data.n_classes)

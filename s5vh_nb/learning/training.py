@@ -22,14 +22,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..basics.checks import check
-from ..basics.config import TrainConfig, check_config
+from ..basics.config import MetricConfig, TrainConfig, check_config
 from ..basics.devices import Device, as_tensor, free_memory, pick_device
 from ..basics.files import check_writable, user_path
 from ..datasets.catalog import load
 from ..datasets.rows import rows_of, to_tensor, zeros_after
 from ..datasets.splits import Dataset
 from .checkpoints import TrainedRun, load_checkpoint, new_run, save_checkpoint, start_from
-from .objectives import MetricObjective, NeighbourObjective, training_classes
+from s5vh_nb.learning.objectives import (
+    MetricObjective,
+    NeighbourObjective,
+    PairNeighbourObjective,
+    training_classes,
+)
 from .resolve import centers_from_file, check_trainable, resolve
 from ..models.codes import HashNetwork
 from ..ops.streams import GraphedCall
@@ -281,8 +286,28 @@ def training_share(
         return data
     n = len(data.train)
     rows = np.sort(np.random.default_rng(seed).permutation(n)[: max(2, round(share * n))])
+    return _with_training_rows(data, rows)
+
+
+def _with_training_rows(data: Dataset, rows: np.ndarray) -> Dataset:
+    "`data` with these of its training items, some perhaps more than once."
     inside = {} if data.train_ids is None else {"train_ids": data.train_ids[rows]}
     return dataclasses.replace(data, train=data.train.take(rows), **inside)
+
+
+def _labelled_part(
+    data: Dataset,
+    config: TrainConfig,  # Resolved
+) -> Dataset:
+    """`data` with the training pairs alone that have labels, where the others are left out.
+
+    They are repeated until there are as many as before, so that epochs have as many steps.
+    """
+    c = config.objective
+    if not isinstance(c, MetricConfig) or c.propagation != "none" or c.labelled == 1:
+        return data
+    _, known = training_classes(config, data.train)
+    return _with_training_rows(data, np.resize(np.flatnonzero(known), len(known)))
 
 # %% ../../nbs/lib/learning/07_training.ipynb #b333685b
 @contextlib.contextmanager
@@ -352,7 +377,7 @@ def fit_objective(
     """
     if isinstance(run.objective, MetricObjective):
         run.objective.fit(data.train, progress)
-    elif isinstance(run.objective, NeighbourObjective):
+    elif isinstance(run.objective, NeighbourObjective | PairNeighbourObjective):
         run.objective.fit(run.model, data.train)
         run.objective.connect(run.model, data.train)
     else:
@@ -439,6 +464,7 @@ def train(
     data, device = data or load(config.dataset, data_root), pick_device(device)
     checkpoint = checkpoint and user_path(checkpoint)
     config, data = resolve(config, data), training_share(data, config.share, config.seed)
+    data = _labelled_part(data, config)
     check_trainable(config, data)
     resumed = resume and checkpoint and Path(checkpoint).exists()
     run = load_checkpoint(checkpoint, config, data, device) if resumed else new_run(config, data, device)
@@ -448,7 +474,7 @@ def train(
         start_from(run, start)
     if not resumed:
         fit_objective(run, data, progress)
-    elif run.epoch < config.epochs and isinstance(run.objective, NeighbourObjective):
+    elif run.epoch < config.epochs and isinstance(run.objective, NeighbourObjective | PairNeighbourObjective):
         run.objective.connect(run.model, data.train)  # its table is in no checkpoint
     if run.epoch < config.epochs:
         inputs = move_if_they_fit(data.train.arrays, device, config.precision)
