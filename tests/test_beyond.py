@@ -99,8 +99,8 @@ LONG = {"S5VH": 0.5, LOOKS_BACK: 0.5, "ITQ, flattened": 0.9, "ITQ, time mean": 0
 
 def test_long_videos(answer):
     said, files = answer("long", LONG)
-    assert "Where which digits occur decides, GmAP at 100 frames is: ITQ, flattened" in said
-    (quality,) = (line for line in said.splitlines() if line.startswith("Where"))
+    assert "When the digits that occur decide the class, GmAP at 100 frames is: ITQ, flattened" in said
+    (quality,) = (line for line in said.splitlines() if line.startswith("When"))
     first, *_, last = quality.split(": ")[1].split("), ")
     assert first.endswith("(better (one seed)") and last.startswith("ITQ, time mean")
     assert last.endswith("(worse (one seed)).")

@@ -743,14 +743,15 @@ TAUGHT = "S5VH, all labels", "S5VH, released start, all labels"  # where the ord
 def _long(**changes) -> Callable:
     """A row on long videos: half as wide and a third as deep as the profile's.
 
-    A training takes each video at most 100 times, and at most 80 000 frames of it.
+    A third of the profile's epochs, but at most 100, and at most 80 000 frames of a video in all.
     """
 
     def row(config):
         m, depth = config.model.m // 2, max(1, config.model.depth // 3)
         _, t = LONG_SETS.get(config.dataset, ("", 25))
         options = dict(m=m, decoder_m=m, depth=depth, batch=64, lr=2e-3, precision="bfloat16")
-        return _shorter(config, min(100, 80_000 // t), **options, **changes)
+        epochs = min(100, 80_000 // t, max(2, config.epochs // 3))
+        return _shorter(config, epochs, **options, **changes)
 
     return row
 
