@@ -776,8 +776,8 @@ def test_the_same_files_are_loaded_once(root):
 def test_rows_of_the_catalog():
     for name, entry in CATALOG.items():
         assert entry.kind in ("videos", "pairs") and entry.summary
-        assert entry.source in ("bundled", "one command", "files", "random numbers")
-        assert bool(entry.files) == (entry.source in ("one command", "files"))
+        assert entry.source in ("bundled", "one command", "own", "files", "random numbers")
+        assert bool(entry.files) == (entry.source in ("one command", "own", "files"))
         if entry.source == "bundled":
             data = load(name)
             assert (data.name, data.kind) == (name, entry.kind)
