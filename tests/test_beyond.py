@@ -2,19 +2,26 @@
 
 import pytest
 
-from s5vh_nb.evidence.experiments import PLUS
+from s5vh_nb.evidence.experiments import ATTENTION, LOOKS_BACK, NO_LAYERS, PLUS, shared_rows
 from s5vh_nb.evidence.study import open_study
 
 
 @pytest.fixture
 def answer(checkout, pretend, cells, capsys):
-    "A function of a notebook and the quality of its rows: what it prints, and the names of its files."
+    """A function of a notebook and the quality of its rows: what it prints, and the names of its files.
 
-    def make(name, quality):
-        study = open_study(f"beyond/{name}", "smoke", device="cpu", root=checkout, may_train=False)
-        for (*_, row), configs in study.cells(list(quality)).items():
-            for config in configs:
-                pretend(config, quality[row])
+    Keywords are the rows of its further experiments.
+    """
+
+    def make(name, quality, **others):
+        for part, qualities in {
+            name: quality,
+            **{f"{name}/{other}": q for other, q in others.items()},
+        }.items():
+            study = open_study(f"beyond/{part}", "smoke", device="cpu", root=checkout, may_train=False)
+            for (*_, row), configs in study.cells(list(qualities)).items():
+                for config in configs:
+                    pretend(config, qualities[row])
         cells(f"beyond/{name}")
         files = {path.name for path in checkout.rglob("*") if path.suffix in (".csv", ".png")}
         return capsys.readouterr().out, files
@@ -51,3 +58,70 @@ def test_numbers_of_centers(answer, rows):
     assert ("sensitivity_c.png" in files) == (rows == 2)
     if rows == 2:
         assert "Alignment is better in 2 and worse in 0 of 2 comparisons with none" in said
+
+
+ITQ = "ITQ, flattened"
+RIVALS = {ATTENTION: 0.3, NO_LAYERS: 0.5, ITQ: 0.4, "ITQ, time mean": 0.1}
+
+
+@pytest.mark.parametrize(("s5vh", "plus"), [(0.7, 0.9), (0.2, 0.5), (0.2, 0.3)])
+def test_where_selective_layers_help(answer, s5vh, plus):
+    said, files = answer("scale", {"S5VH": s5vh, PLUS: plus, **RIVALS})
+    better = 2 * max(s5vh > 0.5, plus > 0.5)  # both sets
+    assert f"selective layers help in {better} of 2 sets" in said
+    assert f"S5VH in {2 * (s5vh > 0.5)}, Plus in {2 * (plus > 0.5)}), most Plus over {NO_LAYERS}" in said
+    assert {"scale.png", "beyond_scale_map.csv"} <= files
+    assert "Not run on all shares of the clips in profile smoke: Plus; S5VH" in said
+
+
+def test_a_rival_that_has_not_been_run(answer):
+    rivals = {row: quality for row, quality in RIVALS.items() if row != ATTENTION}
+    said, files = answer("scale", {"S5VH": 0.9, PLUS: 0.9, **rivals})
+    assert "The map has no records in profile smoke yet." in said and "scale.png" not in files
+
+
+@pytest.mark.parametrize("straight", [True, False])
+def test_the_line_over_the_shares(answer, straight):
+    gains = [0.1, 0.2, 0.3, 0.4 if straight else 0.05]
+    plus = {row: 0.3 + gain for row, gain in zip(shared_rows(PLUS), gains)}
+    said, files = answer("scale", {ITQ: 0.4}, shares={**plus, **dict.fromkeys(shared_rows(ITQ), 0.3)})
+    assert "The map has no records in profile smoke yet." in said
+    assert f"off the line through the smaller shares on {int(not straight)} of 1 sets" in said
+    assert {"scale.png", "beyond_scale_lines.csv", "beyond_scale_points.csv"} <= files
+    assert "beyond_scale_map.csv" not in files
+
+
+LONG = {"S5VH": 0.5, LOOKS_BACK: 0.5, "ITQ, flattened": 0.9, "ITQ, time mean": 0.1}
+
+
+def test_long_videos(answer):
+    said, files = answer("long", LONG)
+    assert "Where which digits occur decides, GmAP at 100 frames is: ITQ, flattened" in said
+    (quality,) = (line for line in said.splitlines() if line.startswith("Where"))
+    first, *_, last = quality.split(": ")[1].split("), ")
+    assert first.endswith("(better (one seed)") and last.startswith("ITQ, time mean")
+    assert last.endswith("(worse (one seed)).")
+    assert {"beyond_long.csv", "long_quality.png"} <= files
+    assert not {"beyond_long_used.csv", "beyond_long_cost.csv", "beyond_long_streams.csv"} & files
+
+
+def test_costs_and_streams_of_long_videos(answer, keep, checkout):
+    "A training step that stays within the limits, one that needs more memory, one that needs more time."
+    study = open_study("beyond/long", "smoke", device="cpu", root=checkout, may_train=False)
+    place = "spoken-long-which:100", 16
+    cost = {"step s": 0.1, "step bytes": 1e8, "encoding s": 0.1, "encoding bytes": 1e7}
+    ends = {"S5VH": cost | {"step bytes": 2e9}, LOOKS_BACK: cost | {"step s": 2.0}}
+    for row, end in ends.items():
+        (config,) = study.configs(*place, row)
+        keep(config, {"points": [{"t": 25, **cost}, {"t": 50, **end}]}, "cost")
+    (config,) = study.configs(*place, "S5VH")
+    keep(config, {"points": [{"chunk": 25, "ahead": a, "drift": 0.2 / (a + 1)} for a in (0, 100)]}, "drift")
+    said, files = answer("long", LONG)
+    assert "S5VH 25 (more memory needed at 50), Mamba, forward 25 (more time needed at 50)." in said
+    assert "drift 20.0% with 25 frames at a time and 0 ahead, 0.2% with 25 frames" in said
+    assert {"beyond_long_cost.csv", "long_cost.png", "beyond_long_streams.csv"} <= files
+
+
+def test_long_videos_without_records(answer):
+    said, files = answer("long", {"ITQ, flattened": 0.3})
+    assert "S5VH has no records in profile smoke yet." in said and not files & {"beyond_long.csv"}

@@ -792,10 +792,20 @@ FINGERPRINTS = {
     "moving-digits": "fb2d95a9bd943647",
     "animated-emoji": "698767b8e81d2a76",
     "emoji": "b52df5e4190f01d5",
+    "spoken-long-which:100": "bc5c98349f0e64e4",
+    "spoken-long-which:400": "ff17574acbd93bda",
+    "spoken-long-which:1000": "6128807ba73d4e8a",
+    "spoken-long-which:4000": "106e3a303b146938",
+    "spoken-long-order:100": "bedc040f9fb1911f",
+    "spoken-long-order:400": "4787b74709c72352",
+    "spoken-long-order:1000": "be366a55bdd8c11e",
+    "spoken-long-order:4000": "a9c95472a1508598",
     "synthetic-like:ucf101": "recipe-72475477f38727d5",
     "synthetic-like:hmdb51": "recipe-10baa8bbf2d3fbe3",
     "synthetic-like:fcvid": "recipe-165ae8e84df96172",
     "synthetic-like:activitynet": "recipe-494bebcd7e7f29ae",
+    "synthetic:classes=20+order=0.5+noise=2+redundancy=0.8": "0ec4c06aba51f4bb",
+    "synthetic:classes=50+order=1+noise=5+redundancy=0": "a356b73f2eabb6d2",
 }
 
 
@@ -873,6 +883,25 @@ def test_no_recording_or_handwriting_on_both_sides():
         data = load(name)
         database, query = ({x.tobytes() for x in split.frames} for split in (data.database, data.query))
         assert not database & query
+
+
+@pytest.mark.parametrize("kind", ["which", "order"])
+def test_long_sequences_hold_recordings_of_their_own_split(kind):
+    "Each place is silent or holds one of the split's recordings, of a digit of the class."
+    recordings = {role: split for role, split in load("spoken-digits").splits.items() if role != "database"}
+    data = load(f"spoken-long-{kind}:1000")
+    for role, split in recordings.items():
+        digit_of = {x.tobytes(): y for x, y in zip(split.frames, split.labels)}
+        places = getattr(data, role).frames.reshape(-1, 40, 25, 13)
+        for x, y in zip(places[::7], getattr(data, role).labels[::7]):
+            said = [digit_of.get(place.tobytes()) for place in x]
+            assert all((np.abs(place) < 0.1).all() for place, a in zip(x, said) if a is None)
+            spoken = [str(a) for a in said if a is not None]
+            wanted = data.classes[y].replace(", then", " and").split(" and ")
+            if kind == "order":
+                assert spoken == wanted and said[3:] == [None] * 37
+            else:
+                assert all(sorted({*map(str, said[i : i + 4])} - {"None"}) == wanted for i in range(0, 40, 4))
 
 
 def test_emoji_protocol():

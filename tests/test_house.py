@@ -488,9 +488,10 @@ def test_imported_packages_are_declared():
     "Also those that come with another package. A notebook of nbs/data installs what it needs by itself."
     extras = PYPROJECT["project"]["optional-dependencies"]
     needed = PYPROJECT["project"]["dependencies"]
-    assert not undeclared(MODULES.items(), needed + extras["gpu"] + extras["video"])
+    optional = sum((extras[name] for name in ("gpu", "milvus", "video")), [])
+    assert not undeclared(MODULES.items(), needed + optional)
     notebooks = [path for path in NOTEBOOKS if path.parent.name != "data"]
-    assert not undeclared(code(notebooks, SCRIPTS + TESTS), needed + sum(extras.values(), []))
+    assert not undeclared(code(notebooks, SCRIPTS + TESTS), needed + optional + extras["dev"])
     tree = ast.parse("import sklearn, made_up\ntry:\n    import rare\nexcept ImportError:\n    import dear")
     assert set(undeclared([("here", tree)], ["scikit-learn>=1.5"])) == {"made_up", "dear"}
 

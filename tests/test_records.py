@@ -111,7 +111,7 @@ DEFAULTS = {  # of all fields that names may leave out
         weight_decay=1e-4,
         precision="tf32",
     ),
-    BaselineConfig: dict(dataset="spoken-digits", method="itq", view="mean", bits=64, seed=1),
+    BaselineConfig: dict(dataset="spoken-digits", method="itq", view="mean", bits=64, seed=1, share=1.0),
 }
 
 

@@ -1,4 +1,4 @@
-"Videos that arrive frame by frame, and videos of different lengths: their codes are those of whole videos."
+"Videos that arrive over time, and videos of different lengths: their codes are those of whole videos."
 
 import h5py
 import numpy as np
@@ -20,13 +20,14 @@ def network(**options):
     return S5VH(S5VHConfig(**{**dict(d=13, bits=16, m=16, depth=2, decoder_m=16), **options}))
 
 
-def test_steps_of_mamba_are_its_forward_pass_with_gradients():
+@pytest.mark.parametrize("sizes", [[1] * 6, [2, 4], [1, 3, 2]])
+def test_steps_of_mamba_are_its_forward_pass_with_gradients(sizes):
     torch.manual_seed(0)
     net = Mamba(16, d_state=5, d_conv=3, expand=3, dt_rank=2).double()
     x = torch.randn(3, 6, 16, dtype=torch.float64).requires_grad_()
     outputs, states = [], net.allocate_inference_cache(3)
-    for frame in x.split(1, 1):
-        y, *states = net.step(frame, *states)
+    for frames in x.split(sizes, 1):
+        y, *states = net.step(frames, *states)
         outputs.append(y)
     results = torch.cat(outputs, 1), net(x)
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
@@ -35,54 +36,136 @@ def test_steps_of_mamba_are_its_forward_pass_with_gradients():
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
 
 
+def pieces(x, sizes):
+    "x (b, t, d) in pieces of random lengths, drawn from `sizes`."
+    rest, found = x, []
+    while rest.shape[1]:
+        size = sizes[torch.randint(len(sizes), ()).item()]
+        found.append(rest[:, :size])
+        rest = rest[:, size:]
+    return found
+
+
+def held(stream):
+    "Numbers that a stream holds in memory, views with all of what they look at."
+    kept = [stream.votes, stream.waiting, *(v for state in stream.states for v in state)]
+    return sum(v.untyped_storage().nbytes() for v in kept)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("b", [1, 7])
-def test_a_stream_has_the_codes_of_every_prefix(b, dtype):
-    "In training mode, too, and its memory does not grow."
-    net, x = network(directions="forward").to(dtype), torch.randn(b, 40, 13)
-    stream, sizes = net.stream(b), set()
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_stream_has_the_codes_of_every_prefix(b, dtype, chunk):
+    "However it is cut. In training mode, too, and its memory does not grow."
+    net, x = network(directions="forward").to(dtype), torch.randn(b, 60, 13)
+    stream, sizes, seen = net.stream(b, chunk), set(), 0
     assert isinstance(stream, Stream)
-    for s in range(40):
-        frame = x[:, s].numpy() if s % 2 else x[:, s]
-        assert torch.equal(stream.update(frame), net.encode(x[:, : s + 1]))
-        sizes.add(sum(v.numel() for state in stream.states for v in state) + stream.votes.numel())
-    assert len(sizes) == 1 and net.training
+    for i, piece in enumerate(pieces(x, (1, 2, 3, 9))):
+        stream.push(piece.numpy() if i % 2 else piece)
+        seen += piece.shape[1]
+        assert torch.equal(stream.codes(), net.encode(x[:, :seen]))
+        sizes.add(held(stream) - stream.waiting.untyped_storage().nbytes())
+        assert stream.waiting.untyped_storage().nbytes() < 4 * b * 13 * x.to(dtype).element_size()
+    assert len(sizes) == 1 and net.training and seen == 60
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_layers_in_pieces_are_the_whole_network(depth):
+    "The embeddings, in float64: for any pieces of a network that looks back, with all ahead of the other."
+    x = torch.randn(3, 50, 13, dtype=torch.float64)
+    for options in (dict(directions="forward"), dict(directions="both"), dict(tied=True)):
+        net = network(depth=depth, **options).double().eval()
+        whole, states = net.encoder(x), net.encoder.layers.allocate_inference_cache(3)
+        start, found = 0, []
+        for piece in pieces(x, (1, 2, 5, 17)):
+            size = piece.shape[1]
+            seen = piece if options.get("directions") == "forward" else x[:, start:]
+            z, states = net.encoder.step(seen, start, states, size)
+            found.append(z)
+            start += size
+        torch.testing.assert_close(torch.cat(found, 1), whole, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{}, dict(tied=True)])
+def test_a_stream_of_both_directions_comes_near(options):
+    "It has the codes of the whole where all frames to come lie ahead; few bits differ where none do."
+    net, x = network(**options, bits=64, m=32).eval(), torch.randn(20, 60, 13)
+    whole, drift, sizes = unpack(net.encode(x)), [], set()
+    for ahead in (0, 4, 60):
+        stream = net.stream(20, 6, ahead)
+        for piece in pieces(x, (1, 5, 11)):
+            stream.push(piece)
+        drift.append((unpack(stream.codes()) != whole).float().mean().item())
+        sizes.add(stream.waiting.shape[1] < 6 + ahead)
+    assert drift[-1] == 0 < drift[0] < 0.3 and sizes == {True}
+
+
+def test_asking_for_codes_changes_nothing():
+    net, x = network(), torch.randn(2, 30, 13)
+    asked, silent = net.stream(2, 4, 3), net.stream(2, 4, 3)
+    for frame in x.split(1, 1):
+        for stream in (asked, silent):
+            stream.push(frame)
+        asked.codes()
+    assert torch.equal(asked.codes(), silent.codes())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_streams_of_cast_networks_count_beyond_their_precision(dtype):
+@pytest.mark.parametrize("size", [1, 300])
+def test_streams_of_cast_networks_count_beyond_their_precision(dtype, size):
     "In 16 bits the sum of votes would stand still after some hundreds of frames."
-    net, x = network(directions="forward").to(dtype), torch.randn(2, 13)
+    net, x = network(directions="forward").to(dtype), torch.randn(2, 1, 13).expand(-1, 300, -1)
     stream = net.stream(2)
-    for _ in range(300):
-        codes = stream.update(x)
+    for piece in x.split(size, 1):
+        stream.push(piece)
     assert stream.votes.abs().max() > 256 and stream.votes.dtype == torch.float32
-    same = unpack(codes) == unpack(net.encode(x[:, None].expand(-1, 300, -1)))
+    same = unpack(stream.codes()) == unpack(net.encode(x))
     assert same.float().mean() > 0.9
 
 
-def test_a_frame_that_is_refused_does_not_count():
+def test_frames_that_are_refused_do_not_count():
     net, x = network(directions="forward"), torch.randn(1, 9, 13)
     stream = net.stream()
-    for s in range(9):
+    with pytest.raises(ValueError, match="stream: expected at least one frame, found none"):
+        stream.codes()
+    for piece in x.split(3, 1):
         with pytest.raises(ValueError, match="features: expected finite numbers"):
-            stream.update(x[:, s] / 0)
-        with pytest.raises(ValueError, match=r"frame: expected shape \(1, 13\), found \(1, 12\)"):
-            stream.update(x[:, s, 1:])
-        with pytest.raises(TypeError, match="frame: expected a tensor"):
-            stream.update(x[:, s].tolist())
-        codes = stream.update(x[:, s])
-    assert torch.equal(codes, net.encode(x))
+            stream.push(piece / 0)
+        with pytest.raises(
+            ValueError, match=r"frames: expected shape \(1, s, 13\), s at least 1, found \(1, 3, 12\)"
+        ):
+            stream.push(piece[..., 1:])
+        with pytest.raises(ValueError, match="frames: expected shape"):
+            stream.push(piece[:, :0])
+        with pytest.raises(TypeError, match="frames: expected a tensor"):
+            stream.push(piece.tolist())
+        stream.push(piece)
+    assert torch.equal(stream.codes(), net.encode(x))
 
 
-OTHERS = [dict(directions="both"), dict(directions="backward"), dict(directions="forward", mixer="LSTM")]
+OTHERS = [
+    dict(directions="backward"),
+    dict(directions="forward", mixer="LSTM"),
+    dict(directions="forward", mixer="Transformer"),
+]
 
 
 @pytest.mark.parametrize("options", OTHERS)
 def test_networks_that_cannot_stream_say_so(options):
     found = f"found {options['directions']!r} with {options.get('mixer', 'Mamba')}"
-    with pytest.raises(ValueError, match="frame by frame: expected .*directions='forward'.*" + found):
+    with pytest.raises(ValueError, match="stream: expected .*directions='forward' or 'both'.*" + found):
         network(**options).stream()
+
+
+def test_both_directions_need_a_chunk():
+    with pytest.raises(ValueError, match="chunk: expected a number of frames, .* found None"):
+        network().stream()
+    for chunk in (0, -1, 2.0):
+        with pytest.raises(ValueError, match=f"chunk: expected a number of frames, .* found {chunk}"):
+            network(directions="forward").stream(chunk=chunk)
+    for chunk, ahead in ((5, -1), (5, 1.5), (None, 2)):
+        with pytest.raises(ValueError, match=f"ahead: expected 0, .* found {ahead}"):
+            network(directions="forward").stream(1, chunk, ahead)
 
 
 LENGTHS = [9, 3, 1, 9, 12, 3, 70, 12, 65]
@@ -122,7 +205,8 @@ def test_codes_that_fill_no_byte(bits):
     assert torch.equal(net.encode(x, lengths=LENGTHS), alone)
     stream = net.stream(len(x))
     for s in range(5):
-        assert torch.equal(stream.update(x[:, s]), net.encode(x[:, : s + 1]))
+        stream.push(x[:, [s]])
+        assert torch.equal(stream.codes(), net.encode(x[:, : s + 1]))
 
 
 WRONG = [[3] * 8, [[3]] * 9, 3, [0] * 9, [71] * 9, [3.0] * 9, [True] * 9]

@@ -60,6 +60,11 @@ def _check_seed(seed: int):
     check(0 <= seed < 2**31, "seed", "0 or more, below 2**31", seed)
 
 
+def _check_share(share: float):
+    "`ValueError` unless a part of the training items, or all of them."
+    check(0 < share <= 1, "share", "a share in (0, 1]", share)
+
+
 _MIXERS = ("Mamba", "Mamba2", "LSTM", "RetNet", "RWKV", "Transformer")  # built in `models.mixers`
 
 
@@ -542,7 +547,7 @@ class TrainConfig:
         check(self.epochs >= 1, "epochs", "at least 1", self.epochs)
         for name in ("lr", "lr_end"):
             check(0 < getattr(self, name) < 1e30, name, "a positive, finite number", getattr(self, name))
-        check(0 < self.share <= 1, "share", "a share in (0, 1]", self.share)
+        _check_share(self.share)
         _check_seed(self.seed)
         check(
             self.evaluate_every >= 0,
@@ -632,6 +637,8 @@ class BaselineConfig:
         k, of any length
     seed : int
         of everything random
+    share : float
+        of the training items; below 1 a random part, drawn by the seed
     """
 
     dataset: str = "spoken-digits"  # a name that `datasets.load` knows
@@ -640,11 +647,13 @@ class BaselineConfig:
     view: str = "mean"
     bits: int = 64  # k, of any length
     seed: int = 1  # of everything random
+    share: float = 1.0  # of the training items; below 1 a random part, drawn by the seed
 
     def __post_init__(self):
         _check_types(self)
         check_bits(self.bits)
         _check_seed(self.seed)
+        _check_share(self.share)
 
 # %% ../../nbs/lib/basics/03_config.ipynb #d14a4642
 @dataclass(frozen=True)

@@ -561,7 +561,8 @@ def _finish(work: _Work, manifest: pd.DataFrame):
     train, query = splits
     data = Dataset("own-videos", train, train, query, tuple(classes), "own videos")
     place = {path: row for row, path in enumerate(manifest.path)}
-    facts = [{**each, "row": place.get(path)} for path, each in work.known.items()]
+    told = {path: each for path, each in work.known.items() if path in place or each["error"]}
+    facts = [{**each, "row": place.get(path)} for path, each in told.items()]
     report = {"settings": work.settings, "videos": facts}
     write_text(work.out / _REPORT, json.dumps(report))
     write_own(work.out, data, manifest.drop(columns="row"))

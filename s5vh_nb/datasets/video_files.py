@@ -171,11 +171,12 @@ def write_official(
     videos : Dataset
         What to write; must follow the same protocol
     """
-    _write_files(folder, OFFICIAL[known(name, OFFICIAL, "dataset")], videos)
+    _write_files(folder, name, OFFICIAL[known(name, OFFICIAL, "dataset")], videos)
 
 
 def _write_files(
     folder: str | Path,
+    name: str,  # Of the set, for messages
     layout: _Layout,
     videos: Dataset,
 ):
@@ -184,9 +185,9 @@ def _write_files(
     for role, files in layout.roles.items():
         split = videos.splits[role]
         expected = "videos of one length, as in the files"
-        check(split.lengths is None, f"{videos.name}: {role}", expected, "lengths")
+        check(split.lengths is None, f"{name}: {role}", expected, "lengths")
         same = by_file.setdefault(files, split) is split
-        check(same, f"{videos.name}: {role}", "the protocol's splits to be the same object", "another one")
+        check(same, f"{name}: {role}", "the protocol's splits to be the same object", "another one")
     for files, split in by_file.items():
         with atomic_write(Path(folder) / files.feats) as tmp, h5py.File(tmp, "w") as f:
             write_rows(f, "feats", split.frames)
@@ -269,5 +270,5 @@ def write_own(
         See `read_manifest`; videos of a split in its order
     """
     (user_path(folder) / MANIFEST).unlink(missing_ok=True)
-    _write_files(user_path(folder), _OWN, videos)
+    _write_files(user_path(folder), "own-videos", _OWN, videos)
     write_text(user_path(folder) / MANIFEST, manifest.to_csv(index=False))

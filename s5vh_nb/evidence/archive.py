@@ -58,11 +58,11 @@ def from_fractions(fractions: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/lib/evidence/02_archive.ipynb #3aece2fd
 def _write_arrays(path: Path, arrays: dict):  # name -> array
-    with atomic_write(path) as tmp, zipfile.ZipFile(tmp, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
+    with atomic_write(path) as tmp, zipfile.ZipFile(tmp, "w", zipfile.ZIP_LZMA) as file:
         for name, array in sorted(arrays.items()):
             content = io.BytesIO()
             np.lib.format.write_array(content, np.ascontiguousarray(array), allow_pickle=False)
-            file.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue(), zipfile.ZIP_DEFLATED)
+            file.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue(), zipfile.ZIP_LZMA)
 
 
 def _read_arrays(path: Path, prefix: str = "") -> dict:  # Names begin with it; it is cut off

@@ -6,8 +6,9 @@
 __all__ = ['PLUS', 'TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'NO_DEPTH', 'TWO_DIFFERENCES', 'WITH_DEPTH', 'WITHOUT_DEPTH',
            'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS', 'LABEL_SHARES',
            'ALL_LABELS', 'CLUSTERS', 'NEAREST_MEAN', 'OTHER_CENTERS', 'VOTES', 'RANDOM_CENTERS', 'CENTER_COUNTS',
-           'SOLVED', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row', 'but_for', 'schedule_row',
-           'share_row', 'efficiency_config', 'labels_row', 'centers_row']
+           'SOLVED', 'LONG_SETS', 'LOOKS_BACK', 'RELEASED_START', 'TAUGHT', 'LONG_USED', 'LONG_COST', 'LONG_STREAMS',
+           'ATTENTION', 'NO_LAYERS', 'FROM_SCHEDULE', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row',
+           'but_for', 'schedule_row', 'share_row', 'efficiency_config', 'labels_row', 'centers_row', 'shared_rows']
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cbbcb356
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from math import ceil
 from ..basics.checks import known
 from ..basics.config import PAIR_VARIANTS, VARIANTS, BaselineConfig, TrainConfig, replace
 from ..basics.profiles import PROFILES, train_config
+from ..datasets.spoken import LONG_FRAMES
+from ..datasets.synthetic import Difficulty
 from ..datasets.video_files import OFFICIAL
 from .identity import differences
 
@@ -30,13 +33,24 @@ class Fitted:
     ----------
     method : str
     view : str
+    share : float
+        of the training items
     """
 
     method: str
     view: str = "pair"
+    share: float = 1.0  # of the training items
 
 
-_Row = dict | Fitted | Callable
+@dataclass(frozen=True)
+class _PartOf:
+    "A row that learns from a part of the training set; schedule and warm-up have the steps of the whole."
+
+    share: float
+    changes: dict = field(default_factory=dict)  # of the base configuration
+
+
+_Row = dict | Fitted | _PartOf | Callable
 
 
 def config_of(
@@ -60,11 +74,34 @@ def config_of(
         None: the profile's
     """
     if isinstance(row, Fitted):
-        return BaselineConfig(dataset, row.method, row.view, bits, seed)
+        return BaselineConfig(dataset, row.method, row.view, bits, seed, row.share)
+    if isinstance(row, _PartOf):
+        return _on_a_part(config_of(row.changes, dataset, profile, bits, seed, epochs), row.share)
     changes = {"epochs": epochs} if epochs else {}
     if isinstance(row, dict):
         return train_config(dataset, profile, **{"bits": bits, "seed": seed, **changes, **row})
     return row(train_config(dataset, profile, bits=bits, seed=seed, **changes))
+
+
+_CLIPS = {"spoken-digits": 2250, "spoken-pairs": 2250, "asl-words": 1830}  # small: their last batches count
+
+
+def _epochs_for_one(config: TrainConfig, share: float) -> float:
+    "How many epochs over a part of the training set have the steps of one over the whole."
+    if config.dataset not in _CLIPS:
+        return 1 / share
+    whole, part = (ceil(round(of * _CLIPS[config.dataset]) / config.batch) for of in (1, share))
+    return whole / part
+
+
+def _on_a_part(config: TrainConfig, share: float) -> TrainConfig:
+    "The configuration on a part of the training set, with as many steps."
+    factor = _epochs_for_one(config, share)
+    warmup = getattr(config.objective, "warmup", None)  # of S5VH
+    if warmup is not None:
+        config = replace(config, warmup=round(factor * warmup))
+    epochs, every = round(factor * config.epochs), round(factor * config.evaluate_every)
+    return replace(config, share=share, epochs=epochs, evaluate_every=every)
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #d71cfd3e
 _SEEDS = {"smoke": (1,), "quick": (1,), "full": (1, 2, 3, 4, 5), "paper": (1, 2, 3, 4, 5)}
@@ -274,7 +311,6 @@ _GAIN = {
 
 SCHEDULES = (15, 40, 100)  # epochs beside the profile's own; in full they are shorter
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the training clips, at as many steps as the whole set has
-_CLIPS = {"spoken-digits": 2250, "spoken-pairs": 2250, "asl-words": 1830}  # small: their last batches count
 
 
 def schedule_row(network: str, epochs: int) -> str:
@@ -299,37 +335,13 @@ def share_row(network: str, share: float) -> str:
     return f"{network}, {share:g} of the clips"
 
 
-def _epochs_for_one(config: TrainConfig, share: float) -> float:
-    "How many epochs over a part of the training set have the steps of one over the whole."
-    if config.dataset not in _CLIPS:
-        return 1 / share
-    whole, part = (ceil(round(of * _CLIPS[config.dataset]) / config.batch) for of in (1, share))
-    return whole / part
-
-
-def _part_of_training(share: float, **changes) -> Callable:
-    "A row that learns from a part of the training set; schedule and warm-up have the steps of the whole."
-
-    def row(config):
-        config, factor = replace(config, **changes), _epochs_for_one(config, share)
-        warmup = getattr(config.objective, "warmup", None)  # of videos
-        if warmup is not None:
-            config = replace(config, warmup=round(factor * warmup))
-        epochs, every = round(factor * config.epochs), round(factor * config.evaluate_every)
-        return replace(config, share=share, epochs=epochs, evaluate_every=every)
-
-    return row
-
-
 SIZED = _at_both_depths({"S5VH": {}, **_STYLES})  # name of a network -> its row at the profile's schedule
 _SCHEDULED = {
     schedule_row(name, epochs): {**row, "epochs": epochs}
     for name, row in SIZED.items()
     for epochs in SCHEDULES
 }
-_SHARED = {
-    share_row(name, share): _part_of_training(share, **row) for name, row in SIZED.items() for share in SHARES
-}
+_SHARED = {share_row(name, share): _PartOf(share, row) for name, row in SIZED.items() for share in SHARES}
 _SCHEDULE_ROWS = {**SIZED, **_SCHEDULED, **_SHARED, **_ITQ}
 _OURS, _CONMH = "S5VH" + WITH_DEPTH, "ConMH-style" + WITH_DEPTH
 _SSTH = "SSTH-style" + WITH_DEPTH
@@ -538,8 +550,8 @@ PAIR_ABLATIONS = {  # group -> rows
     },
     "layers": {"1 layer": _layers(1), "2 layers": _layers(2), "4 layers": _layers(4)},
     "training": {
-        "50% of the training pairs": _part_of_training(0.5),
-        "25% of the training pairs": _part_of_training(0.25),
+        "50% of the training pairs": _PartOf(0.5),
+        "25% of the training pairs": _PartOf(0.25),
     },
 }
 
@@ -629,15 +641,16 @@ def labels_row(share: float) -> str:
     return f"S5VH, {share:.0%} labelled"
 
 
+def _shorter(config: TrainConfig, epochs: int, **changes) -> TrainConfig:
+    "With a whole schedule of so many epochs, or the profile's where that is shorter."
+    epochs = min(epochs, config.epochs)
+    warmup = round(config.objective.warmup * epochs / config.epochs)
+    return replace(config, epochs=epochs, warmup=warmup, evaluate_every=0, **changes)
+
+
 def _in_40_epochs(**changes) -> Callable:
     "A row with a whole schedule of 40 epochs, or the profile's where that is shorter."
-
-    def row(config):
-        epochs = min(40, config.epochs)
-        warmup = round(config.objective.warmup * epochs / config.epochs)
-        return replace(config, epochs=epochs, warmup=warmup, evaluate_every=0, **changes)
-
-    return row
+    return lambda config: _shorter(config, 40, **changes)
 
 
 _LABEL_WEIGHT = 10.0  # of the alignment where labels are given, see LOG.md
@@ -691,8 +704,95 @@ _COUNTED = {centers_row(c): _with_centers(c) for c in CENTER_COUNTS}
 SOLVED = {  # profile -> the row whose centers are found with other settings of the solver
     profile: centers_row(20 if profile in ("smoke", "quick") else 101) for profile in PROFILES
 }
+LONG_SETS = {  # set -> its kind and its frames
+    f"spoken-long-{kind}:{t}": (kind, t) for kind in ("which", "order") for t in LONG_FRAMES
+}
+_SHORTEST_LONG = tuple(name for name, (_, t) in LONG_SETS.items() if t == LONG_FRAMES[0])
+LOOKS_BACK, RELEASED_START = "Mamba, forward", "S5VH, released start"
+TAUGHT = "S5VH, all labels", "S5VH, released start, all labels"  # where the order decides
+
+
+def _long(**changes) -> Callable:
+    """A row on long videos: half as wide and a third as deep as the profile's.
+
+    A training takes each video at most 100 times, and at most 80 000 frames of it.
+    """
+
+    def row(config):
+        m, depth = config.model.m // 2, max(1, config.model.depth // 3)
+        _, t = LONG_SETS.get(config.dataset, ("", 25))
+        options = dict(m=m, decoder_m=m, depth=depth, batch=64, lr=2e-3, precision="bfloat16")
+        return _shorter(config, min(100, 80_000 // t), **options, **changes)
+
+    return row
+
+
+def _taught(**changes) -> Callable:
+    "With all labels, where the order decides: whether a network remembers what it is told to remember."
+    row = _long(labelled=1.0, beta=_LABEL_WEIGHT, **changes)
+    return lambda config: row(config) if LONG_SETS.get(config.dataset, ("order",))[0] == "order" else None
+
+
+LONG_USED = {  # profile -> frames that were trained on, and frames that are encoded
+    "smoke": ((100, 400),),
+    "quick": ((100, 400),),
+    **dict.fromkeys(("full", "paper"), ((100, 4000), (400, 4000))),
+}
+LONG_COST = {  # profile -> sizes of the measurement of cost, and what a training step may take
+    "smoke": dict(frames=(25, 50), batch=2, gigabytes=1, seconds=1.0),
+    "quick": dict(frames=(100, 200, 400), batch=8, gigabytes=1, seconds=2.0),
+    **dict.fromkeys(
+        ("full", "paper"),
+        dict(frames=(100, 400, 1000, 4000, 10_000, 40_000), batch=64, gigabytes=80, seconds=5.0),
+    ),
+}
+LONG_STREAMS = {  # profile -> sets whose streams are measured, chunks, frames ahead
+    "smoke": dict(sets=_SHORTEST_LONG[:1], chunks=(25,), ahead=(0, 100)),
+    "quick": dict(sets=_SHORTEST_LONG, chunks=(5, 25), ahead=(0, 25, 100)),
+    **dict.fromkeys(
+        ("full", "paper"),
+        dict(
+            sets=tuple(name for name, (_, t) in LONG_SETS.items() if t >= 1000),
+            chunks=(25, 100, 400),
+            ahead=(0, 25, 100, 400),
+        ),
+    ),
+}
+
 _CURVE_BITS = (8, 16, 32, 64, 128, 256)
 _FOUR_IN_QUICK = {"quick": 4}
+_PANELS = ((20, 0.0), (20, 0.8), (50, 0.0))  # classes and redundancy of made-up sets
+_ORDERS, _NOISES = (0.0, 0.5, 1.0), (2.0, 5.0)  # of each of them
+_MAPPED = [
+    Difficulty(classes, order, noise, redundancy).name
+    for classes, redundancy in _PANELS
+    for noise in _NOISES
+    for order in _ORDERS
+]
+ATTENTION, NO_LAYERS = "ConMH-style with stochastic depth", f"{PLUS} without layers"
+
+
+def shared_rows(name: str) -> list:
+    """The rows of a method at each share of the training clips, all of them last.
+
+    Parameters
+    ----------
+    name : str
+    """
+    return [*(share_row(name, share) for share in SHARES), name]
+
+
+def _shared(name: str, row: dict | Fitted) -> dict:
+    "These rows."
+    fitted = isinstance(row, Fitted)
+    parts = [replace(row, share=share) if fitted else _PartOf(share, row) for share in SHARES]
+    return dict(zip(shared_rows(name), [*parts, row]))
+
+
+_PLUS_SHARED = _shared(PLUS, dict(variant="plus"))
+_ITQ_SHARED = {name: row for itq, fitted in _ITQ.items() for name, row in _shared(itq, fitted).items()}
+FROM_SCHEDULE = (_OURS, _CONMH)  # networks that s5vh/schedule trains on shares of the clips
+_SHARED_BEFORE = {name: row for net in FROM_SCHEDULE for name, row in _shared(net, SIZED[net]).items()}
 _BEYOND = {
     "plus": Experiment(
         {
@@ -732,6 +832,49 @@ _BEYOND = {
         seeds=_THREE_SEEDS,
         base="S5VH",
         without={"quick": (PLUS,)},  # it is the same size in every profile but smoke
+    ),
+    "scale": Experiment(
+        {
+            "S5VH": _in_40_epochs(),
+            PLUS: dict(variant="plus"),
+            ATTENTION: _in_40_epochs(**SIZED[_CONMH]),
+            NO_LAYERS: dict(variant="plus", **PLUS_PARTS["without layers"]),
+            **_ITQ,
+        },
+        datasets={**_everywhere(_MAPPED), **dict.fromkeys(("smoke", "quick"), (_MAPPED[3], _MAPPED[5]))},
+        bits=_LONGEST,
+        seeds=_THREE_SEEDS,
+        epochs={"quick": 2},
+        without={"quick": (PLUS, NO_LAYERS)},  # of the same size in every profile but smoke
+    ),
+    "scale/shares": Experiment(
+        {**_PLUS_SHARED, **_ITQ_SHARED, **_SHARED_BEFORE},
+        datasets=_ONE_IN_QUICK,
+        bits=_LONGEST,
+        seeds=_THREE_SEEDS,
+        epochs={"quick": 40},  # as in s5vh/schedule
+        without={"quick": tuple(_PLUS_SHARED)},
+    ),
+    "long": Experiment(
+        {
+            "S5VH": _long(),
+            LOOKS_BACK: _long(directions="forward"),
+            "LSTM, forward": _long(mixer="LSTM", directions="forward"),
+            "Transformer": _long(mixer="Transformer", directions="forward"),
+            RELEASED_START: _long(start="released"),
+            TAUGHT[0]: _taught(),
+            TAUGHT[1]: _taught(start="released"),
+            **_ITQ,
+        },
+        datasets={
+            "smoke": _SHORTEST_LONG[:1],
+            "quick": _SHORTEST_LONG,
+            **dict.fromkeys(("full", "paper"), tuple(LONG_SETS)),
+        },
+        bits=_LONGEST,
+        seeds=_THREE_SEEDS,
+        base="S5VH",
+        without=dict.fromkeys(("smoke", "quick"), ("LSTM, forward", "Transformer", RELEASED_START, *TAUGHT)),
     ),
     "supervised": Experiment(
         {

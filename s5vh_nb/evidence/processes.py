@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 def how_many(
     device: torch.device,
     largest: int,  # Bytes of features that a process holds
+    t: int = 25,  # Frames of the longest videos
 ) -> int:
     """Processes that can work side by side: at most 4 on a CPU, up to 6 per GPU.
 
@@ -24,12 +25,15 @@ def how_many(
     device : torch.device
     largest : int
         Bytes of features that a process holds
+    t : int
+        Frames of the longest videos
     """
     if device.type == "cpu":
         return min(4, torch.get_num_threads())
     gpus = torch.cuda.device_count() if device.index is None else 1
     free = torch.cuda.mem_get_info(device)[0]
-    each = 2 * largest + 6e9  # the features twice for a while, and some 6 GB to work in
+    # the features twice for a while, and some 6 GB to work in, more for videos of over 1000 frames
+    each = 2 * largest + 6e9 * max(1, t / 1000)
     return gpus * max(1, min(6, int(0.8 * free / each)))
 
 

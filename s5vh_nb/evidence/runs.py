@@ -23,7 +23,7 @@ from ..datasets.splits import Dataset, Split
 from .identity import Config, method_name
 from .scoring import PROTOCOLS, score
 from ..learning.resolve import resolve
-from ..learning.training import TrainedRun, train
+from ..learning.training import TrainedRun, train, training_share
 from ..models.baselines import fit_baseline
 
 # %% ../../nbs/lib/evidence/05_runs.ipynb #862f9d16
@@ -139,7 +139,8 @@ def learn(
     """
     begun = time.perf_counter()
     if isinstance(config, BaselineConfig):
-        hasher = fit_baseline(config.method, data.train, config.bits, view=config.view, seed=config.seed)
+        train_split = training_share(data, config.share, config.seed).train
+        hasher = fit_baseline(config.method, train_split, config.bits, view=config.view, seed=config.seed)
         return Learnt(hasher, hasher.name, [], time.perf_counter() - begun)
     options = dict(device=device, checkpoint=checkpoint, resume=True, progress=progress)
     run = train(config, data, evaluate=functools.partial(evaluate, data=data), **options)

@@ -232,7 +232,10 @@ class Store:
         self._check_may_train(list(missing))
         sets = {config.dataset: self.data(config.dataset) for config in missing.values()}
         largest = max((sum(x.nbytes for x in data.train.arrays) for data in sets.values()), default=0)
-        workers = workers or how_many(pick_device(self.device), largest)
+        t = max(
+            (x.shape[1] for data in sets.values() for x in data.train.arrays if len(x.shape) == 3), default=25
+        )
+        workers = workers or how_many(pick_device(self.device), largest, t)
         with tqdm(
             total=len(configs),
             initial=len(configs) - len(missing),

@@ -17,7 +17,7 @@ from IPython import get_ipython
 from ..basics.checks import check, known, parse_list
 from ..basics.devices import Device
 from ..basics.profiles import PROFILES
-from ..datasets.catalog import CATALOG, DATA_ROOT, available, is_there
+from ..datasets.catalog import DATA_ROOT, available, entry_of, is_there
 from .experiments import EXPERIMENTS, Experiment, Fitted, config_of
 from .report import folder_of, save_figure, save_table, style
 from .store import Store
@@ -280,8 +280,7 @@ def open_study(
     store = Store(artefact, profile, **options)
     names = parse_list(dataset, _default_datasets(experiment, store), "dataset")
     for name_ in names:
-        known(name_, CATALOG, "dataset")
-        found = CATALOG[name_].kind
+        found = entry_of(name_).kind
         check(
             found == experiment.kind, "dataset", f"a set of {experiment.kind}", f"{name_!r}, a set of {found}"
         )
@@ -301,6 +300,6 @@ def _default_datasets(experiment, store) -> list:
     trains = experiment.rows and store.may_train
     missing = [name for name in names if trains and not is_there(name, store.data_root)]
     for name in missing:
-        first = CATALOG[name].files[0]
+        first = entry_of(name).files[0]
         print(f"left out: {name} (no {first}; `s5vh-nb get {name}` makes it, {DATA_ROOT} names its folder)")
     return [name for name in names if name not in missing]

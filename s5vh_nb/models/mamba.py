@@ -126,18 +126,18 @@ class Mamba(nn.Module):
 
     def step(
         self,
-        hidden_states: Tensor,  # The next frame (b, 1, m)
+        hidden_states: Tensor,  # The next frames (b, s, m); mamba_ssm takes one
         conv_state: Tensor,  # The last signals (b, d, d_conv)
         ssm_state: Tensor,  # The state of the scan (b, d, n)
-    ) -> tuple[Tensor, Tensor, Tensor]:  # (b, 1, m), and the two states after the frame
-        """One more frame, as in `mamba_ssm.Mamba.step`: what `forward` gives for the last frame so far.
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (b, s, m), and the two states after these frames
+        """The next frames, as in `mamba_ssm.Mamba.step`: what `forward` gives for the last s frames so far.
 
         The given states stay as they are; gradients flow through the new ones.
 
         Parameters
         ----------
         hidden_states : Tensor
-            The next frame (b, 1, m)
+            The next frames (b, s, m); mamba_ssm takes one
         conv_state : Tensor
             The last signals (b, d, d_conv)
         ssm_state : Tensor
@@ -146,12 +146,13 @@ class Mamba(nn.Module):
         Returns
         -------
         tuple[Tensor, Tensor, Tensor]
-            (b, 1, m), and the two states after the frame
+            (b, s, m), and the two states after these frames
         """
-        u, z = (v.transpose(1, 2) for v in self.in_proj(hidden_states).chunk(2, -1))  # (b, d, 1)
-        conv_state = torch.cat([conv_state[..., 1:], u], -1)  # (b, d, d_conv)
-        u = self._convolve(conv_state)[..., -1:]  # (b, d, 1)
+        u, z = (v.transpose(1, 2) for v in self.in_proj(hidden_states).chunk(2, -1))  # (b, d, s)
+        signals = torch.cat([conv_state[..., 1:], u], -1)  # (b, d, d_conv - 1 + s)
+        u = self._convolve(signals)[..., -u.shape[2] :]  # (b, d, s)
         y, ssm_state = self._scan(u, z, initial_state=ssm_state, return_last_state=True)
+        conv_state = signals[..., -conv_state.shape[2] :].clone()  # not a view that keeps all signals
         return self.out_proj(y.transpose(1, 2)), conv_state, ssm_state
 
 # %% ../../nbs/lib/models/01_mamba.ipynb #2eabc976
@@ -241,6 +242,38 @@ class Bidirectional(nn.Module):
             for flip, (norm, mix) in zip(flips, self.branches())
         ]
         return sum(added, x) if factor is None else x + factor[:, None, None] * sum(added)
+
+    def step(
+        self,
+        x: Tensor,  # The next frames (b, s, m)
+        states: tuple,  # Of the forward mixer
+        keep: int | None = None,  # How many of them have come to stay, the first ones; None: all
+    ) -> tuple[Tensor, list]:  # (b, s, m), the states after the frames that stay
+        """The next frames of a stream, as a layer that reads forward only gives them in a whole sequence.
+
+        With both directions, the backward mixer begins at the last of these frames.
+
+        Parameters
+        ----------
+        x : Tensor
+            The next frames (b, s, m)
+        states : tuple
+            Of the forward mixer
+        keep : int | None
+            How many of them have come to stay, the first ones; None: all
+
+        Returns
+        -------
+        tuple[Tensor, list]
+            (b, s, m), the states after the frames that stay
+        """
+        keep = x.shape[1] if keep is None else keep
+        v = self.norm_forward(x)
+        y, *after = self.mix_forward.step(v[:, :keep], *states)
+        if keep < x.shape[1]:
+            y = torch.cat([y, self.mix_forward.step(v[:, keep:], *after)[0]], 1)
+        added = [y, *(mix(norm(x).flip(1)).flip(1) for norm, mix in self.branches()[1:])]
+        return sum(added, x), after
 
 # %% ../../nbs/lib/models/01_mamba.ipynb #fc453c6d
 class _Stack(torch.autograd.Function):
@@ -370,7 +403,7 @@ class Layers(nn.Sequential):
         self,
         batch_size: int,  # Sequences, b
     ) -> list:
-        """The states of all layers before the first frame; `ValueError` unless all are Mamba, forward.
+        """The states of all layers before the first frame; `ValueError` unless Mamba reads forward in all.
 
         Parameters
         ----------
@@ -378,34 +411,37 @@ class Layers(nn.Sequential):
             Sequences, b
         """
         streams = all(
-            layer.directions == "forward" and isinstance(layer.mix_forward, Mamba) for layer in self
+            layer.directions != "backward" and isinstance(layer.mix_forward, Mamba) for layer in self
         )
         found = f"{self[0].directions!r} with {type(self[0].branches()[0][1]).__name__}"
-        check(streams, "frame by frame", "layers with directions='forward' and the mixer Mamba", found)
+        expected = "layers with directions='forward' or 'both' and the mixer Mamba"
+        check(streams, "stream", expected, found)
         return [layer.mix_forward.allocate_inference_cache(batch_size) for layer in self]
 
     def step(
         self,
-        x: Tensor,  # The next frame (b, 1, m)
+        x: Tensor,  # The next frames (b, s, m)
         states: list,  # Of the layers, as from `allocate_inference_cache`
-    ) -> tuple[Tensor, list]:  # (b, 1, m), the states after the frame
-        """One more frame, in evaluation mode: what `forward` gives for the last frame so far.
+        keep: int | None = None,  # See `Bidirectional.step`
+    ) -> tuple[Tensor, list]:  # (b, s, m), the states after the frames that stay
+        """The next frames, in evaluation mode: `Bidirectional.step` of all layers.
 
         Parameters
         ----------
         x : Tensor
-            The next frame (b, 1, m)
+            The next frames (b, s, m)
         states : list
             Of the layers, as from `allocate_inference_cache`
+        keep : int | None
+            See `Bidirectional.step`
 
         Returns
         -------
         tuple[Tensor, list]
-            (b, 1, m), the states after the frame
+            (b, s, m), the states after the frames that stay
         """
         after = []
         for layer, state in zip(self, states):
-            added, *state = layer.mix_forward.step(layer.norm_forward(x), *state)
-            x = x + added
+            x, state = layer.step(x, state, keep)
             after.append(state)
         return x, after

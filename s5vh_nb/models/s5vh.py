@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram, register_dataclass
 
-from ..basics.checks import check, known
+from ..basics.checks import check, is_whole, known
 from ..basics.config import S5VHConfig
 from ..basics.devices import as_tensor
 from ..datasets.rows import check_lengths, own_frames
@@ -153,31 +153,33 @@ class _Encoder(nn.Module):
 
     def step(
         self,
-        x: Tensor,  # The features of the next frame (b, d)
-        frame: int,  # Its number, from 0
+        x: Tensor,  # The features of the next frames (b, s, d)
+        start: int,  # Number of the first one, from 0
         states: list,  # Of the layers
-    ) -> tuple[Tensor, list]:  # (b, m), the states after the frame
-        """One more frame: what `forward` gives for the last frame so far, in evaluation mode.
+        keep: int,  # How many of the frames have come to stay, see `Bidirectional.step`
+    ) -> tuple[Tensor, list]:  # (b, keep, m), the states after these
+        """The embeddings of the next frames of a stream, in evaluation mode.
 
         Parameters
         ----------
         x : Tensor
-            The features of the next frame (b, d)
-        frame : int
-            Its number, from 0
+            The features of the next frames (b, s, d)
+        start : int
+            Number of the first one, from 0
         states : list
             Of the layers
+        keep : int
+            How many of the frames have come to stay, see `Bidirectional.step`
 
         Returns
         -------
         tuple[Tensor, list]
-            (b, m), the states after the frame
+            (b, keep, m), the states after these
         """
-        p = _sinusoids(torch.full((1,), frame, device=x.device), self.embed.out_features).to(
-            x.dtype
-        )  # (1, m)
-        z, states = self.layers.step((self.embed(x) + p)[:, None], states)  # (b, 1, m)
-        return norm_linear(z, self.norm, self.head)[:, 0], states
+        frames = torch.arange(start, start + x.shape[1], device=x.device)
+        p = _sinusoids(frames, self.embed.out_features).to(x.dtype)  # (s, m)
+        z, states = self.layers.step(self.embed(x) + p, states, keep)  # (b, s, m)
+        return norm_linear(z[:, :keep], self.norm, self.head), states
 
 # %% ../../nbs/lib/models/04_s5vh.ipynb #62119514
 class _HashLayer(nn.Module):
@@ -304,47 +306,79 @@ class _FirstFrames:
 
 
 class Stream:
-    """Codes of videos whose frames arrive one by one, in memory that does not grow; made by `S5VH.stream`.
+    """Codes of videos whose frames arrive over time, in memory that does not grow; made by `S5VH.stream`.
 
     Parameters
     ----------
     net : S5VH
-        Looks back only: directions "forward", mixer "Mamba"
+        Its mixer is Mamba and reads forward, or in both directions
     batch_size : int
         Videos side by side, b
+    chunk : int | None
+        See `S5VH.stream`
+    ahead : int
+        See `S5VH.stream`
     """
 
     def __init__(
         self,
-        net: "S5VH",  # Looks back only: directions "forward", mixer "Mamba"
+        net: "S5VH",  # Its mixer is Mamba and reads forward, or in both directions
         batch_size: int,  # Videos side by side, b
+        chunk: int | None = None,  # See `S5VH.stream`
+        ahead: int = 0,  # See `S5VH.stream`
     ):
-        self.net, self.frames = evaluation_view(net), 0
-        self.states = self.net.encoder.layers.allocate_inference_cache(batch_size)
-        self.votes = torch.zeros(batch_size, net.config.bits, device=net.hash.linear.weight.device)
+        self.states = net.encoder.layers.allocate_inference_cache(batch_size)
+        expected = "a number of frames, at least 1, for a network that reads backward, too"
+        fits = net.config.directions == "forward" if chunk is None else is_whole(chunk) and chunk > 0
+        check(fits, "chunk", expected, chunk)
+        fits = is_whole(ahead) and (ahead == 0 or ahead > 0 and chunk is not None)
+        check(fits, "ahead", "0, or at least 0 with a chunk", ahead)
+        self.net, self.chunk = evaluation_view(net), chunk
+        self.ahead, self.frames = ahead, 0  # frames that have had their vote
+        like = net.hash.linear.weight
+        self.waiting = like.new_zeros(batch_size, 0, net.config.d)
+        exact = torch.promote_types(like.dtype, torch.float32)
+        self.votes = torch.zeros(batch_size, net.config.bits, dtype=exact, device=like.device)
 
     @torch.no_grad()
-    def update(
+    def push(
         self,
-        x: Tensor | np.ndarray,  # The next frame of each video (b, d)
-    ) -> Tensor:
-        """Packed codes of all frames so far, uint8 (b, k/8) on the CPU.
+        x: Tensor | np.ndarray,  # The next frames of each video (b, s, d)
+    ):
+        """Take these frames.
 
-        `ValueError` for another shape or for features that `encode` refuses; then the frame does not count.
+        `ValueError` for another shape or for features that `encode` refuses; then none of them counts.
 
         Parameters
         ----------
         x : Tensor | np.ndarray
-            The next frame of each video (b, d)
+            The next frames of each video (b, s, d)
         """
-        check_array(x, "frame")
-        shape = len(self.votes), self.net.config.d
-        check(tuple(x.shape) == shape, "frame", f"shape {shape}", tuple(x.shape))
-        x = as_tensor(x).to(next(self.net.parameters()))
+        check_array(x, "frames")
+        b, d = len(self.votes), self.net.config.d
+        fits = x.ndim == 3 and x.shape[0] == b and x.shape[1] > 0 and x.shape[2] == d
+        check(fits, "frames", f"shape ({b}, s, {d}), s at least 1", tuple(x.shape))
+        x = as_tensor(x).to(self.waiting)
         check_largest(torch.stack(torch.aminmax(x)).abs().amax().item())
-        z, self.states = self.net.encoder.step(x, self.frames, self.states)  # (b, m)
-        self.votes, self.frames = self.votes + self.net.hash(z), self.frames + 1
-        return pack(self.votes).cpu()
+        waiting = torch.cat([self.waiting, x], 1)
+        while (size := self.chunk or waiting.shape[1]) and waiting.shape[1] >= size + self.ahead:
+            self.votes, self.states = self._voted(waiting[:, : size + self.ahead], size)
+            self.frames += size
+            waiting = waiting[:, size:]
+        self.waiting = waiting.clone()
+
+    def _voted(self, x, keep):
+        "The votes and the states after the first frames of x (b, s, d)."
+        z, states = self.net.encoder.step(x, self.frames, self.states, keep)  # (b, keep, m)
+        return self.votes + self.net.hash(z).sum(1, dtype=self.votes.dtype), states
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        "Packed codes of all frames so far, uint8 (b, k/8) on the CPU; `ValueError` before the first frame."
+        waiting = self.waiting.shape[1]
+        check(self.frames + waiting > 0, "stream", "at least one frame", "none")
+        votes = self._voted(self.waiting, waiting)[0] if waiting else self.votes
+        return pack(votes).cpu()
 
 
 class _Codes(nn.Module):
@@ -483,19 +517,25 @@ class S5VH(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
     def stream(
         self,
         batch_size: int = 1,  # Videos side by side, b
+        chunk: int | None = None,  # Frames taken at a time; None: as they come, where it reads forward only
+        ahead: int = 0,  # Later frames that the backward direction sees beyond a chunk
     ) -> Stream:
-        """Codes of videos whose frames arrive one by one; `ValueError` unless the network only looks back.
+        """Codes of videos whose frames arrive over time; `ValueError` unless Mamba reads them forward.
 
-        After every frame they are those that `encode` gives for the frames so far, up to the rounding of a
-        number next to 0. Later changes of the
-        weights change the stream, too.
+        Of a network that reads forward they are those that `encode` gives for the frames so far, up to the
+        rounding of a number next to 0. Of one that reads in both directions they are near those; it needs a
+        `chunk`. Later changes of the weights change the stream, too.
 
         Parameters
         ----------
         batch_size : int
             Videos side by side, b
+        chunk : int | None
+            Frames taken at a time; None: as they come, where it reads forward only
+        ahead : int
+            Later frames that the backward direction sees beyond a chunk
         """
-        return Stream(self, batch_size)
+        return Stream(self, batch_size, chunk, ahead)
 
     def export_program(self) -> ExportedProgram:
         """Frames (n, t, d) to packed codes (n, k/8), n and t free, as a program for `torch.onnx` and others.
