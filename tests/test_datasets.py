@@ -790,7 +790,7 @@ FINGERPRINTS = {
     "spoken-digits": "736f2b3773978628",
     "spoken-pairs": "0784d4f1b39c1521",
     "moving-digits": "fb2d95a9bd943647",
-    "animated-emoji": "698767b8e81d2a76",
+    "animated-emoji": "f7b01ba5928fa56a",
     "emoji": "b52df5e4190f01d5",
     "spoken-long-which:100": "bc5c98349f0e64e4",
     "spoken-long-which:400": "ff17574acbd93bda",

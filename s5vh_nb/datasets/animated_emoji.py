@@ -19,11 +19,8 @@ _FLUENT = (
     "Microsoft's animated Fluent emoji as carried by @lobehub/fluent-emoji-anim (MIT), "
     "as EfficientNet-Lite0 features (Apache-2.0); Unicode subgroups of emojibase (MIT)"
 )
-_SIDE, _SHOWN, _COLUMNS = (
-    32,
-    4,
-    16,
-)  # pixels of a frame, frames of a filmstrip, filmstrips in a row of the sheet
+_SIDE, _SHOWN = 32, 4  # pixels of a frame, frames of a filmstrip
+_COLUMNS = 16  # filmstrips in a row of the sheet
 
 
 @functools.cache

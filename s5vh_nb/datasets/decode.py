@@ -229,7 +229,8 @@ def _read_frames(
     broken: list,
 ) -> dict:
     "Stamp -> square of the frame that is shown then; where it can't be decoded, of the last one before it."
-    squares, waiting, last, pixels = {}, collections.deque(wanted), None, 0
+    squares, waiting = {}, collections.deque(wanted)
+    last, pixels = None, 0
     with _stream(file, where) as (container, stream):
         for frame in _frames(container, stream, needed, broken):
             _check_pixels(frame.width, frame.height, where)
@@ -254,9 +255,9 @@ def _video_clip(file: BinaryIO, where: str, t: int, view: View) -> "Clip":
         ]
         unit, declared = float(stream.time_base), stream.duration
     check(packets, where, "frames with time stamps", "; ".join(broken[:1]) or "none")
-    stamps, groups, shown = np.array(packets, np.int64).T  # (n,) each
+    stamps, groups = np.array(packets, np.int64)[:, :2].T  # (n,) each
     starts = np.unique(stamps)
-    end = starts[-1] + (shown[stamps.argmax()] or (starts[-1] - starts[0]) // max(1, len(starts) - 1))
+    end = starts[-1] + (packets[stamps.argmax()][2] or (starts[-1] - starts[0]) // max(1, len(starts) - 1))
     chosen = starts[evenly(starts, end, t)]  # (t,) stamps
     seconds, wanted = float(end - starts[0]) * unit, np.unique(chosen)
     if declared and end - starts[0] < 0.9 * declared:

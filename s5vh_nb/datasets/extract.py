@@ -231,9 +231,8 @@ class _Video:
 
 def _sample(member: str) -> tuple[str, str]:
     "The name and the kind of a shard's member, e.g. `a/7` and `cls`."
-    folder, slash, file = member.rpartition("/")
-    name, _, kind = file.partition(".")
-    return folder + slash + name, kind
+    kind = member.rpartition("/")[2].partition(".")[2]
+    return member.removesuffix(kind).removesuffix("."), kind
 
 
 def _told(kind: str, text: str) -> str:
@@ -375,7 +374,8 @@ class _Work:
     "What is known of each video, by path, and the features so far; both survive a kill."
 
     def __init__(self, out: Path, settings: dict):
-        self.out, self.settings, self.rows, self.known = out, settings, 0, {}
+        self.out, self.settings = out, settings
+        self.rows, self.known = 0, {}
         self.shape = settings["frames"], settings["d"]
         self.features, self.journal = out / "unfinished.bin", out / "unfinished.jsonl"
         self.begun = self.journal.is_file()
