@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 
 from s5vh_nb.datasets import rows, splits
+from s5vh_nb.datasets.animated_emoji import animated_emoji_names, emoji_filmstrip
 from s5vh_nb.datasets.asl_source import get_asl_words
 from s5vh_nb.datasets.catalog import CATALOG, DATA_ROOT, available, load
 from s5vh_nb.datasets.emoji import emoji
@@ -706,7 +707,7 @@ NO_SUCH_FILE = "nowhere: expected train_feats.h5, here or in activitynet/"
             "UCF-101",
             None,
             ValueError,
-            "dataset: expected one of spoken-digits, spoken-pairs, moving-digits, emoji",
+            "dataset: expected one of spoken-digits, spoken-pairs, moving-digits, animated-emoji, emoji",
         ),
         ("", None, ValueError, "dataset: expected one of"),
         (None, None, ValueError, "dataset: expected one of"),
@@ -776,8 +777,8 @@ def test_the_same_files_are_loaded_once(root):
 def test_rows_of_the_catalog():
     for name, entry in CATALOG.items():
         assert entry.kind in ("videos", "pairs") and entry.summary
-        assert entry.source in ("bundled", "one command", "files", "random numbers")
-        assert bool(entry.files) == (entry.source in ("one command", "files"))
+        assert entry.source in ("bundled", "one command", "own", "files", "random numbers")
+        assert bool(entry.files) == (entry.source in ("one command", "own", "files"))
         if entry.source == "bundled":
             data = load(name)
             assert (data.name, data.kind) == (name, entry.kind)
@@ -789,6 +790,7 @@ FINGERPRINTS = {
     "spoken-digits": "736f2b3773978628",
     "spoken-pairs": "0784d4f1b39c1521",
     "moving-digits": "fb2d95a9bd943647",
+    "animated-emoji": "f7b01ba5928fa56a",
     "emoji": "b52df5e4190f01d5",
     "spoken-long-which:100": "bc5c98349f0e64e4",
     "spoken-long-which:400": "ff17574acbd93bda",
@@ -810,6 +812,27 @@ FINGERPRINTS = {
 @pytest.mark.parametrize("name", FINGERPRINTS)
 def test_fingerprints_are_the_same_everywhere(name):
     assert load(name).fingerprint == FINGERPRINTS[name]
+
+
+def test_animated_emoji():
+    "No drawing is on both sides, whatever its skin tone and gender; every class has queries and an answer."
+    data, names = load("animated-emoji"), animated_emoji_names()
+    assert np.array_equal(np.sort([*data.train.ids, *data.query.ids]), np.arange(1513))
+    assert not set(data.train.groups) & set(data.query.groups)
+    plain = {}
+    for split in (data.train, data.query):
+        for i, group in zip(split.ids, split.groups):
+            plain.setdefault(
+                re.sub(r"(: |, )[\w-]+ skin tone|^(wo)?m[ae]n |^person ", "", names[i]), set()
+            ).add(group)
+    mixed = {name: groups for name, groups in plain.items() if len(groups) > 1}
+    assert not mixed, mixed
+    for split in (data.train, data.query):
+        assert set(split.labels) == set(range(19))
+    sheet = np.stack([emoji_filmstrip(i) for i in range(1513)])
+    assert sheet.shape == (1513, 32, 128, 3) and (sheet.std((1, 2, 3)) > 5).all()
+    tones = [i for i, name in enumerate(names) if name.startswith("woman running:")]
+    assert len(tones) == 5 and all(np.array_equal(sheet[i], sheet[tones[0]]) for i in tones)
 
 
 class MadeOn(RowStore):

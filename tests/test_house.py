@@ -48,7 +48,7 @@ PUBLIC = """
     selective_scan Mamba Mamba2 LSTM RetNet RWKV Transformer Bidirectional S5VH S5VHOutput DMMH
     hash_centers HashCenters reconstruction_loss contrastive_loss center_alignment_loss metric_loss
     hamming_distances hamming_search radius_search Within map_at_k gmap precision_recall load train
-    Learnt Scores Protocol Study
+    Learnt Scores Protocol Study Extractor Extraction
 """.split()
 
 in_checkout = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout: nothing is tracked")
@@ -488,11 +488,10 @@ def test_imported_packages_are_declared():
     "Also those that come with another package. A notebook of nbs/data installs what it needs by itself."
     extras = PYPROJECT["project"]["optional-dependencies"]
     needed = PYPROJECT["project"]["dependencies"]
-    assert not undeclared(MODULES.items(), needed + extras["gpu"] + extras["milvus"])
+    optional = sum((extras[name] for name in ("gpu", "milvus", "video")), [])
+    assert not undeclared(MODULES.items(), needed + optional)
     notebooks = [path for path in NOTEBOOKS if path.parent.name != "data"]
-    assert not undeclared(
-        code(notebooks, SCRIPTS + TESTS), needed + extras["gpu"] + extras["milvus"] + extras["dev"]
-    )
+    assert not undeclared(code(notebooks, SCRIPTS + TESTS), needed + optional + extras["dev"])
     tree = ast.parse("import sklearn, made_up\ntry:\n    import rare\nexcept ImportError:\n    import dear")
     assert set(undeclared([("here", tree)], ["scikit-learn>=1.5"])) == {"made_up", "dear"}
 

