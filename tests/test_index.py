@@ -10,6 +10,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import faiss
 import numpy as np
@@ -176,6 +178,34 @@ def test_the_fastest_with_enough_recall_is_chosen(small, monkeypatch):
         (index.kind, index.effort) == (chosen["kind"], chosen["effort"]) == (first["kind"], first["effort"])
     )
     assert (table["MB"] >= table["MB"][0]).all()
+    little = iter(np.cumsum([0.0, 1.9] * 3 + [0.0, 1.0] * 200))  # too little to leave the exact search
+    monkeypatch.setattr(index_module.time, "perf_counter", lambda: next(little))
+    index.choose(recall=0.9, queries=random_codes(20, seed=1))
+    assert index.kind == "exact"
+
+
+def test_a_choice_that_fails_changes_nothing(small):
+    index = small[0]
+    index.approximate("hnsw", 40)
+    for call in (
+        lambda: index.choose(top=0),
+        lambda: index.choose(top=10**9),
+        lambda: index.choose(queries=random_codes(3, 32)),
+        lambda: index.choose(recall=0),
+        lambda: index.approximate("ivf", -1),
+    ):
+        with pytest.raises(ValueError):
+            call()
+        assert (index.kind, index.effort) == ("hnsw", 40)
+
+
+def test_all_kinds_search_on_as_many_threads_as_torch(small, monkeypatch):
+    index, before = small[0], faiss.omp_get_max_threads()
+    index.approximate("hnsw")
+    monkeypatch.setattr(index_module.torch, "get_num_threads", lambda: before + 1)
+    index.search(CODES)
+    assert faiss.omp_get_max_threads() == before + 1
+    faiss.omp_set_num_threads(before)
 
 
 # Files
@@ -245,6 +275,33 @@ def files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def test_a_load_during_saves_gives_one_whole_index(tmp_path):
+    "Two indexes take turns in a file; every item that is read belongs to the same one."
+    path, pair = tmp_path / "x.index", [HashIndex(8), HashIndex(8)]
+    for i, index in enumerate(pair):
+        n = 2000 + 3000 * i
+        index.add(np.full((n, 1), i, np.uint8), np.arange(n) + i * 10**6, {"label": [i] * n})
+    pair[0].save(path)
+    stop = threading.Event()
+
+    def save():
+        while not stop.is_set():
+            for index in pair:
+                index.save(path)
+
+    with ThreadPoolExecutor(1) as pool:
+        saving = pool.submit(save)
+        try:
+            for i in range(300):
+                index = HashIndex.load(path, mmap=i % 2 == 0)
+                label = int(len(index) == 5000)
+                assert (index.ids == np.arange(2000 + 3000 * label) + label * 10**6).all()
+                assert (index.metadata["label"] == label).all() and (index.codes(index.ids) == label).all()
+        finally:
+            stop.set()
+        saving.result()
+
+
 def test_a_full_disk_leaves_the_old_file(small, tmp_path):
     path = tmp_path / "x.index"
     small[0].save(path)
@@ -297,6 +354,18 @@ BAD = [
         lambda index: index.add(CODES, None, {"path": ["a"], "label": [1]}),
         "metadata: expected 4 values a fie",
     ),
+    (
+        lambda index: index.add(CODES, None, {"path": list("abcd"), "label": ["cat", "", "cat", "dog"]}),
+        "metadata 'label': expected numbers, as the items before have, found text",
+    ),
+    (
+        lambda index: index.add(CODES, None, {"path": list("abcd"), "label": [True] * 4}),
+        "metadata 'label': expected numbers, as the items before have, found true or false",
+    ),
+    (
+        lambda index: index.add(CODES, None, {"path": [1.5] * 4, "label": [0] * 4}),
+        "metadata 'path': expected text, as the items before have, found numbers",
+    ),
     (lambda index: index.remove([7, 300]), "ids: expected ids of"),
     (lambda index: index.codes([300]), "ids: expected ids of"),
     (lambda index: index.about([7, 7]), "ids: expected each id once"),
@@ -304,6 +373,11 @@ BAD = [
     (lambda index: index.search(CODES.astype(float)), "queries: expected packed codes, uint8"),
     (lambda index: index.search(CODES, 0), "top: expected a whole number from 1, found 0"),
     (lambda index: index.search(CODES, 2.0), "top: expected a whole number from 1, found 2.0"),
+    (lambda index: index.search(CODES, 10**9), "top: expected at most 16384, found 1000000000"),
+    (lambda index: index.search(CODES, filter={"label": None}), "filter 'label': expected texts, finite"),
+    (lambda index: index.search(CODES, filter={"label": [[1]]}), "filter 'label': expected texts, finite"),
+    (lambda index: index.search(CODES, filter={"label": np.nan}), "filter 'label': expected texts, finite"),
+    (lambda index: index.search(CODES, filter={"path": "\ud800"}), "filter 'path': expected texts, finite"),
     (lambda index: index.search(CODES, radius=-1), "radius: expected a whole number of bits from 0, or None"),
     (lambda index: index.search(CODES, filter={"labels": 1}), "filter: expected one of"),
     (lambda index: index.search(CODES, filter=["a"]), "filter: expected whole numbers"),
@@ -329,6 +403,13 @@ def test_bad_settings_are_named(small):
         (lambda: as_table({"id": [1]}, 1), "metadata: expected fields other than id, code"),
         (lambda: as_table({"x": [1, "a"]}, 2), "metadata 'x': expected only text, or only numbers"),
         (lambda: as_table({"x": [None, "a"]}, 2), "metadata 'x': expected only text, or only numbers"),
+        (lambda: as_table({1: [1], "1": [2]}, 1), "metadata: expected each field once"),
+        (
+            lambda: as_table({"x": np.zeros((2, 3))}, 2),
+            "metadata 'x': expected one value an item, (2,), found",
+        ),
+        (lambda: as_table({"x": ["a", "b\ud800"]}, 2), "metadata 'x': expected text that UTF-8 can hold"),
+        (lambda: as_table({"x\udfff": [1]}, 1), "metadata: expected names that UTF-8 can hold"),
         (lambda: check_ids([2**64 - 1]), "ids: expected whole numbers from 0"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -343,6 +424,53 @@ def test_search_before_add_is_named(call):
 
 
 # Milvus
+
+
+@pytest.fixture(params=["file", pytest.param("milvus", marks=with_milvus)])
+def empty(request, tmp_path):
+    "A new index of each class, for codes of 16 bits."
+    if request.param == "file":
+        yield HashIndex(16)
+    else:
+        index = MilvusIndex(tmp_path / "new.db", 16)
+        yield index
+        index.close()
+
+
+def test_no_id_follows_the_largest_one(empty):
+    empty.add(CODES[:1], [2**63 - 2])
+    assert empty.add(CODES[1:2]).tolist() == [2**63 - 1]
+    with pytest.raises(ValueError, match=f"ids: expected whole numbers from 0, below .*, found .*{2**63}"):
+        empty.add(CODES[2:3])
+    assert len(empty) == 2 and empty.about([2**63 - 1]).shape == (1, 0)
+    np.testing.assert_array_equal(empty.codes([2**63 - 1]), CODES[1:2])
+
+
+def test_in_a_filter_true_is_no_number(empty):
+    metadata = {"ok": [True, False, True, False], "n": [1, 0, 2, 1], "x": [1.0, 0.5, 1.5, 2.0]}
+    empty.add(CODES, metadata=metadata | {"text": ["1", "True", "true", "0"]})
+    for filter, expected in (
+        ({"ok": True}, {0, 2}),
+        ({"ok": np.False_}, {1, 3}),
+        ({"ok": [1, 0, 1.0, "True"]}, set()),
+        ({"ok": [1, True]}, {0, 2}),
+        ({"n": True}, set()),
+        ({"n": [1.0, False]}, {0, 3}),
+        ({"x": 1}, {0}),
+        ({"x": [np.float32(0.5), True]}, {1}),
+        ({"text": [1, True, 0]}, set()),
+        ({"text": ["1", "True"]}, {0, 1}),
+        ({"n": 2**70}, set()),
+    ):
+        assert set(empty.search(CODES[:1], 4, filter=filter).ids[0].tolist()) - {-1} == expected, filter
+
+
+def test_items_without_fields_stay_so(empty):
+    empty.add(CODES[:2])
+    assert empty.add(CODES[2:]).tolist() == [2, 3]
+    with pytest.raises(ValueError, match=r"metadata: expected the fields \[\] of the items before, found"):
+        empty.add(CODES, metadata={"x": [1] * 4})
+    assert len(empty) == 4
 
 
 @pytest.fixture
@@ -397,8 +525,19 @@ def test_milvus_names_the_same_bad_input(embedded):
 
 @with_milvus
 def test_milvus_names_search_before_add_and_other_bits(tmp_path):
-    with pytest.raises(ValueError, match="bits: expected the length of the codes, for a new index"):
-        MilvusIndex(tmp_path / "x.db")
+    for call in (lambda: MilvusIndex(tmp_path / "x.db"), lambda: open_index(tmp_path / "x.db")):
+        with pytest.raises(
+            FileNotFoundError, match="x.db: expected an index .`bits` makes a new one., found"
+        ):
+            call()
+    with pytest.raises(ValueError, match="lists: expected 0 or None for a file, .* found 64"):
+        MilvusIndex(tmp_path / "x.db", 16, lists=64)
+    with pytest.raises(ValueError, match="lists: expected a whole number from 0, or None, found -1"):
+        MilvusIndex("http://host:19530", 16, lists=-1)
+    for name in ("a b.db", "ä.db", 34 * "x" + ".db"):
+        with pytest.raises(ValueError, match=f"place: expected a file name of at most 36 .*, found '{name}'"):
+            MilvusIndex(tmp_path / name, 16)
+    assert not list(tmp_path.iterdir())
     index = MilvusIndex(tmp_path / "x.db", 16)
     with pytest.raises(ValueError, match="index: expected at least one item .`add` comes before `search`"):
         index.search(CODES)
@@ -435,7 +574,21 @@ input()
 
 
 @with_milvus
-def test_a_broken_file_and_a_silent_server_are_named(tmp_path, capsys):
+def test_the_log_of_milvus_is_not_printed(tmp_path):
+    program = f"""
+from s5vh_nb.search.milvus import MilvusIndex
+for place in {str(tmp_path / "no" / "x.db")!r}, "http://127.0.0.1:1":
+    try:
+        MilvusIndex(place, 16, timeout=0.5)
+    except OSError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stderr, done.stdout.count("expected a")) == (0, "", 2)
+
+
+@with_milvus
+def test_a_broken_file_and_a_silent_server_are_named(tmp_path):
     path = tmp_path / "x.db"
     path.write_bytes(b"no database" * 100)
     with pytest.raises(OSError, match=f"{path}: expected a file of Milvus Lite"):
@@ -460,6 +613,8 @@ def test_milvus_that_is_not_installed_is_named(monkeypatch, place, capsys):
 class Recorder:
     "A client that notes what it is asked for; a server with no collections."
 
+    lists = 0  # of the collection
+
     def __init__(self, *place, **options):
         self.calls = {"open": (place, options)}
 
@@ -468,6 +623,9 @@ class Recorder:
 
     def describe_collection(self, name, **options):
         return {"description": self.calls["create_schema"][1]["description"]}
+
+    def describe_index(self, name, **options):
+        return {"nlist": str(self.lists)} if self.lists else {"index_type": "BIN_FLAT"}
 
     def __getattr__(self, method):
         def call(*args, **options):
@@ -482,6 +640,9 @@ class Recorder:
 def test_what_a_cluster_is_asked_for(monkeypatch, lists, kind):
     "The settings of a collection, by the documentation of Milvus; there is no cluster here."
     monkeypatch.setattr("pymilvus.MilvusClient", Recorder)
+    monkeypatch.setattr(Recorder, "lists", lists)
+    with pytest.raises(ValueError, match="bits: expected the length of the codes, for a new index"):
+        MilvusIndex("http://host:19530")
     index = MilvusIndex("http://host:19530", 20, lists=lists, shards=4, replicas=2, token="me:secret")
     calls = index._client.calls
     assert calls["open"] == (("http://host:19530",), {"token": "me:secret", "timeout": 10.0})
@@ -491,6 +652,42 @@ def test_what_a_cluster_is_asked_for(monkeypatch, lists, kind):
     assert calls["load_collection"][1]["replica_number"] == 2
     more = {"params": {"nlist": 64}} if lists else {}
     assert calls["prepare_index_params"][1] == {"index_type": kind, "metric_type": "HAMMING", **more}
+
+
+@with_milvus
+def test_other_lists_than_those_of_the_collection_are_named(monkeypatch):
+    class Full(Recorder):
+        lists = 64
+
+        def has_collection(self, name, **options):
+            return True
+
+        def describe_collection(self, name, **options):
+            return {"description": "20 bits"}
+
+    monkeypatch.setattr("pymilvus.MilvusClient", Full)
+    for lists in (None, 64):
+        assert MilvusIndex("http://host:19530", lists=lists).bits == 20
+    for lists in (0, 65):
+        with pytest.raises(ValueError, match=f"lists: expected 64, as the index in .* has, found {lists}"):
+            MilvusIndex("http://host:19530", lists=lists)
+
+
+@with_milvus
+def test_a_collection_without_its_index_is_dropped(tmp_path, monkeypatch):
+    import pymilvus
+
+    def fail(*_, **__):
+        raise pymilvus.MilvusException(message="no memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(pymilvus.MilvusClient, "create_index", fail)
+        with pytest.raises(OSError, match="x.db: expected a file of Milvus Lite .* found: no memory"):
+            MilvusIndex(tmp_path / "x.db", 16)
+    index = MilvusIndex(tmp_path / "x.db", 16)
+    index.add(CODES)
+    assert index.search(CODES, 1).distances.tolist() == [[0]] * 4
+    index.close()
 
 
 # Commands

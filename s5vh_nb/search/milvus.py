@@ -9,6 +9,7 @@ __all__ = ['is_milvus', 'MilvusIndex', 'open_index']
 import contextlib
 import json
 import logging
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..basics.checks import check
+from ..basics.checks import check, is_whole
 from ..basics.config import check_bits
 from ..basics.files import user_path
-from .index import Found, HashIndex, as_table, check_codes, check_ids, check_search, is_several
+from .index import Found, HashIndex, as_table, check_codes, check_ids, check_search, several
 
 # %% ../../nbs/lib/search/03_milvus.ipynb #cc09bfd3
 _MOST = 16384  # items that Milvus returns at most
@@ -48,23 +49,24 @@ def is_milvus(
 @contextlib.contextmanager
 def _errors(place: str, expected: str):
     "Turn the errors of Milvus into an `OSError`, and keep its log from the screen."
-    log = logging.getLogger("pymilvus")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Milvus Lite uses an old interface of setuptools
-            try:
-                import pymilvus
-            except ImportError as error:
-                cure = "the package pymilvus (pip install 's5vh_nb[milvus]')"
-                raise ModuleNotFoundError(f"{place}: expected {cure}, found: {error}") from error
-            try:
-                yield pymilvus
-            except pymilvus.MilvusException as error:
-                raise OSError(f"{place}: expected {expected}, found: {error.message}") from error
-    finally:
-        log.setLevel(level)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Milvus Lite uses an old interface of setuptools
+        try:
+            import pymilvus
+        except ImportError as error:
+            cure = "the package pymilvus (pip install 's5vh_nb[milvus]')"
+            raise ModuleNotFoundError(f"{place}: expected {cure}, found: {error}") from error
+        logs = [logging.getLogger(name) for name in ("pymilvus", "pymilvus.milvus_client")]
+        levels = [log.level for log in logs]  # after the import, which sets them
+        try:
+            for log in logs:
+                log.setLevel(logging.CRITICAL)
+            yield pymilvus
+        except pymilvus.MilvusException as error:
+            raise OSError(f"{place}: expected {expected}, found: {error.message}") from error
+        finally:
+            for log, level in zip(logs, levels):
+                log.setLevel(level)
 
 
 def _expression(filter) -> str:
@@ -77,7 +79,7 @@ def _expression(filter) -> str:
     parts = []
     for name, value in filter.items():
         groups = {}  # a list of Milvus holds values of one type
-        for each in value if is_several(value) else [value]:
+        for each in several(value):
             each = each.item() if isinstance(each, np.generic) else each
             groups.setdefault(type(each), []).append(each)
         lists = [json.dumps(group, ensure_ascii=False) for group in groups.values()]
@@ -112,8 +114,8 @@ class MilvusIndex:
         k, length of the codes; None: that of an index that is there
     collection : str
         Its name in the database
-    lists : int
-        Clusters of BIN_IVF_FLAT, a faster search that may miss items; 0: BIN_FLAT, exact
+    lists : int | None
+        Clusters of BIN_IVF_FLAT, which may miss items; 0, or None when new: BIN_FLAT
     effort : int
         Clusters that a query visits where there are `lists`
     shards : int
@@ -131,7 +133,8 @@ class MilvusIndex:
         place: str | Path,  # A file NAME.db, or a URL such as "http://host:19530"
         bits: int | None = None,  # k, length of the codes; None: that of an index that is there
         collection: str = "codes",  # Its name in the database
-        lists: int = 0,  # Clusters of BIN_IVF_FLAT, a faster search that may miss items; 0: BIN_FLAT, exact
+        lists: int
+        | None = None,  # Clusters of BIN_IVF_FLAT, which may miss items; 0, or None when new: BIN_FLAT
         effort: int = 16,  # Clusters that a query visits where there are `lists`
         shards: int = 1,  # Parts that a new collection is cut into, each with a server that writes
         replicas: int = 1,  # Copies in memory, each of which answers searches
@@ -142,20 +145,35 @@ class MilvusIndex:
         self.collection, self.effort = collection, effort
         self._timeout = timeout
         check(is_milvus(place), "place", "a file NAME.db or a URL", repr(place))
+        good = lists is None or (is_whole(lists) and lists >= 0)
+        check(good, "lists", "a whole number from 0, or None", repr(lists))
         of_file = "a file of Milvus Lite that no other process has open"
         of_server = f"a Milvus server that answers within {timeout:g} seconds"
         with _errors(self.place, of_file if _is_file(self.place) else of_server) as pymilvus:
+            if _is_file(self.place):
+                self._check_file(bits, lists)
             self._client = pymilvus.MilvusClient(self.place, token=token, timeout=timeout)
             if not self._client.has_collection(collection, timeout=timeout):
                 check(bits is not None, "bits", "the length of the codes, for a new index", "none")
                 check_bits(bits)
-                self._create(pymilvus.DataType, bits, lists, shards)
+                self._create(pymilvus.DataType, bits, lists or 0, shards)
             self._client.load_collection(collection, timeout=timeout, replica_number=replicas)
         about = self._call("describe_collection")["description"].split()
         ours = len(about) == 2 and about[1] == "bits" and about[0].isdecimal()
         check(ours, f"{self.place} {collection}", "a collection that `MilvusIndex` made", " ".join(about))
         self.bits = int(about[0])
         check(bits in (None, self.bits), "bits", f"{self.bits}, as the index in {self.place} has", bits)
+        there = int(self._call("describe_index", index_name="code").get("nlist", 0))
+        check(lists in (None, there), "lists", f"{there}, as the index in {self.place} has", lists)
+
+    def _check_file(self, bits: int | None, lists: int | None):
+        "Errors for what Milvus Lite can't do, before it makes a file."
+        path = Path(self.place)
+        wanted = "a file name of at most 36 letters, digits and . _ -, for Milvus Lite"
+        check(re.fullmatch(r"[A-Za-z0-9._-]{1,36}", path.name), "place", wanted, repr(path.name))
+        found = bits is not None or path.is_file()
+        check(found, self.place, "an index (`bits` makes a new one)", "none", FileNotFoundError)
+        check(not lists, "lists", "0 or None for a file, which Milvus Lite searches exactly", lists)
 
     def _call(self, method: str, **options):
         "What a method of the client returns for this collection."
@@ -174,7 +192,11 @@ class MilvusIndex:
         self._client.create_collection(
             self.collection, schema=schema, num_shards=shards, consistency_level="Strong"
         )
-        self._client.create_index(self.collection, how)
+        try:
+            self._client.create_index(self.collection, how)
+        except BaseException:  # without it the collection can't be searched
+            self._client.drop_collection(self.collection)
+            raise
 
     def close(self):
         "Let go of the file or the connection; the index can't be used any more."
@@ -201,14 +223,14 @@ class MilvusIndex:
         "An item whose id is at least this, none where there is none."
         return self._call("query", filter=f"id >= {least}", limit=1, output_fields=fields)
 
-    def _fields(self) -> set | None:
-        "The fields of metadata, as the first item has them; None without items."
-        first = self._from(0, ["*"])
-        return set(first[0]) - {"id", "code"} if first else None
+    def _first(self) -> pd.DataFrame:
+        "The metadata of the first item, whose fields all items have; no row without items."
+        rows = pd.DataFrame(map(dict, self._from(0, ["*"])))
+        return rows.drop(columns=["id", "code"], errors="ignore").sort_index(axis=1)
 
     def _next_id(self) -> int:
         "The largest id and one, 0 without items; found by halving, Milvus knows no maximum."
-        low, high = 0, 2**63 - 1
+        low, high = 0, 2**63
         while low < high:
             middle = (low + high) // 2
             if self._from(middle, ["id"]):
@@ -239,13 +261,11 @@ class MilvusIndex:
         """
         codes = check_codes(codes, "codes", self.bits)
         n, first = len(codes), self._next_id() if ids is None else 0
-        ids = np.arange(first, first + n) if ids is None else check_ids(ids)
+        ids = check_ids(np.arange(first, first + n, dtype=np.uint64) if ids is None else ids)
         check(len(ids) == n, "ids", f"{n}, one a code", len(ids))
         old = [row["id"] for row in self._get(ids, ["id"], must=False)]
         check(not old, "ids", "ids that the index does not have yet (`remove` them first)", old[:1])
-        table, fields = as_table(metadata, n), self._fields()
-        same = fields is None or set(table) == fields
-        check(same, "metadata", f"the fields {sorted(fields or [])} of the items before", list(table))
+        table = as_table(metadata, n, self._first())
         columns = {name: column.tolist() for name, column in table.items()}
         for start in range(0, n, _PIECE):
             rows = [
@@ -302,7 +322,7 @@ class MilvusIndex:
             (n,) ids of items
         """
         rows = self._get(check_ids(ids), ["*"])
-        table = pd.DataFrame(rows, columns=["id", *sorted(self._fields() or ())])
+        table = pd.DataFrame(rows, columns=["id", *self._first()])
         return table.set_index("id")
 
     def search(
@@ -322,9 +342,8 @@ class MilvusIndex:
         radius : int | None
         filter
         """
-        fields, size = (self._fields() or ()) if isinstance(filter, Mapping) else (), len(self)
-        queries = check_search(queries, top, radius, filter, self.bits, size, fields)
-        check(top <= _MOST, "top", f"at most {_MOST}, which is Milvus's limit", top)
+        fields, size = self._first() if isinstance(filter, Mapping) else (), len(self)
+        queries = check_search(queries, top, radius, filter, self.bits, min(size, _MOST), fields)
         most = min(size, _MOST)
         limit, hits = min(2 * top, most), {}
         todo = np.arange(len(queries))
