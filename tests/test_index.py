@@ -403,7 +403,7 @@ def test_bad_settings_are_named(small):
         (lambda: as_table({"id": [1]}, 1), "metadata: expected fields other than id, code"),
         (lambda: as_table({"x": [1, "a"]}, 2), "metadata 'x': expected only text, or only numbers"),
         (lambda: as_table({"x": [None, "a"]}, 2), "metadata 'x': expected only text, or only numbers"),
-        (lambda: as_table({1: [1], "1": [2]}, 1), "metadata: expected each field once"),
+        (lambda: as_table({1: [1], "1": [2]}, 1), "metadata: expected fields whose names differ"),
         (
             lambda: as_table({"x": np.zeros((2, 3))}, 2),
             "metadata 'x': expected one value an item, (2,), found",

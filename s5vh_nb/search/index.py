@@ -308,9 +308,7 @@ def as_table(
     """
     metadata = {} if metadata is None else metadata
     fields = [str(name) for name in metadata]
-    check(
-        len(set(fields)) == len(fields), "metadata", "each field once, numbers as names read as text", fields
-    )
+    check(len(set(fields)) == len(fields), "metadata", "fields whose names differ as text", fields)
     check(all(map(_is_text, fields)), "metadata", "names that UTF-8 can hold", ascii(fields))
     check(not set(fields) & set(_RESERVED), "metadata", f"fields other than {', '.join(_RESERVED)}", fields)
     sizes = {name: len(metadata[name]) for name in metadata}
@@ -319,7 +317,7 @@ def as_table(
     for name, values in columns.items():
         where = f"metadata {name!r}"
         columns[name] = as_array(values, where) if hasattr(values, "dtype") else list(values)
-        shape = np.shape(columns[name]) if hasattr(values, "dtype") else (n,)
+        shape = getattr(columns[name], "shape", (n,))
         check(shape == (n,), where, f"one value an item, ({n},)", shape)
     table = pd.DataFrame(columns, index=range(n))
     for name, column in table.items():

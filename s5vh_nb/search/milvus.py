@@ -115,7 +115,7 @@ class MilvusIndex:
     collection : str
         Its name in the database
     lists : int | None
-        Clusters of BIN_IVF_FLAT, which may miss items; 0, or None when new: BIN_FLAT
+        Clusters of BIN_IVF_FLAT, not exact; 0, or None when new: BIN_FLAT
     effort : int
         Clusters that a query visits where there are `lists`
     shards : int
@@ -133,8 +133,7 @@ class MilvusIndex:
         place: str | Path,  # A file NAME.db, or a URL such as "http://host:19530"
         bits: int | None = None,  # k, length of the codes; None: that of an index that is there
         collection: str = "codes",  # Its name in the database
-        lists: int
-        | None = None,  # Clusters of BIN_IVF_FLAT, which may miss items; 0, or None when new: BIN_FLAT
+        lists: int | None = None,  # Clusters of BIN_IVF_FLAT, not exact; 0, or None when new: BIN_FLAT
         effort: int = 16,  # Clusters that a query visits where there are `lists`
         shards: int = 1,  # Parts that a new collection is cut into, each with a server that writes
         replicas: int = 1,  # Copies in memory, each of which answers searches
