@@ -64,6 +64,16 @@ def way(made, tmp_path, monkeypatch):
     return tmp_path / "way"
 
 
+@pytest.fixture
+def small(monkeypatch):
+    "The command trains narrow networks of one layer, for one epoch where it is told no number."
+
+    def config(*names, **changes):
+        return train_config(*names, **dict(m=16, depth=1, epochs=1) | changes)
+
+    monkeypatch.setattr("s5vh_nb.cli.command.train_config", config)
+
+
 def examples(command, capsys):
     "The command lines in the help of a command."
     with pytest.raises(SystemExit):
@@ -71,15 +81,12 @@ def examples(command, capsys):
     return re.findall(r"^  s5vh-nb (.+)$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_the_examples_of_the_help_work(way, capsys, monkeypatch):
-    "In their order, which is the way; training is shorter here, and the extractor simpler."
+def test_the_examples_of_the_help_work(way, small, capsys):
+    "In their order, which is the way; networks and extractor are small here."
     for name in ("features", "model"):
         shutil.rmtree(name)
     features = examples("features", capsys)[0] + " --extractor histogram --frames 3"
     train = [f"{line} --device cpu" for line in examples("train", capsys)]
-    monkeypatch.setattr(
-        "s5vh_nb.cli.command.train_config", lambda *a, **k: train_config(*a, **k | {"epochs": 1})
-    )
     search = [line for line in examples("search", capsys) if "--model" in line]
     assert (len(train), len(search)) == (2, 2)
     for line in (features, *train, *examples("encode", capsys), "index codes.npz new.index", *search):
@@ -167,7 +174,7 @@ def test_the_card_is_made_from_the_record(way):
 
 def test_a_bundled_set_and_the_papers_network(way, capsys):
     "No extractor is known, so no video can be encoded; the codes of the set itself can."
-    small = dict(m=16, depth=1, decoder_m=16, n_centers=8, epochs=1, bits=20)
+    small = dict(m=16, depth=1, decoder_m=16, n_centers=8, epochs=1, bits=20, share=0.1)
     config = train_config("spoken-digits", "smoke", "paper", **small)
     record = train_into("paper", config, open_videos("spoken-digits"), "cpu", progress=False)
     assert type(load_network("paper")).__name__ == record.metrics["row"] == "S5VH"
@@ -180,7 +187,7 @@ def test_a_bundled_set_and_the_papers_network(way, capsys):
     assert f"paper/{EXTRACTION}: expected a file that names the frame extractor" in capsys.readouterr().err
 
 
-def test_a_stopped_training_continues(way, monkeypatch):
+def test_a_stopped_training_continues(way, small, monkeypatch):
     "It ends with the weights of one that was not stopped."
     run("train features whole --epochs 12 --bits 16 --device cpu")
     epochs, true_epoch = [], training.train_epoch

@@ -62,7 +62,7 @@ def model_card(
     told |= {"notes": data["notes"]} if "notes" in data else {}
     scores = _scores(record)
     made = {"seed": config.seed, "epochs": config.epochs, "device": record.device, "made": record.created}
-    made |= {"seconds of training": round(record.seconds["train"]), **record.versions}
+    made |= {"seconds of training": round(record.seconds["train"]), **dict(sorted(record.versions.items()))}
     use = f"""from s5vh_nb.search.videos import load_network
 
 network = load_network(".")  # this folder
@@ -85,7 +85,7 @@ codes = network.encode(features)  # float32 (n, t, {c.d}) -> uint8 (n, {-(-c.bit
         "## How it was made",
         _table(made, "what", "value"),
         "The configuration, as far as it differs from the defaults of `s5vh_nb`:",
-        f"```json\n{json.dumps(record.config, indent=2)}\n```",
+        f"```json\n{json.dumps(record.config, indent=2, sort_keys=True)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 

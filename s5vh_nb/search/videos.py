@@ -263,6 +263,7 @@ def filmstrips(
             title = f"{title} (no frames: {type(error).__name__})"
             frames = np.full((shown, _SIDE, _SIDE, 3), 235, np.uint8)
         ax.set_title(title, loc="left", fontsize=8, parse_math=False)
+        frames = np.pad(frames, ((0, 0), (0, 0), (0, 4), (0, 0)), constant_values=255)  # white between them
         ax.imshow(np.concatenate(frames, 1))
         ax.axis("off")
     return figure
