@@ -110,6 +110,7 @@ def test_codes_and_neighbours_equal_those_by_hand(way, capsys):
     arrays = np.load("codes.npz")
     assert arrays["path"].tolist() == paths.tolist()
     assert arrays["label"].tolist() == read_manifest("features").label.tolist()
+    assert arrays["codes"].dtype == np.uint8 and arrays["bits"] == 64
     assert (np.unpackbits(arrays["codes"], axis=1) != by_hand).mean() < 0.001  # sums in another order
     capsys.readouterr()
     run("search videos.index new.mp4 --model model --top 4 --where label=red")
@@ -181,7 +182,12 @@ def test_a_bundled_set_and_the_papers_network(way, capsys):
     assert "extract" not in (way / "paper" / "README.md").read_text(encoding="utf-8")
     run("encode paper spoken-digits digits.npz --device cpu")
     run("index digits.npz digits.index")
-    assert HashIndex.load("digits.index").bits == 20  # of 24 that the bytes hold
+    run("index digits.npz digits.index")  # another set can follow
+    assert (len(index := HashIndex.load("digits.index")), index.bits) == (6000, 20)  # of 24 in the bytes
+    np.save("zeros.npy", np.zeros((1, 3), np.uint8))
+    run("index zeros.npy other.index --bits 19")
+    run("index digits.npz other.index", 2)
+    assert "other.index: expected codes of 20 bits, found 19" in capsys.readouterr().err
     capsys.readouterr()
     run("search digits.index new.mp4 --model paper", 2)
     assert f"paper/{EXTRACTION}: expected a file that names the frame extractor" in capsys.readouterr().err

@@ -99,7 +99,8 @@ def _index(args):
     "Add codes to an index, which is made where there is none."
     read = _read_codes(args.codes)
     given = {"codes": read.pop("codes"), "ids": read.pop("ids", None)}
-    bits = args.bits or int(read.pop("bits", 8 * given["codes"].shape[1]))
+    told = args.bits or int(read.pop("bits", 0))  # 0: nothing tells
+    bits = told or 8 * given["codes"].shape[1]
     given["metadata"] = read or None
     milvus = is_milvus(args.index)
     check(not (milvus and args.recall), "--recall", "an index file (Milvus has its own kinds)", args.index)
@@ -112,6 +113,7 @@ def _index(args):
     else:
         there = user_path(args.index).exists()
         index = HashIndex.load(args.index) if there else HashIndex(bits)
+        check(told in (0, index.bits), args.index, f"codes of {told} bits", index.bits)
     ids = index.add(**given)
     if args.recall:
         print(index.choose(args.recall).round(3).to_string(index=False))
@@ -143,19 +145,19 @@ _WITH_VIDEO = ("model", "weights", "filmstrip", "videos")  # options of a search
 
 
 def _find(args) -> tuple:
-    "The index, what was found in it, and a name of each query."
+    "The index, and what was found in it."
     rest = args.top, args.radius, _filter(args.where)
     if args.video is not None:
         check(args.model, "--model", "the folder of the model that made the codes of the index", "none")
         search = VideoSearch.open(args.model, args.index, args.weights)
-        return search.index, search.search(args.video, *rest), [args.video]
+        return search.index, search.search(args.video, *rest)
     given = [f"--{name}" for name in _WITH_VIDEO if getattr(args, name) is not None]
     check(not given, " ".join(given), "a VIDEO to search for", "none")
     index = open_index(args.index)
     if args.ids is not None:
-        return index, index.search(index.codes(args.ids), *rest), args.ids
+        return index, index.search(index.codes(args.ids), *rest)
     queries = check_codes(_read_codes(args.codes)["codes"], args.codes, index.bits)
-    return index, index.search(queries, *rest), range(len(queries))
+    return index, index.search(queries, *rest)
 
 
 def _save_filmstrips(args, table: pd.DataFrame):
@@ -172,7 +174,8 @@ def _save_filmstrips(args, table: pd.DataFrame):
 
 def _search(args):
     "Print the items nearest to a video, to given codes or to items of the index."
-    index, found, names = _find(args)
+    index, found = _find(args)
+    names = [args.video] if args.video is not None else args.ids or range(len(found.ids))
     table = found_table(index, found, names)
     print(table.to_string(index=False) if len(table) else "nothing found")
     for name, distances, ties in zip(names, found.distances, found.ties):

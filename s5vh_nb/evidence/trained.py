@@ -136,7 +136,8 @@ def train_into(
     progress : bool
         Show a bar
     """
-    out, config, device = user_path(out), resolve(config, data), pick_device(device)
+    out, device = user_path(out), pick_device(device)
+    config = resolve(config, data)
     if record := _existing(out, config, data):
         (out / _CHECKPOINT).unlink(missing_ok=True)
         return record

@@ -109,7 +109,7 @@ def encode_videos(
     device: Device = None,  # See `pick_device`
     progress: bool = True,  # Show a bar
 ) -> dict:
-    """Database and queries, as arrays by name: `codes` (n, k/8), `ids` (n,), `bits`, and metadata (n,) each.
+    """Database and queries, as arrays by name: `codes` (n, k/8), `bits`, and metadata (n,) each.
 
     Metadata are `label`, `split`, and the `path` of own videos. `ValueError` for features of another width,
     or of another extractor.
@@ -140,7 +140,7 @@ def encode_videos(
         rows = np.concatenate([split.ids for split in parts.values()])
         told = {"path": read_manifest(data.folder).path.iloc[rows].tolist()} | told
     told = {name: np.array(texts, dtype=str) for name, texts in told.items()}
-    return {"codes": codes, "ids": np.arange(len(codes)), "bits": np.array(network.bits), **told}
+    return {"codes": codes, "bits": np.array(network.bits), **told}
 
 # %% ../../nbs/lib/search/04_videos.ipynb #133f9bc2
 @dataclass(frozen=True)
