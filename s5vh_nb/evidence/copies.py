@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reciprocal_rank', 'recall_at', 'measure_copies', 'ranks_in', 'first_found']
 
-# %% ../../nbs/lib/evidence/14_copies.ipynb #3d5b7083
+# %% ../../nbs/lib/evidence/14_copies.ipynb #d2c1cd18
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from .runs import complete, encode_splits, learn
 from .store import Store, Subject
 from ..search.hamming import hamming_distances
 
-# %% ../../nbs/lib/evidence/14_copies.ipynb #2311c81e
+# %% ../../nbs/lib/evidence/14_copies.ipynb #735ae1f6
 def reciprocal_rank(
     nearer,  # Items that are nearer to a query than the right one
     equal,  # Items that are as near, the right one among them
@@ -56,7 +56,7 @@ def recall_at(
     nearer, equal = as_array(nearer, "nearer", int), as_array(equal, "equal", int)
     return (N - nearer).clip(0, equal) / equal
 
-# %% ../../nbs/lib/evidence/14_copies.ipynb #0ea9b228
+# %% ../../nbs/lib/evidence/14_copies.ipynb #e437964d
 _FOUND = 4  # results that are kept
 
 
