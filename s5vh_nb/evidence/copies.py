@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reciprocal_rank', 'recall_at', 'measure_copies', 'ranks_in', 'first_found']
 
-# %% ../../nbs/lib/evidence/14_copies.ipynb #d2c1cd18
+# %% ../../nbs/lib/evidence/14_copies.ipynb #32c7cd09
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from .runs import complete, encode_splits, learn
 from .store import Store, Subject
 from ..search.hamming import hamming_distances
 
-# %% ../../nbs/lib/evidence/14_copies.ipynb #735ae1f6
+# %% ../../nbs/lib/evidence/14_copies.ipynb #473af0f0
 def reciprocal_rank(
     nearer,  # Items that are nearer to a query than the right one
     equal,  # Items that are as near, the right one among them
@@ -56,7 +56,7 @@ def recall_at(
     nearer, equal = as_array(nearer, "nearer", int), as_array(equal, "equal", int)
     return (N - nearer).clip(0, equal) / equal
 
-# %% ../../nbs/lib/evidence/14_copies.ipynb #e437964d
+# %% ../../nbs/lib/evidence/14_copies.ipynb #394f969b
 _FOUND = 4  # results that are kept
 
 
@@ -104,7 +104,7 @@ def _shown(edits: int, n: int) -> np.ndarray:
 def ranks_in(
     records: list,  # Of `measure_copies`, one per seed
     store: Store,
-    score: Callable = reciprocal_rank,  # Of `nearer` and `equal`
+    score: Callable,  # Of `nearer` and `equal`, e.g. `reciprocal_rank`
 ) -> dict:
     """Edit -> a score of every copy, (seeds, originals).
 
@@ -114,7 +114,7 @@ def ranks_in(
         Of `measure_copies`, one per seed
     store : Store
     score : Callable
-        Of `nearer` and `equal`
+        Of `nearer` and `equal`, e.g. `reciprocal_rank`
     """
     arrays = [store.archive.arrays(record) for record in records]
     values = np.stack([score(each["nearer"], each["equal"]) for each in arrays])  # (seeds, edits, n)
