@@ -791,7 +791,7 @@ LONG_STREAMS = {  # profile -> sets whose streams are measured, chunks, frames a
 
 COPIED = {  # profile -> originals, frames of each, pixels that an extractor sees, extractors of edited copies
     "smoke": dict(n=20, t=4, side=32, extractors=("histogram",)),
-    "quick": dict(n=48, t=8, side=64, extractors=("histogram", "random", "efficientnet-lite0")),
+    "quick": dict(n=40, t=8, side=64, extractors=("histogram", "random", "efficientnet-lite0")),
     **dict.fromkeys(("full", "paper"), dict(n=518, t=25, side=None, extractors=EXTRACTORS)),
 }
 
