@@ -806,7 +806,11 @@ _MAPPED = [
     for order in _ORDERS
 ]
 ATTENTION = "ConMH-style with stochastic depth"
-NO_LAYERS, OTHER_LAYERS = f"{PLUS} without layers", f"{PLUS} with a Transformer"
+NO_LAYERS = f"{PLUS} without layers"
+OTHER_LAYERS = {
+    f"{PLUS} {name}": dict(variant="plus", **PLUS_PARTS[name])
+    for name in ("with a Transformer", "with an LSTM")
+}
 
 
 def shared_rows(name: str) -> list:
@@ -889,14 +893,14 @@ _BEYOND = {
             PLUS: dict(variant="plus"),
             ATTENTION: _in_40_epochs(**SIZED[_CONMH]),
             NO_LAYERS: dict(variant="plus", **PLUS_PARTS["without layers"]),
-            OTHER_LAYERS: dict(variant="plus", **PLUS_PARTS["with a Transformer"]),
+            **OTHER_LAYERS,
             **_ITQ,
         },
         datasets={**_everywhere(_MAPPED), **dict.fromkeys(("smoke", "quick"), (_MAPPED[3], _MAPPED[5]))},
         bits=_LONGEST,
         seeds=_THREE_SEEDS,
         epochs={"quick": 2},
-        without={"quick": (PLUS, NO_LAYERS, OTHER_LAYERS)},  # of the same size in every profile but smoke
+        without={"quick": (PLUS, NO_LAYERS, *OTHER_LAYERS)},  # of the same size in every profile but smoke
     ),
     "scale/shares": Experiment(
         {**_PLUS_SHARED, **_ITQ_SHARED, **_SHARED_BEFORE},
