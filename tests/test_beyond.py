@@ -1,9 +1,13 @@
 "The answers of the notebooks beyond the papers, on made-up records."
 
 import re
+import sys
 
+import numpy as np
 import pytest
 
+from s5vh_nb.datasets.animated_emoji import emoji_drawings
+from s5vh_nb.datasets.copies import EDITS
 from s5vh_nb.evidence.experiments import ATTENTION, LOOKS_BACK, NO_LAYERS, OTHER_LAYERS, PLUS, shared_rows
 from s5vh_nb.evidence.study import open_study
 
@@ -139,3 +143,52 @@ def test_costs_and_streams_of_long_videos(answer, keep, checkout):
 def test_long_videos_without_records(answer):
     said, files = answer("long", {"ITQ, flattened": 0.3})
     assert "S5VH has no records in profile smoke yet." in said and not files & {"beyond_long.csv"}
+
+
+SMALL_COPIES = {"smoke": dict(n=20, t=4, side=32, extractors=("random",))}
+
+
+@pytest.fixture
+def copied(keep, checkout):
+    "A function that keeps made-up ranks of originals: how many items are nearer to a copy, by row."
+
+    def make(nearer):
+        study = open_study("beyond/copies", "smoke", device="cpu", root=checkout, may_train=False)
+        ids = np.array(list(emoji_drawings())[:9])
+        for row, number in nearer.items():
+            (config,) = study.configs("animated-emoji", 16, row)
+            ranks = np.full((len(EDITS), 9), number, np.uint16)
+            arrays = {"nearer": ranks, "equal": np.ones_like(ranks), "ids": ids.astype(np.uint16)}
+            arrays["first"] = np.tile(ids[:5], (len(EDITS), 1)).astype(np.uint16)
+            columns = dict.fromkeys(("nearer", "equal", "first"), list(EDITS))
+            keep(config, {"videos": 9}, "copies, histogram", arrays=arrays, columns=columns)
+
+    return make
+
+
+@pytest.mark.parametrize("nearer", [0, 4])
+def test_copies(copied, cells, checkout, capsys, nearer):
+    copied({"S5VH": nearer, "ITQ, time mean": 1})
+    cells("beyond/copies")
+    said, files = capsys.readouterr().out, {path.name for path in checkout.rglob("*.*")}
+    counted = f"better than ITQ, time mean in {10 * (nearer < 1)} and worse in {10 * (nearer > 1)} of 10"
+    assert f"S5VH finds the original {counted} comparisons" in said
+    assert f"histogram {1 / (nearer + 1):.3f} [" in said
+    assert {"beyond_copies.csv", "beyond_copies_gains.csv", "copies.png", "copies_found.png"} <= files
+
+
+def test_copies_without_records(cells, checkout, capsys):
+    cells("beyond/copies")
+    said = capsys.readouterr().out
+    assert "Copies have no records of S5VH in profile smoke yet." in said
+    assert not [*checkout.rglob("beyond_copies*.csv"), *checkout.rglob("*.png")]
+
+
+@pytest.mark.parametrize("package", ["av", "efficientnet_lite_pytorch"])
+def test_copies_without_the_extra(cells, checkout, capsys, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr("s5vh_nb.evidence.experiments.COPIED", SMALL_COPIES)
+    monkeypatch.setattr("s5vh_nb.evidence.store.NO_TRAINING", "nothing forbids it")
+    cells("beyond/copies")
+    said = capsys.readouterr().out
+    assert 'pip install "s5vh_nb[video]"' in said and "no records of S5VH" in said
