@@ -410,12 +410,14 @@ class _Work:
 
     def _read_finished(self):
         "What a finished set says of its videos; its features are still in its own files."
+        file = self.out / _REPORT
+        expected = "what is known of the videos of this finished set (remove the folder to begin anew)"
+        check(file.is_file(), f"{file}", expected, "no such file")
         try:
-            report = json.loads((self.out / _REPORT).read_text(encoding="utf-8"))
+            report = json.loads(file.read_text(encoding="utf-8"))
             settings, videos = report["settings"], {each["path"]: each for each in report["videos"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            expected = "what is known of the videos of this finished set (or remove the folder to begin anew)"
-            raise ValueError(f"{self.out / _REPORT}: expected {expected}, found: {error}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}: expected {expected}, found a damaged file ({error})") from error
         self._check_settings(settings)
         self.known = videos
 
