@@ -32,7 +32,7 @@ reproduce: $(READY)  ## the main job: tables and figures from real data (ALL=1 a
 report: $(READY)  ## draw the committed tables and figures again from their records, without training
 	$(BIN)/s5vh-nb report $(or $(ARGS),s5vh/retrieval)
 
-test: test-python test-lib test-artefacts  ## every check: pytest, all lib notebooks, all artefact notebooks in the smoke profile
+test: test-python test-lib test-artefacts  ## every check: pytest, all lib and learn notebooks, all artefact notebooks in the smoke profile
 	@echo "make test: all well"
 
 test-python: $(READY)
@@ -40,6 +40,7 @@ test-python: $(READY)
 
 test-lib: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/lib --n_workers 2 --timing
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/learn --n_workers 1 --timing
 
 test-artefacts: $(READY)
 	rm -rf results/smoke figures/smoke && mkdir -p results/smoke
@@ -82,5 +83,5 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version); this takes some minutes, once"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 setuptools wheel
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev,video]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev,video,milvus]'
 	@touch $@

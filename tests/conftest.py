@@ -60,7 +60,12 @@ def keep(store):
             config=differences(complete(config, data)),
             label=label,
             metrics=metrics,
-            data={"name": data.name, "fingerprint": data.fingerprint, "train": len(data.train)},
+            data={
+                "name": data.name,
+                "fingerprint": data.fingerprint,
+                "train": len(data.train),
+                "database": len(data.database),
+            },
             device="none",
             seconds={"train": 1.0},
             artefact="tests",

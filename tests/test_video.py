@@ -473,7 +473,9 @@ def test_a_damaged_report_is_named(videos, tmp_path, content):
     (out / "extraction.json").unlink()
     if content is not None:
         (out / "extraction.json").write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"extraction.json: expected .* \(remove the folder to begin anew\), found"):
+    with pytest.raises(
+        ValueError, match=r"extraction.json: expected .* \(remove the folder to begin anew\), found"
+    ):
         extract_features(videos, out, **FAST)
 
 

@@ -1,4 +1,4 @@
-"Make the pictures in the lib and data notebooks small, as those of executed artefacts are."
+"Make the pictures in the lib, learn and data notebooks small, as those of executed artefacts are."
 
 from pathlib import Path
 
@@ -10,7 +10,8 @@ from s5vh_nb.cli.execute import shrink_pictures
 ROOT = Path(__file__).resolve().parent.parent
 
 if __name__ == "__main__":
-    for path in sorted([*ROOT.glob("nbs/lib/*/*.ipynb"), *ROOT.glob("nbs/data/*.ipynb")]):
+    patterns = ("nbs/lib/*/*.ipynb", "nbs/learn/*.ipynb", "nbs/data/*.ipynb")
+    for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
         nb = nbformat.read(path, 4)
         before = nbformat.writes(nb)
         shrink_pictures(nb)

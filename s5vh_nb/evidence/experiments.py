@@ -7,7 +7,7 @@ __all__ = ['PLUS', 'TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'NO_DEPTH', 'TWO_DIFFE
            'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS',
            'PLUS_PAIR_PARTS', 'LABEL_SHARES', 'ALL_LABELS', 'CLUSTERS', 'NEAREST_MEAN', 'OTHER_CENTERS', 'VOTES',
            'PAIR_SHARES', 'RANDOM_CENTERS', 'CENTER_COUNTS', 'SOLVED', 'LONG_SETS', 'LOOKS_BACK', 'RELEASED_START',
-           'TAUGHT', 'LONG_USED', 'LONG_COST', 'LONG_STREAMS', 'ATTENTION', 'NO_LAYERS', 'OTHER_LAYERS',
+           'TAUGHT', 'LONG_USED', 'LONG_COST', 'LONG_STREAMS', 'COPIED', 'ATTENTION', 'NO_LAYERS', 'OTHER_LAYERS',
            'FROM_SCHEDULE', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row', 'but_for', 'schedule_row',
            'share_row', 'efficiency_config', 'labels_row', 'left_out_row', 'centers_row', 'shared_rows']
 
@@ -20,6 +20,7 @@ from math import ceil
 from ..basics.checks import known
 from ..basics.config import PAIR_VARIANTS, VARIANTS, BaselineConfig, TrainConfig, replace
 from ..basics.profiles import PROFILES, train_config
+from ..datasets.extract import EXTRACTORS
 from ..datasets.spoken import LONG_FRAMES
 from ..datasets.synthetic import Difficulty
 from ..datasets.video_files import OFFICIAL
@@ -788,6 +789,12 @@ LONG_STREAMS = {  # profile -> sets whose streams are measured, chunks, frames a
     ),
 }
 
+COPIED = {  # profile -> originals, frames of each, pixels that an extractor sees, extractors of edited copies
+    "smoke": dict(n=20, t=4, side=32, extractors=("histogram",)),
+    "quick": dict(n=40, t=8, side=64, extractors=("histogram", "random", "efficientnet-lite0")),
+    **dict.fromkeys(("full", "paper"), dict(n=518, t=25, side=None, extractors=EXTRACTORS)),
+}
+
 _CURVE_BITS = (8, 16, 32, 64, 128, 256)
 _FOUR_IN_QUICK = {"quick": 4}
 _PANELS = ((20, 0.0), (20, 0.8), (50, 0.0))  # classes and redundancy of made-up sets
@@ -799,7 +806,11 @@ _MAPPED = [
     for order in _ORDERS
 ]
 ATTENTION = "ConMH-style with stochastic depth"
-NO_LAYERS, OTHER_LAYERS = f"{PLUS} without layers", f"{PLUS} with a Transformer"
+NO_LAYERS = f"{PLUS} without layers"
+OTHER_LAYERS = {
+    f"{PLUS} {name}": dict(variant="plus", **PLUS_PARTS[name])
+    for name in ("with a Transformer", "with an LSTM")
+}
 
 
 def shared_rows(name: str) -> list:
@@ -882,14 +893,14 @@ _BEYOND = {
             PLUS: dict(variant="plus"),
             ATTENTION: _in_40_epochs(**SIZED[_CONMH]),
             NO_LAYERS: dict(variant="plus", **PLUS_PARTS["without layers"]),
-            OTHER_LAYERS: dict(variant="plus", **PLUS_PARTS["with a Transformer"]),
+            **OTHER_LAYERS,
             **_ITQ,
         },
         datasets={**_everywhere(_MAPPED), **dict.fromkeys(("smoke", "quick"), (_MAPPED[3], _MAPPED[5]))},
         bits=_LONGEST,
         seeds=_THREE_SEEDS,
         epochs={"quick": 2},
-        without={"quick": (PLUS, NO_LAYERS, OTHER_LAYERS)},  # of the same size in every profile but smoke
+        without={"quick": (PLUS, NO_LAYERS, *OTHER_LAYERS)},  # of the same size in every profile but smoke
     ),
     "scale/shares": Experiment(
         {**_PLUS_SHARED, **_ITQ_SHARED, **_SHARED_BEFORE},
@@ -919,6 +930,20 @@ _BEYOND = {
         seeds=_THREE_SEEDS,
         base="S5VH",
         without=dict.fromkeys(("smoke", "quick"), ("LSTM, forward", "Transformer", RELEASED_START, *TAUGHT)),
+    ),
+    "copies": Experiment(
+        # 20 clusters for 518 originals, as animated-emoji has 19 classes; small batches for as many steps
+        # as on spoken-digits
+        {
+            "S5VH": _in_40_epochs(n_centers=20, batch=32),
+            PLUS: dict(variant="plus", batch=32),
+            **_ITQ,
+        },
+        datasets=_everywhere(("animated-emoji",)),
+        bits={**_LONGEST, "quick": (32,)},
+        seeds=_THREE_SEEDS,
+        base="S5VH",
+        without={"smoke": (PLUS,), "quick": (PLUS,)},
     ),
     "supervised": Experiment(
         {
