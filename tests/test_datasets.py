@@ -34,7 +34,7 @@ from s5vh_nb.datasets.features import (
 from s5vh_nb.datasets.pair_files import load_official_pairs, write_official_pairs
 from s5vh_nb.datasets.rows import HDF5Rows, RowStore, to_tensor
 from s5vh_nb.datasets.splits import Dataset, Split
-from s5vh_nb.datasets.synthetic import synthetic_like, synthetic_pairs
+from s5vh_nb.datasets.synthetic import Difficulty, difficulty_of, synthetic_like, synthetic_pairs
 from s5vh_nb.datasets.video_files import load_official, write_official
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not the sizes of:UserWarning")  # most sets here are small
@@ -1063,12 +1063,25 @@ def test_labels_that_judge_nothing():
         ),
         (lambda: synthetic_like("ucf101", n=(100, 50)), "n: expected three sizes"),
         (lambda: synthetic_like("ucf101", n=(0, 0, 50)), "n: expected three sizes"),
+        (
+            lambda: Difficulty(20.5, 0.5, 2, 0),
+            "classes: expected 2 to 120, the orders of the scenes, found 20.5",
+        ),
+        (lambda: Difficulty(20, 1 / 3, 2, 0), "order: expected at most six digits and no exponent"),
+        (lambda: Difficulty(20, 0.5, 1e-5, 0), "noise: expected at most six digits and no exponent"),
+        (lambda: Difficulty(20, 0.5, 1e6, 0), "as in the name of the set, found 1000000.0"),
     ],
 )
 def test_bad_arguments(call, message):
     with pytest.raises((ValueError, FileNotFoundError)) as found:
         call()
     assert message in str(found.value)
+
+
+def test_a_made_up_set_has_the_numbers_of_its_name():
+    for i in range(1000):
+        made = Difficulty(2 + i % 119, i / 1000, 7 * i / 1000, i / 1000)
+        assert difficulty_of(made.name) == made
 
 
 def test_captions_of_a_table():

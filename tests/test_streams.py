@@ -143,6 +143,12 @@ def test_frames_that_are_refused_do_not_count():
     assert torch.equal(stream.codes(), net.encode(x))
 
 
+@pytest.mark.parametrize("size", [0, -1, 1.5, True])
+def test_a_stream_has_at_least_one_video(size):
+    with pytest.raises(ValueError, match="batch_size: expected a number of videos, at least 1, found"):
+        network(directions="forward").stream(size)
+
+
 OTHERS = [
     dict(directions="backward"),
     dict(directions="forward", mixer="LSTM"),

@@ -20,6 +20,7 @@ from s5vh_nb.learning.centers import (
     class_matrix,
     hash_centers,
     labelled_items,
+    labels_per_item,
     majority_vote,
     semantic_targets,
     start_centers,
@@ -165,6 +166,27 @@ def test_a_share_of_labels_keeps_every_class(n, c, share, seed, one):
     assert (labelled_items(classes, 1.0, seed) == classes.any(1)).all()
 
 
+def test_rare_classes_do_not_raise_the_classes_per_item():
+    """A fifth of the items has a second class, of its own: each of these has labels, however small the share.
+
+    They are nearly all of the labelled ones, but not of those that tell how many classes an item has.
+    """
+    n = 500
+    classes = np.zeros((n, 101), bool)
+    classes[:, 0] = True
+    classes[np.arange(100), 1 + np.arange(100)] = True
+    found = []
+    for seed in range(20):
+        told = labelled_items(classes, 0.1, seed)
+        assert classes[told].sum(1).mean() > 1.6
+        first = np.random.default_rng(seed).permutation(n)[:50]  # all of them are labelled
+        found.append(labels_per_item(classes, 0.1, seed))
+        assert told[first].all() and found[-1] == classes[first].sum(1).mean()
+    assert abs(np.mean(found) - 1.2) < 0.05
+    assert labels_per_item(classes, 1.0, 0) == 1.2
+    assert labels_per_item(classes[:, :1], 0.001, 0) == 1
+
+
 # Propagation
 
 
@@ -243,7 +265,8 @@ def test_other_pairs_get_several_labels_by_hand():
     ratios = sorted(
         ((votes[i, c] / votes[i].max(), i, c) for i in others for c in range(CLASSES)), reverse=True
     )
-    wanted = len(others) + round((SEVERAL[told].sum() / told.sum() - 1) * len(others))
+    first = [i for i in np.random.default_rng(config.seed).permutation(N)[: N // 5] if told[i]]
+    wanted = len(others) + round((SEVERAL[first].sum() / len(first) - 1) * len(others))
     for _, i, c in ratios:
         if len(expected) < wanted:
             expected.add((i, c))
@@ -266,6 +289,18 @@ def test_pairs_that_are_left_out_do_not_count():
     moved = dataclasses.replace(data, train=dataclasses.replace(data.train, inputs=inputs))
     assert torch.equal(train(config, moved).weights, runs[0].weights)
     assert not torch.equal(train(replace(config, propagation="paths"), data).weights, runs[0].weights)
+
+
+def test_classes_of_pairs_that_are_left_out_are_hidden():
+    "Also where an objective is fitted without `train`."
+    data, config = pairs(), pair_configuration(labelled=0.2, propagation="none")
+    classes, told = training_classes(training.resolve(config, data), data.train)
+    assert np.array_equal(classes, SEVERAL & told[:, None])
+    objective = fitted_run(config, data).objective
+    rows = np.resize(np.flatnonzero(told), N)
+    assert np.array_equal(objective.labels.numpy().astype(bool), SEVERAL[rows])
+    trained = train(config, data).objective
+    assert torch.equal(trained.labels, objective.labels) and torch.equal(trained.targets, objective.targets)
 
 
 def test_videos_without_a_class_get_one():

@@ -215,13 +215,26 @@ def test_a_hole_is_filled_with_the_last_good_frame():
     assert len(clip.frames) == 9 and clip.damage
 
 
-def test_a_cut_animation(tmp_path):
+@pytest.mark.parametrize("kind", ["gif", "webp"])
+def test_a_cut_animation(tmp_path, kind):
+    "Cut anywhere it has the frames before the cut, or none: then an error names it."
     noise = np.random.default_rng(0).integers(0, 255, (6, 40, 40, 3), np.uint8)
-    pictures = [Image.fromarray(x) for x in noise]
-    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=100)
-    content = (tmp_path / "a.gif").read_bytes()
-    clip = read_clip(content[: len(content) * 2 // 3], 6, GRAY)
-    assert 0.3 <= clip.seconds <= 0.5
+    content = io_of(*map(Image.fromarray, noise), kind)
+    frames, seconds = read_clip(content, 6, GRAY).frames, []
+    path = tmp_path / f"a.{kind}"
+    for cut in np.linspace(1, 0.95 * len(content), 200).astype(int):
+        path.write_bytes(content[:cut])
+        try:
+            clip = read_clip(path, 6, GRAY)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: expected ") and " object at" not in str(error)
+            seconds.append(0.0)
+            continue
+        seconds.append(round(float(clip.seconds), 1))
+        last = round(10 * seconds[-1]) - 1
+        assert (clip.frames[0] == frames[0]).all() and (clip.frames[-1] == frames[last]).all()
+    assert seconds == sorted(seconds) and set(seconds) == {0.0, 0.1, 0.2, 0.3, 0.4, 0.5}
+    assert clip.damage
 
 
 def test_decompression_bombs(tmp_path, monkeypatch):
@@ -415,6 +428,55 @@ def test_what_cannot_be_read_is_listed_and_skipped(videos, tmp_path, monkeypatch
     assert done.unreadable["red/empty.webm"] == "expected a video, found an empty file"
     again = extract_features(videos, tmp_path / "out", **FAST)
     assert again.new == 0 and again.unreadable == done.unreadable
+
+
+def test_rates_are_told_where_frames_were_read(videos, tmp_path):
+    out = tmp_path / "out"
+    assert "frames/s" in str(extract_features(videos, out, **FAST))
+    (videos / "red" / "text.mp4").write_text("no video", encoding="utf-8")
+    done = extract_features(videos, out, **FAST)
+    assert done.new == 1 and "frames/s" not in str(done) and "skipped: red/text.mp4" in str(done)
+
+
+def test_wrong_input_makes_no_folder(videos, tmp_path):
+    out = tmp_path / "out"
+    for folder, changes in ((tmp_path / "none", {}), (videos, {"extractor": "none"})):
+        with pytest.raises((OSError, ValueError), match="none"):
+            extract_features(folder, out, **FAST | changes)
+        assert not out.exists()
+
+
+@pytest.mark.skipif(extract.fcntl is None, reason="this system has no such locks")
+def test_two_runs_do_not_write_to_one_folder(videos, tmp_path, monkeypatch):
+    "The second one is told; what the first one wrote stays whole, and its lock ends with it."
+    out, told = tmp_path / "out", []
+
+    def second(*args):
+        if not told:
+            told.append("")
+            with pytest.raises(
+                OSError, match="out: expected no other run that writes to this folder"
+            ) as raised:
+                extract_features(videos, out, **FAST)
+            told[0] = str(raised.value)
+        return read_clip(*args)
+
+    monkeypatch.setattr(extract, "read_clip", second)
+    assert extract_features(videos, out, **FAST | {"workers": 1}).new == 8 and told[0]
+    assert extract_features(videos, out, **FAST).new == 0
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"settings": {}}'])
+def test_a_damaged_report_is_named(videos, tmp_path, content):
+    out = tmp_path / "out"
+    extract_features(videos, out, **FAST)
+    (out / "extraction.json").unlink()
+    if content is not None:
+        (out / "extraction.json").write_text(content, encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"extraction.json: expected .* \(remove the folder to begin anew\), found"
+    ):
+        extract_features(videos, out, **FAST)
 
 
 def test_a_killed_run_continues(videos, tmp_path, monkeypatch):

@@ -96,7 +96,12 @@ def _pictures(
     At the end when the last one is no longer shown, and None.
     """
     file.seek(0)
-    with Image.open(file) as image:
+    try:
+        opened = Image.open(file)
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        found = str(error).partition(" <")[0]  # without the name of an object
+        raise ValueError(f"{where}: expected an animated picture, found: {found}") from error
+    with opened as image:
         _check_pixels(*image.size, where)
         start, most = 0, _MOST_DECODED // (image.width * image.height)
         for number in itertools.count():
@@ -106,7 +111,7 @@ def _pictures(
                 image.load()
             except EOFError:
                 break
-            except (OSError, SyntaxError, ValueError) as error:
+            except Exception as error:  # of many kinds, too
                 broken.append(str(error))
                 break
             yield start, image
@@ -114,9 +119,26 @@ def _pictures(
     yield start, None
 
 
+def _whole_chunks(file: BinaryIO, broken: list) -> BinaryIO:
+    "A WebP that was cut, up to its last whole chunk, as Pillow reads no other; any other file as it is."
+    file.seek(0)
+    content = file.read()
+    size = 8 + int.from_bytes(content[4:8], "little")
+    if content[:4] != b"RIFF" or len(content) >= size:
+        return file
+    broken.append(f"{len(content)} of {size} bytes")
+    end = after = 12
+    while after <= len(content):
+        end = after
+        length = int.from_bytes(content[end + 4 : end + 8], "little")
+        after = end + 8 + length + length % 2
+    return io.BytesIO(content[:4] + (end - 8).to_bytes(4, "little") + content[8:end])
+
+
 def _picture_clip(file: BinaryIO, where: str, t: int, view: View) -> "Clip":
     "The clip of an animated picture: the first pass reads the times, the second one the frames."
     broken = []
+    file = _whole_chunks(file, broken)
     stamps = np.array([start for start, _ in _pictures(file, where, broken)])  # (frames + 1,)
     check(len(stamps) > 1, where, "a picture", "; ".join(broken[:1]) or "no frame")
     chosen = evenly(stamps[:-1], stamps[-1], t)  # (t,)
@@ -324,9 +346,6 @@ def read_clip(
         start = file.read(12)
         check(len(start) > 0, where, "a video", "an empty file")
         if _is_picture(start):
-            try:
-                return _picture_clip(file, where, t, view)
-            except (Image.UnidentifiedImageError, Image.DecompressionBombError) as error:
-                raise ValueError(f"{where}: expected an animated picture, found: {error}") from error
+            return _picture_clip(file, where, t, view)
         check_av()
         return _video_clip(file, where, t, view)

@@ -8,6 +8,7 @@ __all__ = ['EXTRACTORS', 'EXTRACTION', 'Extractor', 'make_extractor', 'find_vide
 
 # %% ../../nbs/lib/datasets/15_extract.ipynb #c81525c8
 import collections
+import contextlib
 import importlib.util
 import json
 import os
@@ -32,6 +33,11 @@ from .features import IMAGENET, vgg_fc7
 from .rows import PickedRows, RowStore
 from .splits import Dataset, Split
 from .video_files import MANIFEST, own_videos, read_manifest, write_own
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # %% ../../nbs/lib/datasets/15_extract.ipynb #1ade55b8
 @dataclass(frozen=True)
@@ -425,9 +431,16 @@ class _Work:
 
     def _read_finished(self):
         "What a finished set says of its videos; its features are still in its own files."
-        report = json.loads((self.out / EXTRACTION).read_text(encoding="utf-8"))
-        self._check_settings(report["settings"])
-        self.known = {each["path"]: each for each in report["videos"]}
+        file = self.out / EXTRACTION
+        expected = "what is known of the videos of this finished set (remove the folder to begin anew)"
+        check(file.is_file(), f"{file}", expected, "no such file")
+        try:
+            report = json.loads(file.read_text(encoding="utf-8"))
+            settings, videos = report["settings"], {each["path"]: each for each in report["videos"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}: expected {expected}, found a damaged file ({error})") from error
+        self._check_settings(settings)
+        self.known = videos
 
     def has(self, video: _Video) -> bool:
         """Whether this very file was read before, or could not be.
@@ -528,7 +541,7 @@ class Extraction:
     damaged : dict
         Path -> what was wrong with a video that was read all the same
     decoder : float
-        Frames that are decoded in a second, by all threads
+        Frames that are decoded in a second, by all threads; 0 where none were
     extractor : float
         Frames that the network takes in a second
     waited : float
@@ -540,13 +553,13 @@ class Extraction:
     new: int  # Videos read by this run
     unreadable: dict  # Path -> why
     damaged: dict  # Path -> what was wrong with a video that was read all the same
-    decoder: float  # Frames that are decoded in a second, by all threads
+    decoder: float  # Frames that are decoded in a second, by all threads; 0 where none were
     extractor: float  # Frames that the network takes in a second
     waited: float  # Share of the time in which the network waited for frames
 
     def __str__(self):
         lines = [f"{self.folder}: {self.videos} videos; files read in this run: {self.new}"]
-        if self.new:
+        if self.decoder > 0:
             bound = "decoder" if self.waited > 0.5 else "extractor"
             rates = f"decoder {self.decoder:.0f} frames/s, extractor {self.extractor:.0f} frames/s"
             lines.append(
@@ -569,6 +582,30 @@ def _read_ahead(videos: list, read: Callable, workers: int) -> Iterator:
             yield from waiting
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _only_run(out: Path):
+    "Lock the folder against other runs, where the system can; a lock ends with its process."
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        _lock(folder, out)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _lock(folder: int, out: Path):
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        expected = "no other run that writes to this folder"
+        raise OSError(f"{out}: expected {expected}, found one that has not ended") from error
+    except OSError:  # a file system without such locks
+        pass
 
 
 def _finish(work: _Work, manifest: pd.DataFrame):
@@ -606,7 +643,8 @@ def extract_features(
     """Features of all videos below a folder, as files that `load("own-videos", out)` reads.
 
     It continues a run that was killed. `ValueError` for bad parameters, videos without a label in `labels`,
-    and when there are not two videos of one label; `OSError` naming the folder where `out` can't be written.
+    and when there are not two videos of one label; `OSError` naming the folder where `out` can't be written,
+    or where another run writes to it.
 
     Parameters
     ----------
@@ -634,7 +672,6 @@ def extract_features(
     check(is_whole(workers) and workers > 0, "workers", "at least 1 thread", workers)
     check(is_whole(t) and t > 0, "t", "at least 1 frame", t)
     check_av()
-    check_writable(out / MANIFEST)
     videos = find_videos(folder, unreadable)
     check(len(videos) > 1, f"{folder}", "at least two videos", len(videos))
     table = {} if labels is None else _read_table(labels, videos)
@@ -642,7 +679,23 @@ def extract_features(
     side = net.view.side
     d = net(np.zeros((1, side, side, 3), np.uint8)).shape[1]
     named = "standard" if weights is None else Path(weights).name
-    work = _Work(out, dict(extractor=extractor, weights=named, frames=t, d=d))
+    check_writable(out / MANIFEST)
+    with _only_run(out):
+        work = _Work(out, dict(extractor=extractor, weights=named, frames=t, d=d))
+        return _extract(videos, table, work, net, workers, progress, unreadable)
+
+
+def _extract(
+    videos: list,
+    table: dict,
+    work: _Work,
+    net: Extractor,
+    workers: int,
+    progress: bool,
+    unreadable: dict,  # What is no video and can't be read: path -> why
+) -> Extraction:
+    "Read the videos that `work` does not have, and write the set's files where it has changed."
+    t = work.shape[0]
     todo = [video for video in videos if not work.has(video)]
     if todo or not work.is_current(videos, table):
         work.begin(videos)
@@ -674,12 +727,12 @@ def extract_features(
         bar.update()
     bar.close()
     facts = [work.known[video.path] for video in videos]
-    unreadable |= {each["path"]: each["error"] for each in facts if each["error"]}
+    unreadable = unreadable | {each["path"]: each["error"] for each in facts if each["error"]}
     manifest = _manifest(videos, work.known, table)
     if work.begun:
         _finish(work, manifest)
     return Extraction(
-        folder=out,
+        folder=work.out,
         videos=len(manifest),
         new=len(todo),
         unreadable=unreadable,

@@ -14,7 +14,7 @@ from math import factorial
 import numpy as np
 import torch
 
-from ..basics.checks import check, known
+from ..basics.checks import check, is_whole, known
 from .pair_files import PAIR_LAYOUTS
 from .rows import RowStore
 from .splits import Dataset, Split
@@ -111,6 +111,7 @@ def synthetic_like(
 _T, _D = 25, 64  # frames of a video, numbers of a frame
 _SCENES, _SHORTEST = 5, 2  # of a video, and frames of the shortest one
 MADE_UP = "synthetic:"  # how the names of the family begin
+_NUMBER = r"\d+(?:\.\d+)?"  # in such a name
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,15 @@ class Difficulty:
 
     def __post_init__(self):
         most = factorial(_SCENES)
-        check(2 <= self.classes <= most, "classes", f"2 to {most}, the orders of the scenes", self.classes)
+        fits = is_whole(self.classes) and 2 <= self.classes <= most
+        check(fits, "classes", f"2 to {most}, the orders of the scenes", self.classes)
         check(0 <= self.order <= 1, "order", "a share in [0, 1]", self.order)
         check(0 <= self.noise < np.inf, "noise", "a finite number of at least 0", self.noise)
         check(0 <= self.redundancy < 1, "redundancy", "a correlation in [0, 1)", self.redundancy)
+        for name, value in vars(self).items():
+            told = f"{value:g}"
+            fits = re.fullmatch(_NUMBER, told) and float(told) == value
+            check(fits, name, "at most six digits and no exponent, as in the name of the set", value)
 
     @property
     def name(self) -> str:
@@ -156,7 +162,7 @@ def difficulty_of(
     name : str
         As `Difficulty.name` gives it
     """
-    numbers = [rf"{knob}=(\d+(?:\.\d+)?)" for knob in Difficulty.__dataclass_fields__]
+    numbers = [f"{knob}=({_NUMBER})" for knob in Difficulty.__dataclass_fields__]
     found = re.fullmatch(MADE_UP + r"\+".join(numbers), name)
     expected = f"a name such as {Difficulty(20, 0.5, 2, 0).name}"
     check(found, "dataset", expected, repr(name))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['semantic_vectors', 'hadamard', 'start_centers', 'wanted_distance', 'quality', 'semantic_targets', 'sweep_centers',
            'balanced_bits', 'read_centers', 'HashCenters', 'hash_centers', 'class_matrix', 'majority_vote',
-           'labelled_items']
+           'labelled_items', 'labels_per_item']
 
 # %% ../../nbs/lib/learning/01_centers.ipynb #e435df3d
 from concurrent.futures import ThreadPoolExecutor
@@ -490,6 +490,11 @@ def majority_vote(
     return np.where(votes > 0, 1, -1).astype(np.int8)
 
 # %% ../../nbs/lib/learning/01_centers.ipynb #de3336f2
+def _order(n: int, seed: int) -> np.ndarray:
+    "The order in which items are labelled, (n,)."
+    return np.random.default_rng(seed).permutation(n)
+
+
 def labelled_items(
     classes: np.ndarray,  # (n, c) bool
     share: float,  # Of the items of each class, in (0, 1]
@@ -506,9 +511,35 @@ def labelled_items(
     seed : int
         Decides which ones
     """
-    order = np.random.default_rng(seed).permutation(len(classes))  # (n,)
+    order = _order(len(classes), seed)
     chosen = np.zeros(len(classes), bool)
     for column in classes[order].T:
         members = order[column]
         chosen[members[: max(1, round(share * len(members)))]] = True
     return chosen
+
+
+def labels_per_item(
+    classes: np.ndarray,  # (n, c) bool
+    share: float,  # As for `labelled_items`
+    seed: int,  # As for `labelled_items`
+) -> float:
+    """How many classes an item has on average, as labelled items tell it.
+
+    Only those in the first `share` of the order count: later ones have labels because they have a rare class,
+    and such items have more classes than others.
+
+    Parameters
+    ----------
+    classes : np.ndarray
+        (n, c) bool
+    share : float
+        As for `labelled_items`
+    seed : int
+        As for `labelled_items`
+    """
+    order = _order(len(classes), seed)
+    order = order[classes[order].any(1)]
+    first = order[: max(1, round(share * len(order)))]
+    told = first[labelled_items(classes, share, seed)[first]]
+    return float(classes[told].sum(1).mean())

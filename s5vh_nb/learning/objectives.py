@@ -14,7 +14,14 @@ from ..basics.checks import check
 from ..basics.config import PairNeighbourConfig, TrainConfig
 from ..datasets.rows import own_frames, row_blocks, rows_of
 from ..datasets.splits import Split
-from .centers import HashCenters, class_matrix, hash_centers, labelled_items, majority_vote
+from s5vh_nb.learning.centers import (
+    HashCenters,
+    class_matrix,
+    hash_centers,
+    labelled_items,
+    labels_per_item,
+    majority_vote,
+)
 from s5vh_nb.learning.losses import (
     center_alignment_loss,
     center_logits,
@@ -104,12 +111,12 @@ def training_classes(
     c, of_pairs = config.objective, train.kind == "pairs"
     classes = class_matrix(train.labels, c.n_classes if of_pairs else c.n_centers)
     known = classes.any(1) & labelled_items(classes, c.labelled, config.seed)
-    if known.all() or c.propagation == "none" or of_pairs and c.labelled == 1:
-        return classes, known
     given = classes & known[:, None]
+    if known.all() or c.propagation == "none" or of_pairs and c.labelled == 1:
+        return given, known
     if of_pairs:
         z = _pair_vectors(train, PairNeighbourConfig.text_weight, device)
-        options = dict(per_item=given.sum() / known.sum())
+        options = dict(per_item=labels_per_item(classes, c.labelled, config.seed))
     else:
         x, options = _all_vectors(train, "flat"), {}
         z = torch.as_tensor(x - x.mean(0), device=device)
@@ -577,7 +584,7 @@ class MetricObjective(nn.Module):
 
     def fit(
         self,
-        train: Split,  # The training pairs
+        train: Split,  # The training pairs, without those that are left out
         progress: bool = True,  # Show a bar
     ):
         """Keep the labels of the training pairs, given or propagated, and where asked for a center of each.
@@ -585,11 +592,14 @@ class MetricObjective(nn.Module):
         Parameters
         ----------
         train : Split
-            The training pairs
+            The training pairs, without those that are left out
         progress : bool
             Show a bar
         """
-        classes, _ = training_classes(self.config, train, self.labels.device)
+        if self.c.propagation == "none":
+            classes = class_matrix(train.labels, self.c.n_classes)
+        else:
+            classes, _ = training_classes(self.config, train, self.labels.device)
         self.labels.copy_(torch.as_tensor(classes))
         if self.c.alignment > 0:
             x, kept = fit_matrix(train, "pair", self.seed)

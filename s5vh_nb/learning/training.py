@@ -376,7 +376,7 @@ def fit_objective(
         Show a bar
     """
     if isinstance(run.objective, MetricObjective):
-        run.objective.fit(data.train, progress)
+        run.objective.fit(_labelled_part(data, run.config).train, progress)
     elif isinstance(run.objective, NeighbourObjective | PairNeighbourObjective):
         run.objective.fit(run.model, data.train)
         run.objective.connect(run.model, data.train)
@@ -463,8 +463,8 @@ def train(
     clock = time.perf_counter()
     data, device = data or load(config.dataset, data_root), pick_device(device)
     checkpoint = checkpoint and user_path(checkpoint)
-    config, data = resolve(config, data), training_share(data, config.share, config.seed)
-    data = _labelled_part(data, config)
+    config, whole = resolve(config, data), training_share(data, config.share, config.seed)
+    data = _labelled_part(whole, config)
     check_trainable(config, data)
     resumed = resume and checkpoint and Path(checkpoint).exists()
     run = load_checkpoint(checkpoint, config, data, device) if resumed else new_run(config, data, device)
@@ -473,7 +473,7 @@ def train(
     if start is not None and not resumed:
         start_from(run, start)
     if not resumed:
-        fit_objective(run, data, progress)
+        fit_objective(run, whole, progress)
     elif run.epoch < config.epochs and isinstance(run.objective, NeighbourObjective | PairNeighbourObjective):
         run.objective.connect(run.model, data.train)  # its table is in no checkpoint
     if run.epoch < config.epochs:

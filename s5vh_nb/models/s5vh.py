@@ -327,6 +327,8 @@ class Stream:
         chunk: int | None = None,  # See `S5VH.stream`
         ahead: int = 0,  # See `S5VH.stream`
     ):
+        fits = is_whole(batch_size) and batch_size > 0
+        check(fits, "batch_size", "a number of videos, at least 1", batch_size)
         self.states = net.encoder.layers.allocate_inference_cache(batch_size)
         expected = "a number of frames, at least 1, for a network that reads backward, too"
         fits = net.config.directions == "forward" if chunk is None else is_whole(chunk) and chunk > 0
