@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s5vh_nb.basics.files import only_run
 from s5vh_nb.cli.command import main
 from s5vh_nb.search import index as index_module
 from s5vh_nb.search.hamming import hamming_distances, hamming_search
@@ -739,8 +740,32 @@ def test_a_table_of_neighbours(files, capsys):
     ]
     assert main(["search", "few.index", "--id", "5", "--where", "name=3"]) == 0
     assert capsys.readouterr().out.split()[5:] == ["5", "1", "1", "1", "3"]
-    assert main(["search", "few.index", "--id", "5", "--where", "name=z"]) == 0
-    assert capsys.readouterr().out == "nothing found\n"
+    for value in ("z", "nan"):
+        assert main(["search", "few.index", "--id", "5", "--where", f"name={value}"]) == 0
+        assert capsys.readouterr().out == "nothing found\n"
+
+
+def test_true_and_false_on_the_command_line(files, capsys):
+    (files / "few.csv").write_text("id,ok\n5,True\n3,False\n", encoding="utf-8")
+    np.save("few.npy", np.array([[0], [1]], np.uint8))
+    assert main(["index", "few.npy", "few.index", "--manifest", "few.csv"]) == 0
+    capsys.readouterr()
+    assert main(["search", "few.index", "--id", "5", "--where", "ok=false"]) == 0
+    assert capsys.readouterr().out.split()[5:] == ["5", "1", "3", "1", "False"]
+
+
+def test_indexing_waits_for_another_run(files):
+    "Both add to the index that the other one leaves."
+    with only_run(files):
+        adding = threading.Thread(target=main, args=(["index", "codes.npy", "both.index"],))
+        adding.start()
+        adding.join(0.3)
+        assert adding.is_alive()
+        first = HashIndex(16)
+        first.add(np.zeros((1, 2), np.uint8))
+        first.save("both.index")
+    adding.join()
+    assert len(HashIndex.load("both.index")) == 1 + len(np.load("codes.npy"))
 
 
 def test_commands_name_what_is_wrong(files, capsys):
@@ -757,6 +782,8 @@ def test_commands_name_what_is_wrong(files, capsys):
         ("index floats.npy b.index", "floats.npy: expected packed codes"),
         ("index codes.npy b.index --bits 40", "codes: expected codes of 5 bytes"),
         ("index codes.npy b.index --manifest nowhere.csv", "nowhere.csv"),
+        ("index codes.npy b.index --manifest floats.npy", "floats.npy: expected a table (CSV, UTF-8)"),
+        ("index codes.npy b.index --manifest empty.npy", "empty.npy: expected a table (CSV, UTF-8)"),
         ("index codes.npy b.db --recall 0.9", "--recall: expected an index file"),
         ("search nowhere.index --id 1", "nowhere.index: expected a file"),
         ("search a.index --id 99", "ids: expected ids of this index"),

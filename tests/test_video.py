@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from s5vh_nb.basics import files
 from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.cli.command import main
 from s5vh_nb.datasets import decode, extract
@@ -446,7 +447,7 @@ def test_wrong_input_makes_no_folder(videos, tmp_path):
         assert not out.exists()
 
 
-@pytest.mark.skipif(extract.fcntl is None, reason="this system has no such locks")
+@pytest.mark.skipif(files.fcntl is None, reason="this system has no such locks")
 def test_two_runs_do_not_write_to_one_folder(videos, tmp_path, monkeypatch):
     "The second one is told; what the first one wrote stays whole, and its lock ends with it."
     out, told = tmp_path / "out", []

@@ -20,7 +20,7 @@ import pandas as pd
 import s5vh_nb
 from ..basics.checks import check, known
 from ..basics.config import VARIANTS
-from ..basics.files import atomic_write, check_writable, find_root, user_path
+from ..basics.files import atomic_write, check_writable, find_root, only_run, user_path
 from ..basics.profiles import PROFILES, train_config
 from .artefacts import Artefact, artefacts, select
 from .execute import environment, execute, executed_path, last_words
@@ -95,6 +95,14 @@ def _read_codes(
     return arrays
 
 
+def _read_manifest(path: str) -> pd.DataFrame:
+    "The table; `ValueError` naming a file that is none."
+    try:
+        return pd.read_csv(user_path(path), keep_default_na=False, encoding="utf-8")
+    except ValueError as error:  # of parsing and of decoding
+        raise ValueError(f"{path}: expected a table (CSV, UTF-8), found: {error}") from error
+
+
 def _index(args):
     "Add codes to an index, which is made where there is none."
     read = _read_codes(args.codes)
@@ -105,29 +113,33 @@ def _index(args):
     milvus = is_milvus(args.index)
     check(not (milvus and args.recall), "--recall", "an index file (Milvus has its own kinds)", args.index)
     if args.manifest:
-        table = pd.read_csv(user_path(args.manifest), keep_default_na=False, encoding="utf-8")
+        table = _read_manifest(args.manifest)
         given["metadata"] = table.drop(columns="id", errors="ignore")
         given["ids"] = table["id"].to_numpy() if "id" in table else given["ids"]
-    if milvus:
-        index = MilvusIndex(args.index, bits)
-    else:
-        there = user_path(args.index).exists()
-        index = HashIndex.load(args.index) if there else HashIndex(bits)
-        check(told in (0, index.bits), args.index, f"codes of {told} bits", index.bits)
-    ids = index.add(**given)
-    if args.recall:
-        print(index.choose(args.recall).round(3).to_string(index=False))
-    if not milvus:
-        index.save(args.index)
+    place = user_path(args.index)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.nullcontext() if milvus else only_run(place.parent, wait=True):
+        if milvus:
+            index = MilvusIndex(args.index, bits)
+        else:
+            index = HashIndex.load(place) if place.exists() else HashIndex(bits)
+            check(told in (0, index.bits), args.index, f"codes of {told} bits", index.bits)
+        ids = index.add(**given)
+        if args.recall:
+            print(index.choose(args.recall).round(3).to_string(index=False))
+        if not milvus:
+            index.save(place)
     print(f"{args.index}: {len(ids)} items added, {len(index)} in all, {index.bits} bits")
 
 
 def _meanings(text: str) -> list:
-    "What a value on the command line may stand for: a text, and a number where it reads as one."
+    "What a value may stand for: a text, and a number, true or false where it reads as one."
+    if text.lower() in ("true", "false"):
+        return [text, text.lower() == "true"]
     with contextlib.suppress(ValueError):
         return [text, int(text)]
     with contextlib.suppress(ValueError):
-        return [text, float(text)]
+        return [text, float(text)] if np.isfinite(float(text)) else [text]
     return [text]
 
 

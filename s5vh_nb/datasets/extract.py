@@ -27,17 +27,12 @@ from tqdm.auto import tqdm
 
 from ..basics.checks import check, is_whole, known
 from ..basics.devices import Device, pick_device
-from ..basics.files import check_writable, user_path, write_text
+from ..basics.files import check_writable, only_run, user_path, write_text
 from .decode import Clip, View, check_av, read_clip
 from .features import IMAGENET, vgg_fc7
 from .rows import PickedRows, RowStore
 from .splits import Dataset, Split
 from .video_files import MANIFEST, own_videos, read_manifest, write_own
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 # %% ../../nbs/lib/datasets/15_extract.ipynb #1ade55b8
 @dataclass(frozen=True)
@@ -584,30 +579,6 @@ def _read_ahead(videos: list, read: Callable, workers: int) -> Iterator:
             pool.shutdown(cancel_futures=True)
 
 
-@contextlib.contextmanager
-def _only_run(out: Path):
-    "Lock the folder against other runs, where the system can; a lock ends with its process."
-    if fcntl is None:
-        yield
-        return
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        _lock(folder, out)
-        yield
-    finally:
-        os.close(folder)
-
-
-def _lock(folder: int, out: Path):
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        expected = "no other run that writes to this folder"
-        raise OSError(f"{out}: expected {expected}, found one that has not ended") from error
-    except OSError:  # a file system without such locks
-        pass
-
-
 def _finish(work: _Work, manifest: pd.DataFrame):
     "Write the set's files from the work so far, then remove the work."
     classes, store = sorted(set(manifest.label)), _Rows(work.features, (work.rows, *work.shape))
@@ -680,7 +651,7 @@ def extract_features(
     d = net(np.zeros((1, side, side, 3), np.uint8)).shape[1]
     named = "standard" if weights is None else Path(weights).name
     check_writable(out / MANIFEST)
-    with _only_run(out):
+    with only_run(out):
         work = _Work(out, dict(extractor=extractor, weights=named, frames=t, d=d))
         return _extract(videos, table, work, net, workers, progress, unreadable)
 
