@@ -514,7 +514,7 @@ def test_the_notebook_answers(full, checkout, pretend, cells, capsys):
     if full:
         assert "With all labels S5VH is better in 1 and worse in 0 of 1 comparisons" in said
         assert "labels for 100% of the videos are enough to be better in all" in said
-        assert "Against Hadamard centers it is better in 1 and worse in 0 of 1" in said
+        assert "against Hadamard centers, is better in 1 and worse in 0 of 1" in said
         assert "votes of centers alone are better in 1 and worse in 0 of 1 comparisons than DMMH's" in said
         assert (
             "against the labelled pairs alone, at 10%: better in 1 and worse in 0 of 1 comparisons." in said
