@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s5vh_nb.basics.files import only_run
+from s5vh_nb.cli import command
 from s5vh_nb.cli.command import main
 from s5vh_nb.search import index as index_module
 from s5vh_nb.search.hamming import hamming_distances, hamming_search
@@ -752,6 +753,16 @@ def test_true_and_false_on_the_command_line(files, capsys):
     capsys.readouterr()
     assert main(["search", "few.index", "--id", "5", "--where", "ok=false"]) == 0
     assert capsys.readouterr().out.split()[5:] == ["5", "1", "3", "1", "False"]
+
+
+def test_indexing_on_a_server_leaves_nothing_here(files, monkeypatch, capsys):
+    def silent(place, bits):
+        raise OSError(f"{place}: no answer")
+
+    monkeypatch.setattr(command, "MilvusIndex", silent)
+    before = set(files.iterdir())
+    assert main(["index", "codes.npy", "http://host:19530"]) == 2
+    assert "http://host:19530: no answer" in capsys.readouterr().err and set(files.iterdir()) == before
 
 
 def test_indexing_waits_for_another_run(files):

@@ -116,18 +116,18 @@ def _index(args):
         table = _read_manifest(args.manifest)
         given["metadata"] = table.drop(columns="id", errors="ignore")
         given["ids"] = table["id"].to_numpy() if "id" in table else given["ids"]
-    place = user_path(args.index)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.nullcontext() if milvus else only_run(place.parent, wait=True):
-        if milvus:
-            index = MilvusIndex(args.index, bits)
-        else:
+    if milvus:
+        index = MilvusIndex(args.index, bits)
+        ids = index.add(**given)
+    else:
+        place = user_path(args.index)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with only_run(place.parent, wait=True):
             index = HashIndex.load(place) if place.exists() else HashIndex(bits)
             check(told in (0, index.bits), args.index, f"codes of {told} bits", index.bits)
-        ids = index.add(**given)
-        if args.recall:
-            print(index.choose(args.recall).round(3).to_string(index=False))
-        if not milvus:
+            ids = index.add(**given)
+            if args.recall:
+                print(index.choose(args.recall).round(3).to_string(index=False))
             index.save(place)
     print(f"{args.index}: {len(ids)} items added, {len(index)} in all, {index.bits} bits")
 
