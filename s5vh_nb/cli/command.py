@@ -21,6 +21,7 @@ import s5vh_nb
 from ..basics.checks import check, known
 from ..basics.config import VARIANTS
 from ..basics.files import atomic_write, check_writable, find_root, only_run, user_path
+from ..basics.pools import RayPool
 from ..basics.profiles import PROFILES, train_config
 from .artefacts import Artefact, artefacts, select
 from .execute import environment, execute, executed_path, last_words
@@ -29,7 +30,7 @@ from ..datasets.asl_source import get_asl_words
 from ..datasets.catalog import DATA_ROOT
 from ..datasets.extract import EXTRACTORS, extract_features
 from ..evidence.archive import Archive, pack
-from ..evidence.store import NO_TRAINING
+from ..evidence.store import NO_TRAINING, RAY
 from ..evidence.trained import train_into
 from ..search.index import HashIndex, check_codes
 from ..search.milvus import MilvusIndex, is_milvus, open_index
@@ -213,7 +214,7 @@ def _train(args):
 def _encode(args):
     "Write the packed codes of all videos."
     check(user_path(args.out).suffix == ".npz", "OUT", "the name of a file NAME.npz", args.out)
-    arrays = encode_videos(args.model, open_videos(args.data), args.device)
+    arrays = encode_videos(args.model, open_videos(args.data), args.device, args.ray)
     with atomic_write(args.out) as tmp:
         np.savez(tmp, **arrays)
     print(f"{args.out}: {len(arrays['codes'])} videos, {arrays['bits']} bits")
@@ -231,6 +232,11 @@ def _add_profile(command, default: str):
 def _add_device(command):
     help = "auto, cpu, cuda, cuda:1 ... (default: %(default)s)"
     command.add_argument("--device", default="auto", help=help)
+
+
+def _add_ray(command, what: str):
+    help = f"{what} on a Ray cluster: auto, HOST:PORT or ray://HOST:PORT; without ADDRESS one is started here"
+    command.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help=help)
 
 
 def _add_run(commands, name: str, profile: str, default: str, help: str):
@@ -275,6 +281,7 @@ def _add_features(commands):
         "extract features of a folder of videos, in the papers' layout; a run that was killed continues",
         "s5vh-nb features videos features",
         "s5vh-nb features videos features --extractor resnet50 --frames 30 --labels labels.csv",
+        "s5vh-nb features videos features --ray auto",
     )
     features.add_argument(
         "videos", metavar="DIR", help="folder with videos or .tar shards, in it and below it"
@@ -288,8 +295,9 @@ def _add_features(commands):
     features.add_argument("--labels", metavar="TABLE.csv", help=help)
     features.add_argument("--weights", metavar="FILE", help="of the extractor (default: the standard ones)")
     _add_device(features)
-    help = "threads that decode (default: one for each core)"
+    help = "threads that decode, or workers of a cluster (default: one for each core)"
     features.add_argument("--workers", type=int, metavar="N", help=help)
+    _add_ray(features, "decode and extract")
 
 
 def _add_train(commands):
@@ -324,6 +332,7 @@ def _add_encode(commands):
     encode.add_argument("data", metavar="VIDEOS", help=_VIDEOS)
     encode.add_argument("out", metavar="OUT.npz", help="file for the codes")
     _add_device(encode)
+    _add_ray(encode, "encode")
 
 
 def _add_index(commands):
@@ -389,6 +398,7 @@ def _parser() -> argparse.ArgumentParser:
     help = "run artefact notebooks; runs whose record exists are not run again"
     reproduce = _add_run(commands, "reproduce", "quick", "the main job", help)
     reproduce.add_argument("--all", action="store_true", help="every artefact of both papers")
+    _add_ray(reproduce, "train the networks of a notebook side by side")
     help = "draw tables and figures again from existing records, without any training"
     _add_run(commands, "report", "full", "all", help)
     help = "gather the records of a profile's runs into one pair of files per artefact, to be committed"
@@ -427,6 +437,12 @@ def _reproduce(args, everything: bool) -> int:
     return 1 if run_all(select(args.artefacts, everything), given) else 0
 
 
+def _reproduce_on(ray: str, args) -> int:
+    "The same; the networks are trained by one cluster, which all notebooks join."
+    with RayPool(ray, device=args.device) as pool, environment(**{RAY: pool.address}):
+        return _reproduce(args, everything=args.all)
+
+
 def _get(
     folder: str | None,  # Where the file goes; None for the data root of the environment
     clone: str | None,  # A git clone of its repository
@@ -441,14 +457,14 @@ def _get(
 def _features(args):
     "Extract features, say what was done, and how the set will be found."
     options = dict(labels=args.labels, weights=args.weights, device=args.device, workers=args.workers)
-    print(extract_features(args.videos, args.out, args.extractor, args.frames, **options))
+    print(extract_features(args.videos, args.out, args.extractor, args.frames, ray=args.ray, **options))
     print(f"Notebooks take it with: -p dataset=own-videos -p data_root={shlex.quote(args.out)}")
 
 
 def _dispatch(args) -> int:
     "Do what the command line says; the exit status."
     if args.command == "reproduce":
-        return _reproduce(args, everything=args.all)
+        return _reproduce_on(args.ray, args) if args.ray else _reproduce(args, everything=args.all)
     if args.command == "report":
         with environment(**{NO_TRAINING: "1"}):
             return _reproduce(args, everything=not args.artefacts)
