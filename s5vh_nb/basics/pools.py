@@ -240,12 +240,15 @@ class RayPool(ThreadPoolExecutor):
         cancel_futures : bool
         """
         if cancel_futures:
-            for actor in self._actors:
-                self._ray.kill(actor)
+            self._stop_workers()
         super().shutdown(wait, cancel_futures=cancel_futures)
         if wait:
-            self._actors.clear()
+            self._stop_workers()
             self._leave()
+
+    def _stop_workers(self):
+        while self._actors:
+            self._ray.kill(self._actors.pop())
 
     def _leave(self):
         if self._ours:
