@@ -104,6 +104,9 @@ def _read_manifest(path: str) -> pd.DataFrame:
         raise ValueError(f"{path}: expected a table (CSV, UTF-8), found: {error}") from error
 
 
+_SPREAD = ("shards", "replicas", "lists")  # options of an index on a server
+
+
 def _index(args):
     "Add codes to an index, which is made where there is none."
     read = _read_codes(args.codes)
@@ -113,12 +116,15 @@ def _index(args):
     given["metadata"] = read or None
     milvus = is_milvus(args.index)
     check(not (milvus and args.recall), "--recall", "an index file (Milvus has its own kinds)", args.index)
+    spread = {name: getattr(args, name) for name in _SPREAD if getattr(args, name) is not None}
+    options = " ".join(f"--{name}" for name in spread)
+    check("://" in args.index or not spread, options, "the URL of a Milvus server", args.index)
     if args.manifest:
         table = _read_manifest(args.manifest)
         given["metadata"] = table.drop(columns="id", errors="ignore")
         given["ids"] = table["id"].to_numpy() if "id" in table else given["ids"]
     if milvus:
-        index = MilvusIndex(args.index, bits)
+        index = MilvusIndex(args.index, bits, **spread)
         ids = index.add(**given)
     else:
         place = user_path(args.index)
@@ -355,6 +361,13 @@ def _add_index(commands):
     )
     help = "try approximate kinds and search with the fastest that finds this share of the neighbours"
     index.add_argument("--recall", type=float, metavar="SHARE", help=help)
+    server = index.add_argument_group("options of a Milvus server")
+    help = "parts of a new index, each with a server that writes (default: 1)"
+    server.add_argument("--shards", type=int, metavar="N", help=help)
+    help = "copies in memory, each of which answers searches (default: as many as there are, or 1)"
+    server.add_argument("--replicas", type=int, metavar="N", help=help)
+    help = "clusters of codes in a new index, of which a search visits some (default: none, an exact search)"
+    server.add_argument("--lists", type=int, metavar="N", help=help)
 
 
 def _add_search(commands):
