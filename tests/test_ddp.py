@@ -1,0 +1,226 @@
+"""Processes that train together make the network of one: every step in float64, resumed, refused, failing.
+
+The script for `torchrun` is this file: it trains one case or all, and each process writes what it saw.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from s5vh_nb.basics.parallel import average, is_first, joined
+from s5vh_nb.basics.profiles import train_config
+from s5vh_nb.datasets.catalog import load
+from s5vh_nb.datasets.splits import Dataset, Split
+from s5vh_nb.datasets.video_files import write_own
+from s5vh_nb.evidence.trained import RECORD
+from s5vh_nb.learning import training
+from s5vh_nb.learning.checkpoints import load_checkpoint
+from s5vh_nb.search.videos import load_network
+
+N, T, D = 30, 7, 4
+BATCH = 9  # two processes have 4 and 5 items, three have 3 each
+NETWORK = dict(bits=8, m=8, depth=2, batch=BATCH, epochs=3)
+S5VH = dict(NETWORK, decoder_m=8, decoder_depth=2, n_centers=4, pca=3, warmup=1, beta=1.0)
+PAIRS = dict(bits=8, width=8, image_hidden=12, text_hidden=12, batch=BATCH, epochs=3)
+RAGGED = np.random.default_rng(2).integers(3, T + 1, N)
+
+
+def data_set(name, inputs, labels, lengths=None):
+    "Random numbers: N items to train on, and nine queries."
+    both = (slice(N), slice(N, None))
+    lengths = None if lengths is None else np.append(lengths, [T] * 9)
+    whole = Split(inputs, labels, "toy", lengths=lengths)
+    train, query = (dataclasses.replace(whole.take(rows), source=f"{rows}") for rows in both)
+    return Dataset(name, train, train, query, ("a", "b", "c"), "random numbers")
+
+
+def videos(lengths=None):
+    x = np.random.default_rng(0).normal(size=(N + 9, T, D)).astype("float32")
+    return data_set("spoken-digits", {"frames": x}, np.arange(N + 9) % 3, lengths)
+
+
+def pairs():
+    rng = np.random.default_rng(1)
+    image, text = (rng.normal(size=(N + 9, width)).astype("float32") for width in (6, 5))
+    return data_set("emoji", {"image": image, "text": text}, np.eye(3, dtype=np.uint8)[np.arange(N + 9) % 3])
+
+
+CASES = {  # what is trained -> data, profile, variant, changes
+    "S5VH": (videos, "quick", "paper", S5VH),
+    "S5VH as released": (videos, "quick", "released", S5VH),
+    "S5VH, some labels": (videos, "quick", "paper", dict(S5VH, labelled=0.4)),
+    "S5VH, ragged": (functools.partial(videos, RAGGED), "quick", "released", S5VH),
+    "Plus": (videos, "quick", "plus", dict(NETWORK, time_steps=T, dropout=0.3)),
+    "Plus, ragged": (functools.partial(videos, RAGGED), "quick", "plus", dict(NETWORK, time_steps=5)),
+    "Plus, pairs": (pairs, "quick", "plus", dict(PAIRS, dropout=0.3)),
+    "DMMH": (pairs, "quick", "paper", dict(PAIRS, layers=1, cnn_width=4, dropout=0.3, alignment=0.5)),
+}
+
+
+def case(name):
+    "Its configuration and data."
+    make, profile, variant, changes = CASES[name]
+    data = make()
+    return train_config(data.name, profile, variant, **changes), data
+
+
+@contextlib.contextmanager
+def in_float64():
+    "Networks, features and draws are float64."
+
+    def double(inputs, *_):
+        return tuple(torch.as_tensor(x).double() for x in inputs)
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with mock.patch.object(training, "move_if_they_fit", double):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def train(name, watch=lambda run, terms: None, **options):
+    "A training in float64; `watch` is called after each step."
+    make_step = training._make_step
+
+    def make_watched(run, *args):
+        take_step = make_step(run, *args)
+
+        def step(*batch):
+            terms = take_step(*batch)
+            watch(run, terms)
+            return terms
+
+        return step
+
+    with in_float64(), mock.patch.object(training, "_make_step", make_watched):
+        return training.train(*case(name), device="cpu", progress=False, **options)
+
+
+def steps_of(name):
+    "After each step: loss terms, gradient, weights, and what network and objective keep; and the history."
+    steps = []
+
+    def watch(run, terms):
+        kept = {**run.model.state_dict(), **run.objective.state_dict(), "gradient": run.weights.grad}
+        terms = {name: average(value.clone()) for name, value in terms.items()}
+        steps.append({name: value.clone() for name, value in (kept | terms).items()})
+
+    return steps, train(name, watch).history
+
+
+def fail_later(run, terms):
+    "The second process fails in the second epoch."
+    if run.epoch == 1 and not is_first():
+        raise RuntimeError("the second process has had enough")
+
+
+def work(what, folder):
+    "What each process does."
+    with joined("cpu"):
+        if what == "all":
+            number = 0 if is_first() else 1
+            torch.save({name: steps_of(name) for name in CASES}, folder / f"{number}.pt")
+        elif what == "fail":
+            train("S5VH", fail_later, checkpoint=folder / "run.pt", every=1)
+        else:
+            train("S5VH", checkpoint=folder / "run.pt", resume=True)
+
+
+def torchrun(processes, *words, **options):
+    "The finished call."
+    words = ["--standalone", "--nproc-per-node", str(processes), *map(str, words)]
+    command = [sys.executable, "-m", "torch.distributed.run", *words]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, **options)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    "What both processes saw."
+    folder = tmp_path_factory.mktemp("two")
+    done = torchrun(2, __file__, "all", folder)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{number}.pt") for number in (0, 1)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_step_is_that_of_one_process(two, name):
+    "Loss terms, every gradient, weights, moving labels and statistics; both processes agree bit for bit."
+    alone, history = steps_of(name)
+    assert len(alone) == 12
+    for expected, *found in zip(alone, *(saw[name][0] for saw in two), strict=True):
+        assert expected.keys() == found[0].keys() and expected["gradient"].abs().max() > 1e-3
+        for part, value in expected.items():
+            assert torch.equal(found[0][part], found[1][part]), part
+            torch.testing.assert_close(found[0][part], value, rtol=0, atol=1e-10, msg=part)
+    for saw in two:
+        assert saw[name][1] == history
+
+
+def test_the_labels_moved(two):
+    "After the warm-up, in S5VH's second phase."
+    labels = [step["soft_labels"] for step in two[0]["S5VH"][0]]
+    assert torch.equal(labels[0], labels[3]) and not torch.equal(labels[3], labels[4])
+
+
+def test_a_process_that_fails_ends_all_and_any_number_continues(tmp_path):
+    done = torchrun(2, __file__, "fail", tmp_path)
+    assert done.returncode != 0 and "the second process has had enough" in done.stderr
+    with in_float64():
+        stopped = load_checkpoint(tmp_path / "run.pt", *resolved("S5VH"), torch.device("cpu"))
+    assert stopped.epoch == 1
+    done = torchrun(3, __file__, "continue", tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole, resumed = train("S5VH"), train("S5VH", checkpoint=tmp_path / "run.pt", resume=True)
+    assert resumed.epoch == 3 and resumed.history == whole.history
+    torch.testing.assert_close(resumed.weights, whole.weights, rtol=0, atol=1e-10)
+
+
+def resolved(name):
+    config, data = case(name)
+    return training.resolve(config, data), data
+
+
+def test_more_processes_than_items_are_refused():
+    config, _ = case("S5VH")
+    with mock.patch("s5vh_nb.basics.parallel.n_processes", lambda: 10):
+        with pytest.raises(
+            ValueError, match="batch: expected an item or more for each of the 10 processes, found 9"
+        ):
+            training.train(config, videos(), device="cpu", progress=False)
+
+
+def test_the_command_gives_the_same_codes(tmp_path):
+    "Under torchrun as alone; only the first process prints, and the record tells how many there were."
+    data = load("spoken-digits")
+    train, query = data.train.take(slice(None, None, 10)), data.query.take(slice(None, None, 10))
+    own = dataclasses.replace(data, train=train, database=train, query=query, train_ids=None)
+    parts = zip(("train", "query"), (train, query))
+    rows = [(f"{part}{i}", y, part, 1.0, "") for part, split in parts for i, y in enumerate(split.labels)]
+    manifest = pd.DataFrame(rows, columns=["path", "label", "split", "seconds", "damage"])
+    write_own(tmp_path / "features", own, manifest)
+    command = f"{Path(sys.prefix, 'bin', 's5vh-nb')} train features {{}} --epochs 2 --device cpu"
+    subprocess.run(command.format("alone").split(), cwd=tmp_path, check=True, capture_output=True)
+    for _ in range(2):  # the second time nothing is left to do
+        done = torchrun(2, "--no-python", *command.format("together").split(), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(f"together: Plus, 64 bits, {len(train)} videos, GmAP 0.") == 1
+    codes = [load_network(tmp_path / name, "cpu").encode(query.frames) for name in ("alone", "together")]
+    assert torch.equal(*codes)
+    record = json.loads((tmp_path / "together" / RECORD).read_text(encoding="utf-8"))
+    assert record["device"].startswith("2 processes on 1 x ")
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], Path(sys.argv[2]))
