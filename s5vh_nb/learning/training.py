@@ -238,7 +238,7 @@ def _make_step(
     take_step = step_on_rows if _on_device(inputs) else functools.partial(step, run, past_warmup)
     return GraphedCall(take_step) if n_processes() == 1 else take_step
 
-
+# %% ../../nbs/lib/learning/07_training.ipynb #3f7547a4
 @contextlib.contextmanager
 def _whole_batches(
     model: nn.Module,
