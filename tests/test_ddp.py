@@ -30,9 +30,9 @@ from s5vh_nb.search.videos import load_network
 
 N, T, D = 30, 7, 4
 BATCH = 9  # two processes have 4 and 5 items, three have 3 each
-NETWORK = dict(bits=8, m=8, depth=2, batch=BATCH, epochs=3)
+NETWORK = dict(bits=8, m=8, depth=2, batch=BATCH, epochs=3, evaluate_every=1)
 S5VH = dict(NETWORK, decoder_m=8, decoder_depth=2, n_centers=4, pca=3, warmup=1, beta=1.0)
-PAIRS = dict(bits=8, width=8, image_hidden=12, text_hidden=12, batch=BATCH, epochs=3)
+PAIRS = dict(bits=8, width=8, image_hidden=12, text_hidden=12, batch=BATCH, epochs=3, evaluate_every=1)
 RAGGED = np.random.default_rng(2).integers(3, T + 1, N)
 
 
@@ -118,7 +118,11 @@ def steps_of(name):
         terms = {name: average(value.clone()) for name, value in terms.items()}
         steps.append({name: value.clone() for name, value in (kept | terms).items()})
 
-    return steps, train(name, watch).history
+    def evaluate(run):
+        codes = run.model.encode(*case(name)[1].query.arrays)
+        return {"first": float(is_first()), "ones": float(np.unpackbits(codes).mean())}
+
+    return steps, train(name, watch, evaluate=evaluate).history
 
 
 def stop_after(epochs, run, terms):
@@ -167,7 +171,10 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_step_is_that_of_one_process(two, name):
-    "Loss terms, every gradient, weights, moving labels and statistics; both processes agree bit for bit."
+    """Loss terms, every gradient, weights, moving labels and statistics; both processes agree bit for bit.
+
+    The first process alone evaluates, in evaluation mode, and tells the other.
+    """
     alone, history = steps_of(name)
     assert len(alone) == 12
     for expected, *found in zip(alone, *(saw[name][0] for saw in two), strict=True):
@@ -176,7 +183,7 @@ def test_every_step_is_that_of_one_process(two, name):
             assert torch.equal(found[0][part], found[1][part]), part
             torch.testing.assert_close(found[0][part], value, rtol=0, atol=1e-10, msg=part)
     for saw in two:
-        assert saw[name][1] == history
+        assert saw[name][1] == history and history[-1]["first"] == 1
 
 
 def test_the_labels_moved(two):
