@@ -35,6 +35,7 @@ def work(given):
     "What each process does; the first one writes what came out."
     data = load(given.dataset)
     options = dict(batch=given.batch, epochs=given.epochs, precision="float32")
+    options |= {} if given.variant == "plus" else {"warmup": 1}  # from the second epoch on, soft labels move
     config = train_config(data.name, "full", given.variant, **options)
     with joined(given.device) as device:
         run = train(config, data, device=device, progress=False)

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 
+from s5vh_nb.basics.config import replace
 from s5vh_nb.basics.parallel import average, is_first, joined, n_processes
 from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.cli.command import main
@@ -25,9 +26,11 @@ from s5vh_nb.datasets.catalog import load
 from s5vh_nb.datasets.splits import Dataset, Split
 from s5vh_nb.datasets.video_files import write_own
 from s5vh_nb.evidence.trained import RECORD
-from s5vh_nb.learning import training
+from s5vh_nb.learning import checkpoints, training
+from s5vh_nb.learning.checkpoints import new_run, share_run
 from s5vh_nb.search.videos import load_network
 
+CPU = torch.device("cpu")
 N, T, D = 30, 7, 4
 BATCH = 9  # two processes have 4 and 5 items, three have 3 each
 NETWORK = dict(bits=8, m=8, depth=2, batch=BATCH, epochs=3, evaluate_every=1)
@@ -200,6 +203,22 @@ def test_a_process_that_fails_ends_all_and_one_continues(two, tmp_path):
     whole = train("S5VH")
     for weights in (resumed(tmp_path / "run.pt").weights, two[0]["resumed"], two[1]["resumed"]):
         torch.testing.assert_close(weights, whole.weights, rtol=0, atol=1e-10)
+
+
+def test_other_data_or_settings_in_a_process_are_refused():
+    "The first process sends its run, which must be that of the others."
+    config, data = case("S5VH")
+    config = training.resolve(config, data)
+    first = new_run(config, data, CPU)
+    sent = checkpoints._as_bytes(first)
+    others = {
+        "sent: expected a checkpoint of a run with seed 2, found seed 1": (replace(config, seed=2), data),
+        "sent: expected data with fingerprint .*, as in another process": (config, videos(RAGGED)),
+    }
+    for message, other in others.items():
+        with mock.patch.multiple(checkpoints, n_processes=lambda: 2, from_first=lambda call: sent):
+            with pytest.raises(ValueError, match=message):
+                share_run(new_run(*other, CPU))
 
 
 def test_more_processes_than_items_are_refused():

@@ -287,7 +287,7 @@ def share_run(
     """
     if n_processes() == 1:
         return
-    sent, where = from_first(lambda: _as_bytes(run)), "the first process"
+    sent, where = from_first(lambda: _as_bytes(run)), "what the first process sent"
     state = torch.load(io.BytesIO(sent), map_location="cpu", weights_only=True)
     _check_same(from_dict(state["config"], where), run.config, where)
     expected, found = f"data with fingerprint {run.fingerprint}", state["fingerprint"]
