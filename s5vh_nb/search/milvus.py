@@ -170,7 +170,7 @@ class MilvusIndex:
         check(shards in (None, there), "shards", f"{there}, as the index in {self.place} has", shards)
 
     def _load(self, loaded, replicas: int | None):
-        "Have it in memory; a collection that is there keeps its number of copies unless another one is given."
+        "Have it in memory; one that is there already keeps its number of copies unless another is given."
         if replicas is None and not _is_file(self.place):
             if self._client.get_load_state(self.collection, timeout=self._timeout)["state"] == loaded:
                 return
