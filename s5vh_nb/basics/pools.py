@@ -88,12 +88,10 @@ def _check_answer(address: str):
 
 
 def _running() -> str:
-    "The address that `auto` stands for: that of RAY_ADDRESS, or of the last `ray start` on this machine."
+    "The address of RAY_ADDRESS, or of the last `ray start` on this machine; `auto` where neither tells."
     note = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
     noted = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
-    found = os.environ.get("RAY_ADDRESS") or noted
-    check(found, "auto", "a Ray cluster here, or RAY_ADDRESS", "none", ConnectionError)
-    return found
+    return os.environ.get("RAY_ADDRESS") or noted or "auto"
 
 
 def _connect(ray, address: str, workers: int | None):
@@ -103,11 +101,13 @@ def _connect(ray, address: str, workers: int | None):
         ray.init("local", num_cpus=workers, include_dashboard=False, **quiet)
         return
     address = _running() if address == "auto" else address
-    _check_answer(address)
+    if address != "auto":  # which Ray looks for among the processes of this machine
+        _check_answer(address)
     try:
         ray.init(address, **quiet)
     except (OSError, RuntimeError) as error:
-        raise ConnectionError(f"{address}: expected a Ray cluster that takes us, found: {error}") from error
+        expected = "a Ray cluster that takes us (RAY_AUTH_MODE=token where it asks for a token)"
+        raise ConnectionError(f"{address}: expected {expected}, found: {error}") from error
 
 
 def _slots(there: dict, device: Device) -> tuple[int, dict]:
