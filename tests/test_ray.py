@@ -203,11 +203,11 @@ def killed(self, *args):
     if len(count) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 extract._Work._put = killed
-extract.extract_features({str(videos)!r}, {str(tmp_path / "there")!r}, ray={cluster!r}, **{FAST!r})
+extract.extract_features({str(videos)!r}, {str(tmp_path / "there")!r}, ray={cluster!r}, workers=1, **{FAST!r})
 """
     )
     assert (tmp_path / "there" / "unfinished.jsonl").is_file()
-    there = extract_features(videos, tmp_path / "there", ray=cluster, **FAST)
+    there = extract_features(videos, tmp_path / "there", ray=cluster, workers=1, **FAST)
     assert (there.new, there.videos) == (8, 12)
     here = extract_features(videos, tmp_path / "here", **FAST)
     assert contents(there.folder) == contents(here.folder)
@@ -253,7 +253,7 @@ def pause(place, number):
 def test_few_calls_are_under_way(cluster, tmp_path):
     "However many items there are; the order is kept, one lacks memory, and what was not begun is dropped."
     call = functools.partial(pause, tmp_path / "begun")
-    numbers = in_order(call, range(10**9), RayPool(cluster), 4)
+    numbers = in_order(call, range(10**9), RayPool(cluster, 1), 4)
     futures = [next(numbers)[1] for _ in range(20)]
     assert isinstance(futures.pop(5).exception(), MemoryError)
     assert [future.result() for future in futures] == [i for i in range(20) if i != 5]
@@ -289,7 +289,7 @@ class Deadly(extract._OnCluster):
 def test_a_video_that_kills_its_worker_is_listed_and_skipped(cluster, videos, tmp_path, monkeypatch):
     monkeypatch.setattr(pools, "_AGAIN", 0)
     monkeypatch.setattr(extract, "_OnCluster", Deadly)
-    done = extract_features(videos, tmp_path / "out", ray=cluster, **FAST)
+    done = extract_features(videos, tmp_path / "out", ray=cluster, workers=1, **FAST)
     assert set(done.unreadable) == {"red/5.gif", "blue/text.mp4"} and done.videos == 11
     assert done.unreadable["red/5.gif"].startswith("ray: expected a worker of the cluster that lives until")
 
@@ -305,7 +305,7 @@ def test_what_a_worker_lacks_is_no_fault_of_the_videos(cluster, videos, tmp_path
     "Nothing is kept of them."
     monkeypatch.setattr(extract, "_OnCluster", Failing)
     with pytest.raises(ImportError, match="no such network here"):
-        extract_features(videos, tmp_path / "out", ray=cluster, **FAST)
+        extract_features(videos, tmp_path / "out", ray=cluster, workers=1, **FAST)
     assert len((tmp_path / "out" / "unfinished.jsonl").read_text(encoding="utf-8").splitlines()) == 1
 
 
