@@ -810,7 +810,7 @@ BILLION = {  # profile -> queries, turns of extraction, and searches: kind, effo
     "quick": dict(queries=100, turns=2, searches=(("exact", None, 10_000), *_EXACT[:2], *_APPROXIMATE)),
     **dict.fromkeys(
         ("full", "paper"),
-        dict(queries=400, turns=5, searches=(*_EXACT, *_APPROXIMATE, ("ivf", 16, 4_000_000))),
+        dict(queries=400, turns=5, searches=(*_EXACT, *_APPROXIMATE, ("ivf", 16, 2_000_000))),
     ),
 }
 
