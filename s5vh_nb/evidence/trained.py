@@ -13,6 +13,7 @@ from ..basics.checks import check
 from ..basics.config import TrainConfig
 from ..basics.devices import Device, pick_device
 from ..basics.files import check_writable, user_path, write_text
+from ..basics.parallel import all_devices, from_first
 from ..datasets.extract import EXTRACTION, read_settings
 from ..datasets.splits import Dataset
 from .identity import differences, method_name
@@ -20,7 +21,7 @@ from .records import RunRecord, device_name, from_line, to_line
 from .runs import encode_and_score
 from .scoring import PROTOCOLS
 from ..learning.resolve import resolve
-from ..learning.training import train
+from ..learning.training import TrainedRun, train
 
 # %% ../../nbs/lib/evidence/15_trained.ipynb #bb9b2de0
 def _table(rows: dict, first: str, second: str) -> str:
@@ -95,7 +96,10 @@ _CHECKPOINT = "unfinished.pt"
 
 
 def _existing(out: Path, config: TrainConfig, data: Dataset) -> RunRecord | None:
-    "The record of this very training where it is done; `ValueError` where something else is in the folder."
+    """The record of this very training where it is done, else None and a folder that can be written to.
+
+    `ValueError` where something else is in it.
+    """
     expected = "an empty folder, or this training, begun or done"
     if (out / RECORD).is_file():
         record = from_line((out / RECORD).read_text(encoding="utf-8"), f"{out / RECORD}")
@@ -104,11 +108,42 @@ def _existing(out: Path, config: TrainConfig, data: Dataset) -> RunRecord | None
         if record.data["fingerprint"] != data.fingerprint:
             unlike += [f"data (fingerprint {record.data['fingerprint']})"]
         check(not unlike, f"{out}", expected, f"{record.name}, which differs in {', '.join(unlike)}")
+        (out / _CHECKPOINT).unlink(missing_ok=True)
         return record
     if not (out / _CHECKPOINT).is_file():
         there = [name for name in ("config.json", "model.safetensors", "README.md") if (out / name).exists()]
         check(not there, f"{out}", expected, ", ".join(there))
+    check_writable(out / RECORD)
     return None
+
+
+def _finish(out: Path, run: TrainedRun, data: Dataset, devices: str) -> RunRecord:
+    "Score the trained network and write all that belongs to it."
+    config = run.config
+    scored = {"metrics": {}, "seconds": {}}
+    if data.n_classes > 1 and PROTOCOLS[data.kind].columns(len(data.database)):
+        scored = encode_and_score(run.model, data, run.device)
+    sizes = {role: len(split) for role, split in data.splits.items()}
+    notes = {"notes": "; ".join(data.notes)} if data.notes else {}
+    record = RunRecord(
+        config=differences(config),
+        metrics={"row": method_name(config), **scored["metrics"]},
+        data={"name": data.name, "fingerprint": data.fingerprint, **sizes, **notes},
+        device=devices,
+        seconds={"train": sum(run.seconds), **scored["seconds"]},
+        artefact="s5vh-nb train",
+    )
+    has_settings = data.folder is not None and (data.folder / EXTRACTION).is_file()
+    settings = read_settings(data.folder) if has_settings else None
+    run.model.save_pretrained(out)
+    card = run.model.generate_model_card()
+    card.text = model_card(record, settings)
+    write_text(out / "README.md", str(card))
+    if settings:
+        write_text(out / EXTRACTION, json.dumps({"settings": settings}))
+    write_text(out / RECORD, to_line(record))
+    (out / _CHECKPOINT).unlink()
+    return record
 
 
 def train_into(
@@ -121,7 +156,8 @@ def train_into(
     """Train, score where labels tell videos apart, and write the model with its card; the record.
 
     It continues a run that was stopped, and does nothing where this run is done. `ValueError` where the
-    folder holds another model, and for the errors of `train`.
+    folder holds another model, and for the errors of `train`. Of several processes, see `basics.parallel`,
+    the first one scores and writes; a run may be continued by any number of them.
 
     Parameters
     ----------
@@ -138,32 +174,8 @@ def train_into(
     """
     out, device = user_path(out), pick_device(device)
     config = resolve(config, data)
-    if record := _existing(out, config, data):
-        (out / _CHECKPOINT).unlink(missing_ok=True)
+    if record := from_first(lambda: _existing(out, config, data)):
         return record
-    check_writable(out / RECORD)
     run = train(config, data, device=device, checkpoint=out / _CHECKPOINT, resume=True, progress=progress)
-    scored = {"metrics": {}, "seconds": {}}
-    if data.n_classes > 1 and PROTOCOLS[data.kind].columns(len(data.database)):
-        scored = encode_and_score(run.model, data, device)
-    sizes = {role: len(split) for role, split in data.splits.items()}
-    notes = {"notes": "; ".join(data.notes)} if data.notes else {}
-    record = RunRecord(
-        config=differences(config),
-        metrics={"row": method_name(config), **scored["metrics"]},
-        data={"name": data.name, "fingerprint": data.fingerprint, **sizes, **notes},
-        device=device_name(device),
-        seconds={"train": sum(run.seconds), **scored["seconds"]},
-        artefact="s5vh-nb train",
-    )
-    has_settings = data.folder is not None and (data.folder / EXTRACTION).is_file()
-    settings = read_settings(data.folder) if has_settings else None
-    run.model.save_pretrained(out)
-    card = run.model.generate_model_card()
-    card.text = model_card(record, settings)
-    write_text(out / "README.md", str(card))
-    if settings:
-        write_text(out / EXTRACTION, json.dumps({"settings": settings}))
-    write_text(out / RECORD, to_line(record))
-    (out / _CHECKPOINT).unlink()
-    return record
+    devices = all_devices(device, device_name(device))
+    return from_first(lambda: _finish(out, run, data, devices))
