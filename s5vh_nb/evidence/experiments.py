@@ -964,7 +964,7 @@ _BEYOND = {
         base="S5VH",
         without={"smoke": (PLUS,), "quick": (PLUS,)},
     ),
-    "billion": Experiment(bits=_everywhere((16, 64, 256))),
+    "billion": Experiment(datasets=_everywhere(["spoken-digits"]), bits=_everywhere((16, 64, 256))),
     "supervised": Experiment(
         {
             "S5VH": _in_40_epochs(),
