@@ -33,7 +33,8 @@ from ..evidence.store import NO_TRAINING
 from ..evidence.trained import train_into
 from ..search.index import HashIndex, check_codes
 from ..search.milvus import MilvusIndex, is_milvus, open_index
-from ..search.videos import VideoSearch, encode_videos, filmstrips, found_table, open_videos
+from ..search.queries import CaptionModel, Search, encode_pairs
+from ..search.videos import encode_videos, filmstrips, found_table, open_set
 
 # %% ../../nbs/lib/cli/04_command.ipynb #36174484
 def _written(artefact: Artefact, profile: str) -> list:
@@ -153,17 +154,29 @@ def _filter(pairs: list) -> dict | None:
     return filter or None
 
 
-_WITH_VIDEO = ("model", "weights", "filmstrip", "videos")  # options of a search for a video
+_WITH_MODEL = ("model", "weights", "filmstrip", "videos")  # options of a search for a video
+
+
+def _ask_model(args, rest: tuple) -> tuple:
+    "The index, and what was found in it for a video or a caption."
+    check(args.model, "--model", "the folder of the model that made the codes of the index", "none")
+    search = Search.open(args.model, args.index, args.weights)
+    takes = isinstance(search.model, CaptionModel)
+    expected = "a --caption, as the model takes it" if takes else "a VIDEO, as the model takes it"
+    check(takes == (args.video is None), "query", expected, args.video or repr(args.caption))
+    if takes:
+        check(args.filmstrip is None, "--filmstrip", "a VIDEO to search for", "a caption")
+        for word in search.model.unknown(args.caption):
+            print(f"left out, since the model does not know it: {word}")
+    return search.index, search.search(args.video or args.caption, *rest)
 
 
 def _find(args) -> tuple:
     "The index, and what was found in it."
     rest = args.top, args.radius, _filter(args.where)
-    if args.video is not None:
-        check(args.model, "--model", "the folder of the model that made the codes of the index", "none")
-        search = VideoSearch.open(args.model, args.index, args.weights)
-        return search.index, search.search(args.video, *rest)
-    given = [f"--{name}" for name in _WITH_VIDEO if getattr(args, name) is not None]
+    if args.video is not None or args.caption is not None:
+        return _ask_model(args, rest)
+    given = [f"--{name}" for name in _WITH_MODEL if getattr(args, name) is not None]
     check(not given, " ".join(given), "a VIDEO to search for", "none")
     index = open_index(args.index)
     if args.ids is not None:
@@ -185,9 +198,10 @@ def _save_filmstrips(args, table: pd.DataFrame):
 
 
 def _search(args):
-    "Print the items nearest to a video, to given codes or to items of the index."
+    "Print the items nearest to a video, a caption, given codes or items of the index."
     index, found = _find(args)
-    names = [args.video] if args.video is not None else args.ids or range(len(found.ids))
+    asked = args.video or args.caption
+    names = [asked] if asked is not None else args.ids or range(len(found.ids))
     table = found_table(index, found, names)
     print(table.to_string(index=False) if len(table) else "nothing found")
     for name, distances, ties in zip(names, found.distances, found.ties):
@@ -200,23 +214,27 @@ def _search(args):
 
 def _train(args):
     "Train a model into a folder and say how good it is."
-    data = open_videos(args.data)
+    data = open_set(args.data)
     changes = {} if args.epochs is None else {"epochs": args.epochs}
     options = dict(bits=args.bits, seed=args.seed, **changes)
     config = train_config(data.name, "full", args.variant, **options)
     record = train_into(args.out, config, data, args.device)
-    scores = {name: record.metrics[name] for name in ("GmAP", "mAP@5") if name in record.metrics}
+    scores = {
+        name: record.metrics[name] for name in ("GmAP", "mAP@5", "mAP", "mAP text") if name in record.metrics
+    }
     told = "".join(f", {name} {value:.3f}" for name, value in scores.items())
-    print(f"{args.out}: {record.metrics['row']}, {args.bits} bits, {record.data['train']} videos{told}")
+    print(f"{args.out}: {record.metrics['row']}, {args.bits} bits, {record.data['train']} {data.kind}{told}")
 
 
 def _encode(args):
-    "Write the packed codes of all videos."
+    "Write the packed codes of all items."
     check(user_path(args.out).suffix == ".npz", "OUT", "the name of a file NAME.npz", args.out)
-    arrays = encode_videos(args.model, open_videos(args.data), args.device)
+    data = open_set(args.data)
+    encode = encode_videos if data.kind == "videos" else encode_pairs
+    arrays = encode(args.model, data, args.device)
     with atomic_write(args.out) as tmp:
         np.savez(tmp, **arrays)
-    print(f"{args.out}: {len(arrays['codes'])} videos, {arrays['bits']} bits")
+    print(f"{args.out}: {len(arrays['codes'])} {data.kind}, {arrays['bits']} bits")
 
 # %% ../../nbs/lib/cli/04_command.ipynb #444579fa
 def _add_profile(command, default: str):
@@ -264,7 +282,7 @@ def _add_with_examples(commands, name: str, help: str, *examples: str):
 
 
 _MODEL = "folder of a model, see `s5vh-nb train`"
-_VIDEOS = "folder that `s5vh-nb features` made, or the name of a set, e.g. spoken-digits"
+_DATA = "folder that `s5vh-nb features` made, or the name of a set, e.g. spoken-digits or emoji"
 _PLACES = "an index file, a file NAME.db of Milvus Lite, or the URL of a Milvus server"
 
 
@@ -296,19 +314,20 @@ def _add_train(commands):
     train = _add_with_examples(
         commands,
         "train",
-        "train a model on videos, into a folder with a card; a run that was stopped continues",
+        "train a model on videos or pairs, into a folder with a card; a run that was stopped continues",
         "s5vh-nb train features model",
         "s5vh-nb train spoken-digits model16 --bits 16 --epochs 2",
+        "s5vh-nb train emoji captions --variant paper --epochs 12",
     )
-    train.add_argument("data", metavar="VIDEOS", help=_VIDEOS)
+    train.add_argument("data", metavar="DATA", help=_DATA)
     train.add_argument("out", metavar="OUT", help="folder for the model")
-    help = "plus, or S5VH: paper, released, conmh, ssth (default: %(default)s)"
+    help = "plus; S5VH: paper, released, conmh, ssth; DMMH, of pairs: paper (default: %(default)s)"
     train.add_argument("--variant", choices=list(VARIANTS), default="plus", metavar="NAME", help=help)
     help = "bits of a code (default: %(default)s)"
     train.add_argument("--bits", type=int, default=64, metavar="K", help=help)
     help = "of the random numbers (default: %(default)s)"
     train.add_argument("--seed", type=int, default=1, metavar="N", help=help)
-    help = "passes over the videos (default: what the variant has)"
+    help = "passes over the data (default: what the variant has)"
     train.add_argument("--epochs", type=int, metavar="N", help=help)
     _add_device(train)
 
@@ -317,11 +336,12 @@ def _add_encode(commands):
     encode = _add_with_examples(
         commands,
         "encode",
-        "write packed codes of videos, with paths and labels, as `index` takes them",
+        "write packed codes of videos or pairs, with labels and what else is known, as `index` takes them",
         "s5vh-nb encode model features codes.npz",
+        "s5vh-nb encode captions emoji emoji.npz",
     )
     encode.add_argument("model", metavar="MODEL", help=_MODEL)
-    encode.add_argument("data", metavar="VIDEOS", help=_VIDEOS)
+    encode.add_argument("data", metavar="DATA", help=_DATA)
     encode.add_argument("out", metavar="OUT.npz", help="file for the codes")
     _add_device(encode)
 
@@ -352,9 +372,10 @@ def _add_search(commands):
     search = _add_with_examples(
         commands,
         "search",
-        "print the items of an index that are nearest to a video, to other items or to codes",
+        "print the items of an index that are nearest to a video, a caption, other items or codes",
         "s5vh-nb search videos.index new.mp4 --model model",
         "s5vh-nb search videos.index new.mp4 --model model --filmstrip found.png --videos videos",
+        "s5vh-nb search emoji.index --caption 'happy cat' --model captions",
         "s5vh-nb search videos.index --id 7",
         "s5vh-nb search videos.index --codes queries.npy --top 5 --radius 8",
         "s5vh-nb search videos.db --id 7 12 --where label=3",
@@ -362,6 +383,7 @@ def _add_search(commands):
     search.add_argument("index", metavar="INDEX", help=_PLACES)
     queries = search.add_mutually_exclusive_group(required=True)
     queries.add_argument("video", nargs="?", metavar="VIDEO", help="a video file; needs --model")
+    queries.add_argument("--caption", metavar="TEXT", help="a text; needs --model, one of pairs")
     queries.add_argument("--id", dest="ids", type=int, nargs="+", metavar="ID", help="items of the index")
     queries.add_argument("--codes", metavar="CODES", help="packed codes in a file, as for `index`")
     search.add_argument("--model", metavar="MODEL", help=_MODEL)
