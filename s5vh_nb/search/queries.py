@@ -111,7 +111,7 @@ def encode_pairs(
 ) -> dict:
     """Database and queries, as arrays by name: `codes` (n, k/8), `bits`, and metadata (n,) each.
 
-    Metadata are `label`, `split`, the `words` where they are known, and of emoji `name` and `drawing`, its
+    Metadata are `label`, `split`, the `words` where they are known, and of emoji `name` and `emoji`, its
     number. `ValueError` for videos, and for features of another width.
 
     Parameters
@@ -143,8 +143,8 @@ def encode_pairs(
         told["words"] = [" ".join(words[split.text[i] > 0]) for _, split, i in rows]
     told = {name: np.array(texts, dtype=str) for name, texts in told.items()}
     if data.name == "emoji":
-        drawings = np.concatenate([split.ids for split in splits.values()])
-        told = {"name": emoji_names()[drawings], **told, "drawing": drawings}
+        numbers = np.concatenate([split.ids for split in splits.values()])
+        told = {"name": emoji_names()[numbers], **told, "emoji": numbers}
     return {"codes": np.concatenate(codes), "bits": np.array(network.bits), **told}
 
 # %% ../../nbs/lib/search/05_queries.ipynb #31a4b3a8
