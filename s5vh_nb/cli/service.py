@@ -33,6 +33,7 @@ from typing import Annotated
 import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from ..basics.checks import check, is_whole
 from ..basics.devices import Device
@@ -90,6 +91,7 @@ def _tried(call: Callable, *given):
 def _work(pipe, folder: str | None, weights: str | None, device: Device, threads: int):
     "The life of a worker: say what its model takes, then do jobs until nobody is there to ask."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service, which then lets its workers go
+    tqdm.set_lock(threading.RLock())  # tqdm's own is shared by processes and would outlive a killed one
     torch.set_num_threads(threads)
     model = None if folder is None else _tried(open_model, folder, weights, device)
     kind = "caption" if isinstance(model, CaptionModel) else "video"
@@ -300,7 +302,7 @@ class Service:
         self.bytes, self.seconds = int(megabytes * 1e6), seconds
         self.workers = _Workers(workers, model, weights, device)
         self.takes, bits = self.workers.takes or (None, self.index.bits)
-        self._uploads, self._kept = tempfile.TemporaryDirectory(prefix="s5vh-nb-"), collections.OrderedDict()
+        self._kept = collections.OrderedDict()
         if bits != self.index.bits:
             self.close()
             raise ValueError(
@@ -308,9 +310,8 @@ class Service:
             )
 
     def close(self):
-        "End the workers and remove what was uploaded."
+        "End the workers; may be called again."
         self.workers.close()
-        self._uploads.cleanup()
 
     @contextlib.asynccontextmanager
     async def limit(self):
@@ -359,7 +360,7 @@ class Service:
     ) -> _Answer:
         "What is nearest to a video."
         self._check_takes("video")
-        with tempfile.NamedTemporaryFile(dir=self._uploads.name) as file:
+        with tempfile.NamedTemporaryFile(prefix="s5vh-nb-") as file:  # that no other user can read
             await asyncio.to_thread(shutil.copyfileobj, content, file)
             file.flush()
             made = await self._encode(file.name, name)
@@ -480,7 +481,7 @@ def _check_sender(host: str, origin: str | None, site: str | None, names: tuple)
     name = urllib.parse.urlsplit(f"//{host}").hostname
     if name not in names:
         known = f"This service is known as {' or '.join(names)}, not as {name}."
-        raise Refused(400, f"{known} Whoever starts it can add a name with --name.")
+        raise Refused(421, f"{known} Whoever starts it can add a name with --name.")
     alike = site in ("same-origin", "none") if site else origin in (None, f"http://{host}", f"https://{host}")
     if not alike:
         raise Refused(
@@ -550,7 +551,7 @@ def _tell_errors(app, page: Callable):
     from starlette.responses import JSONResponse
 
     def told(request, status: int, sentence: str):
-        if request.url.path == "/":
+        if request.url.path == "/" and status != 421:  # who is not known sees nothing of the page
             return page(request, error=sentence, status=status)
         return JSONResponse({"error": sentence}, status)
 
@@ -566,7 +567,7 @@ def _tell_errors(app, page: Callable):
             404: f"There is nothing at {request.url.path}.",
             405: "This address does not take such a request.",
         }
-        return told(request, error.status_code, said.get(error.status_code, error.detail))
+        return JSONResponse({"error": said.get(error.status_code, error.detail)}, error.status_code)
 
     def failed(request, error):
         return told(request, 500, "Something went wrong here. The log of the service says what.")
@@ -636,7 +637,7 @@ def make_app(
         return await _answer_form(service, request)
 
     app = FastAPI(
-        title=f"Search in {service.name}",
+        title="s5vh-nb serve",
         docs_url=None,
         redoc_url=None,
         lifespan=life,
@@ -724,11 +725,11 @@ def serve(
     with _listen(host, port) as listening:
         service = Service(index, **options)
         server, address = _server(service, host, listening, names)
-        if host not in _LOOPBACK:
-            said = "can be reached from other machines: whoever opens this page may search and send files"
-            print(f"s5vh-nb: {host} {said}; there is no password", file=sys.stderr)
-        print(f"{service.name}: {address} (Ctrl-C ends it)", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt), contextlib.closing(service):
+            if host not in _LOOPBACK:
+                said = "can be reached from other machines: whoever opens this page may search and send files"
+                print(f"s5vh-nb: {host} {said}; there is no password", file=sys.stderr)
+            print(f"{service.name}: {address} (Ctrl-C ends it)", flush=True)
             server.run(sockets=[listening])
 
 

@@ -81,9 +81,8 @@ class CaptionModel:
         caption : str
         """
         left_out = [word for word in dict.fromkeys(words_of(caption)) if word not in self.vocabulary]
-        return {
-            word: next(iter(difflib.get_close_matches(word, self.vocabulary, 1)), None) for word in left_out
-        }
+        similar = [difflib.get_close_matches(word, self.vocabulary, 1, 0.85) for word in left_out]
+        return {word: next(iter(one), None) for word, one in zip(left_out, similar)}
 
     def encode(
         self,
