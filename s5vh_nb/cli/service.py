@@ -59,7 +59,7 @@ def _strips(video: str | Path | bytes) -> tuple[bytes, bytes]:
     "Frames of a video side by side, and every second one of them for narrow screens."
     strip = filmstrip(video, _SHOWN)
     parts = strip.reshape(len(strip), _SHOWN, -1, 3)  # (height, frames, width, 3)
-    return _webp(strip), _webp(parts[:, 1::2].reshape(len(strip), -1, 3))
+    return tuple(_webp(some.reshape(len(strip), -1, 3)[:, :-4]) for some in (parts, parts[:, 1::2]))
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,7 @@ class _Workers:
                 ask = self._all[slot].ask
                 return await asyncio.get_running_loop().run_in_executor(self._threads, ask, *job)
             except _Died:
+                self._all[slot].kill()  # its pipe ends a moment before the system knows it as dead
                 if not again:
                     raise
             except asyncio.CancelledError:
@@ -489,6 +490,17 @@ def _check_sender(host: str, origin: str | None, site: str | None, names: tuple)
         )
 
 # %% ../../nbs/lib/cli/03_service.ipynb #478c1b16
+_LINGER = 2.0  # seconds
+
+
+async def _throw_away(stream):
+    "What still comes, for a moment: many clients listen only after they have sent everything."
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER):
+            async for _ in stream:
+                pass
+
+
 async def _form(request, most: int) -> dict:
     "The fields of a form with one file, read up to a size."
     from starlette.formparsers import MultiPartException, MultiPartParser
@@ -497,10 +509,11 @@ async def _form(request, most: int) -> dict:
         raise Refused(415, "A video is sent as a form (multipart/form-data) with the field `video`.")
 
     async def pieces():
-        size = 0
-        async for piece in request.stream():
+        size, stream = 0, request.stream()
+        async for piece in stream:
             size += len(piece)
             if size > most:
+                await _throw_away(stream)
                 raise Refused(413, f"This file is too large. At most {most / 1e6:g} MB can be searched for.")
             yield piece
 
