@@ -5,7 +5,7 @@ from s5vh_nb.datasets.catalog import load
 from s5vh_nb.learning.training import train
 from s5vh_nb.models.plus import WEIGHTS
 
-NAMES = ("spoken-digits", "spoken-pairs")
+NAMES = ("animated-emoji", "spoken-digits", "spoken-pairs")
 
 if __name__ == "__main__":
     for name in NAMES:

@@ -21,6 +21,7 @@ import s5vh_nb
 from ..basics.checks import check, known
 from ..basics.config import VARIANTS
 from ..basics.files import atomic_write, check_writable, find_root, only_run, user_path
+from ..basics.parallel import is_first, joined
 from ..basics.profiles import PROFILES, train_config
 from .artefacts import Artefact, artefacts, select
 from .execute import environment, execute, executed_path, last_words
@@ -219,12 +220,14 @@ def _train(args):
     changes = {} if args.epochs is None else {"epochs": args.epochs}
     options = dict(bits=args.bits, seed=args.seed, **changes)
     config = train_config(data.name, "full", args.variant, **options)
-    record = train_into(args.out, config, data, args.device)
-    scores = {
-        name: record.metrics[name] for name in ("GmAP", "mAP@5", "mAP", "mAP text") if name in record.metrics
-    }
-    told = "".join(f", {name} {value:.3f}" for name, value in scores.items())
-    print(f"{args.out}: {record.metrics['row']}, {args.bits} bits, {record.data['train']} {data.kind}{told}")
+    with joined(args.device) as device:
+        record = train_into(args.out, config, data, device)
+        wanted = ("GmAP", "mAP@5", "mAP", "mAP text")
+        scores = {name: record.metrics[name] for name in wanted if name in record.metrics}
+        size = f"{args.bits} bits, {record.data['train']} {data.kind}"
+        told = "".join(f", {name} {value:.3f}" for name, value in scores.items())
+        if is_first():
+            print(f"{args.out}: {record.metrics['row']}, {size}{told}")
 
 
 def _encode(args):
@@ -319,6 +322,7 @@ def _add_train(commands):
         "s5vh-nb train features model",
         "s5vh-nb train spoken-digits model16 --bits 16 --epochs 2",
         "s5vh-nb train emoji captions --variant paper --epochs 12",
+        "torchrun --nproc-per-node 2 --no-python s5vh-nb train features model  # two processes, one network",
     )
     train.add_argument("data", metavar="DATA", help=_DATA)
     train.add_argument("out", metavar="OUT", help="folder for the model")

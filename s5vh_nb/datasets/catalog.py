@@ -15,7 +15,7 @@ from pathlib import Path
 from ..basics.checks import check, known
 from ..basics.files import user_path
 from . import asl_words
-from .animated_emoji import animated_emoji
+from .animated_emoji import CLASS_HALVES, animated_emoji
 from .emoji import emoji
 from .moving import moving_digits
 from .pair_files import PAIR_LAYOUTS, load_official_pairs
@@ -67,6 +67,11 @@ def _long(kind: str, t: int) -> _Entry:
     return _Entry("videos", "bundled", functools.partial(spoken_long, kind, t), _LONG[kind].format(t))
 
 
+def _half(half: str) -> _Entry:
+    summary = f"every second class of animated-emoji, those at {half} places"
+    return _Entry("videos", "bundled", functools.partial(animated_emoji, half), summary)
+
+
 def _stand_in(name: str) -> _Entry:
     summary = f"random numbers in the shape of {name}, for speed and memory only"
     return _Entry("videos", "random numbers", functools.partial(synthetic_like, name), summary)
@@ -77,6 +82,7 @@ CATALOG = {
     "spoken-pairs": _Entry("videos", "bundled", spoken_pairs, "ordered pairs of these recordings"),
     "moving-digits": _Entry("videos", "bundled", moving_digits, "handwritten digits that cross a canvas"),
     "animated-emoji": _Entry("videos", "bundled", animated_emoji, "animated drawings, with filmstrips"),
+    **{f"animated-emoji:{half}": _half(half) for half in CLASS_HALVES},
     "emoji": _Entry("pairs", "bundled", emoji, "drawings of emoji and words that describe them"),
     "asl-words": _Entry(
         "videos",

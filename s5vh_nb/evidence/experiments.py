@@ -20,6 +20,7 @@ from math import ceil
 from ..basics.checks import known
 from ..basics.config import PAIR_VARIANTS, VARIANTS, BaselineConfig, TrainConfig, replace
 from ..basics.profiles import PROFILES, train_config
+from ..datasets.animated_emoji import CLASS_HALVES
 from ..datasets.extract import EXTRACTORS
 from ..datasets.spoken import LONG_FRAMES
 from ..datasets.synthetic import Difficulty
@@ -119,6 +120,7 @@ _PAIR_BITS = {
 _PAIR_ABLATION_BITS = {**_ABLATION_BITS, "quick": (32,)}
 _PAIR_SPEED_BITS = {**_ABLATION_BITS, "quick": (16, 64)}
 
+_EMOJI_HALVES = tuple(f"animated-emoji:{half}" for half in CLASS_HALVES)
 # Profile -> data sets. The profile `paper` takes those of the papers' sets that lie below the data root.
 _VIDEOS = {
     "smoke": ("spoken-digits",),
@@ -128,8 +130,10 @@ _VIDEOS = {
 _ABLATED = {"smoke": ("spoken-digits",), "quick": ("spoken-digits",), "full": ("spoken-digits", "asl-words")}
 _ONE_IN_QUICK = {**_VIDEOS, "quick": _VIDEOS["quick"][:1]}
 _FIRST_VIDEOS = {profile: names[:1] for profile, names in _VIDEOS.items()}
-_BOTH_SPOKEN = {profile: ("spoken-digits", "spoken-pairs") for profile in _VIDEOS}
-_MOVING = {profile: ("moving-digits",) for profile in PROFILES}
+_WITH_PICTURES = {**_ONE_IN_QUICK, "full": (*_VIDEOS["full"], "animated-emoji")}
+_BOTH_SPOKEN = ("spoken-digits", "spoken-pairs")
+_SAME_FRAMES = {**dict.fromkeys(_VIDEOS, _BOTH_SPOKEN), "full": (*_BOTH_SPOKEN, *_EMOJI_HALVES)}
+_SEEN = dict.fromkeys(PROFILES, ("moving-digits", "animated-emoji"))  # sets with pictures
 _PAIRS = {profile: ("emoji",) for profile in _VIDEOS}
 _EMOJI = {profile: ("emoji",) for profile in PROFILES}
 
@@ -375,7 +379,7 @@ CENTER_KINDS = {  # centers of a training -> what they change
 _PAPER1 = {
     "retrieval": Experiment(
         {"S5VH": {}, **_STYLES, **_ITQ, **_LSH, PLUS: dict(variant="plus")},
-        datasets=_ONE_IN_QUICK,
+        datasets=_WITH_PICTURES,
         bits={**_BITS, "quick": _LONGEST["quick"]},
         epochs={"quick": 40},  # see LOG.md
         base="S5VH",
@@ -428,10 +432,10 @@ _PAPER1 = {
         base="tf32",
         without={"smoke": ("float32",), "quick": ("float32",)},  # meant for a CPU, whose tf32 is float32
     ),
-    "transfer": Experiment({"S5VH": {}, **_ITQ}, datasets=_BOTH_SPOKEN, bits=_ABLATION_BITS),
+    "transfer": Experiment({"S5VH": {}, **_ITQ}, datasets=_SAME_FRAMES, bits=_ABLATION_BITS),
     "neighbours": Experiment(
         {"S5VH": {}, "ITQ, flattened": Fitted("itq", "flat")},
-        datasets=_MOVING,
+        datasets=_SEEN,
         bits=_LONGEST,
         longest_only=_everywhere(["S5VH", "ITQ, flattened"]),
         seeds={profile: seeds[:1] for profile, seeds in _SEEDS.items()},

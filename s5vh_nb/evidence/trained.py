@@ -13,6 +13,7 @@ from ..basics.checks import check
 from ..basics.config import DMMHConfig, TrainConfig
 from ..basics.devices import Device, pick_device
 from ..basics.files import check_writable, user_path, write_text
+from ..basics.parallel import all_devices, from_first
 from ..datasets.extract import EXTRACTION, read_settings
 from ..datasets.splits import Dataset
 from .identity import differences, method_name
@@ -20,7 +21,7 @@ from .records import RunRecord, device_name, from_line, to_line
 from .runs import encode_and_score
 from .scoring import PROTOCOLS
 from ..learning.resolve import resolve
-from ..learning.training import train
+from ..learning.training import TrainedRun, train
 from ..search.queries import VOCABULARY
 
 # %% ../../nbs/lib/evidence/15_trained.ipynb #bb9b2de0
@@ -113,7 +114,10 @@ _CHECKPOINT = "unfinished.pt"
 
 
 def _existing(out: Path, config: TrainConfig, data: Dataset) -> RunRecord | None:
-    "The record of this very training where it is done; `ValueError` where something else is in the folder."
+    """The record of this very training where it is done, else None and a folder that can be written to.
+
+    `ValueError` where something else is in it.
+    """
     expected = "an empty folder, or this training, begun or done"
     if (out / RECORD).is_file():
         record = from_line((out / RECORD).read_text(encoding="utf-8"), f"{out / RECORD}")
@@ -122,55 +126,29 @@ def _existing(out: Path, config: TrainConfig, data: Dataset) -> RunRecord | None
         if record.data["fingerprint"] != data.fingerprint:
             unlike += [f"data (fingerprint {record.data['fingerprint']})"]
         check(not unlike, f"{out}", expected, f"{record.name}, which differs in {', '.join(unlike)}")
+        (out / _CHECKPOINT).unlink(missing_ok=True)
         return record
     if not (out / _CHECKPOINT).is_file():
         there = [name for name in ("config.json", "model.safetensors", "README.md") if (out / name).exists()]
         check(not there, f"{out}", expected, ", ".join(there))
+    check_writable(out / RECORD)
     return None
 
 
-def train_into(
-    out: str | Path,  # Folder for the model; made when missing
-    config: TrainConfig,  # What to train
-    data: Dataset,
-    device: Device = None,  # See `pick_device`
-    progress: bool = True,  # Show a bar
-) -> RunRecord:
-    """Train, score where labels tell items apart, and write the model with its card; the record.
-
-    It continues a run that was stopped, and does nothing where this run is done. `ValueError` where the
-    folder holds another model, and for the errors of `train`.
-
-    Parameters
-    ----------
-    out : str | Path
-        Folder for the model; made when missing
-    config : TrainConfig
-        What to train
-    data : Dataset
-    device : Device
-        See `pick_device`
-    progress : bool
-        Show a bar
-    """
-    out, device = user_path(out), pick_device(device)
-    config = resolve(config, data)
-    if record := _existing(out, config, data):
-        (out / _CHECKPOINT).unlink(missing_ok=True)
-        return record
-    check_writable(out / RECORD)
-    run = train(config, data, device=device, checkpoint=out / _CHECKPOINT, resume=True, progress=progress)
+def _finish(out: Path, run: TrainedRun, data: Dataset, devices: str) -> RunRecord:
+    "Score the trained network and write all that belongs to it."
+    config = run.config
     scored = {"metrics": {}, "seconds": {}}
     if data.n_classes > 1 and PROTOCOLS[data.kind].columns(len(data.database)):
         both = getattr(config.model, "modality", "") == "both"
-        scored = encode_and_score(run.model, data, device, both)
+        scored = encode_and_score(run.model, data, run.device, both)
     sizes = {role: len(split) for role, split in data.splits.items()}
     notes = {"notes": "; ".join(data.notes)} if data.notes else {}
     record = RunRecord(
         config=differences(config),
         metrics={"row": method_name(config), **scored["metrics"]},
         data={"name": data.name, "fingerprint": data.fingerprint, **sizes, **notes},
-        device=device_name(device),
+        device=devices,
         seconds={"train": sum(run.seconds), **scored["seconds"]},
         artefact="s5vh-nb train",
     )
@@ -187,3 +165,37 @@ def train_into(
     write_text(out / RECORD, to_line(record))
     (out / _CHECKPOINT).unlink()
     return record
+
+
+def train_into(
+    out: str | Path,  # Folder for the model; made when missing
+    config: TrainConfig,  # What to train
+    data: Dataset,
+    device: Device = None,  # See `pick_device`
+    progress: bool = True,  # Show a bar
+) -> RunRecord:
+    """Train, score where labels tell items apart, and write the model with its card; the record.
+
+    It continues a run that was stopped, and does nothing where this run is done. `ValueError` where the
+    folder holds another model, and for the errors of `train`. Of several processes, see `basics.parallel`,
+    the first one scores and writes; a run may be continued by any number of them.
+
+    Parameters
+    ----------
+    out : str | Path
+        Folder for the model; made when missing
+    config : TrainConfig
+        What to train
+    data : Dataset
+    device : Device
+        See `pick_device`
+    progress : bool
+        Show a bar
+    """
+    out, device = user_path(out), pick_device(device)
+    config = resolve(config, data)
+    if record := from_first(lambda: _existing(out, config, data)):
+        return record
+    run = train(config, data, device=device, checkpoint=out / _CHECKPOINT, resume=True, progress=progress)
+    devices = all_devices(device, device_name(device))
+    return from_first(lambda: _finish(out, run, data, devices))

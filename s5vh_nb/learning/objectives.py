@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..basics.checks import check
 from ..basics.config import PairNeighbourConfig, TrainConfig
+from ..basics.parallel import Part
 from ..datasets.rows import own_frames, row_blocks, rows_of
 from ..datasets.splits import Split
 from s5vh_nb.learning.centers import (
@@ -242,9 +243,9 @@ class SLGObjective(nn.Module):
     def refresh(
         self,
         model: nn.Module,
-        x: Tensor,  # (b, t, d) a batch
-        rows: Tensor,  # (b,) the numbers of its videos
-        lengths: Tensor | None = None,  # (b,) how many of their frames count
+        x: Tensor,  # (b, t, d) a batch, or this process's part of it
+        rows: Tensor,  # (b,) the numbers of its videos, of all of them
+        lengths: Tensor | None = None,  # (b,) how many of the frames of x count
     ):
         """Move the soft labels of a batch towards the network's prediction from all frames.
 
@@ -252,13 +253,14 @@ class SLGObjective(nn.Module):
         ----------
         model : nn.Module
         x : Tensor
-            (b, t, d) a batch
+            (b, t, d) a batch, or this process's part of it
         rows : Tensor
-            (b,) the numbers of its videos
+            (b,) the numbers of its videos, of all of them
         lengths : Tensor | None
-            (b,) how many of their frames count
+            (b,) how many of the frames of x count
         """
-        h = model(x, normed=self.c.refresh_with_norm, lengths=lengths).h.to(self.centers.dtype)  # (b, k)
+        h = model(x, normed=self.c.refresh_with_norm, lengths=lengths).h.to(self.centers.dtype)
+        h = Part.mine(len(rows)).whole(h)  # (b, k)
         with torch.autocast(x.device.type, enabled=False):
             logits = self.logits(h)  # (b, c)
         if not self.c.refresh_with_norm:
@@ -296,15 +298,17 @@ class SLGObjective(nn.Module):
         past_warmup : bool
             The soft labels move
         """
+        part = Part.mine(len(rows))
+        x, lengths = part.own(x), part.own(lengths)
         counts = None if lengths is None else _view_counts(lengths, self.c.mask_ratio)
         shown, masked = counts or (None, None)
-        beside, visible = SideStream(x.device), _two_views(order, self.c.mask_ratio, counts)
+        beside, visible = SideStream(x.device), _two_views(part.own(order), self.c.mask_ratio, counts)
         found = {}
         if past_warmup and self.c.beta > 0 and self.c.refresh > 0:
             given = [x, rows] if lengths is None else [x, rows, lengths]
             beside(lambda: self.refresh(model, *given), *given)
         out = model(x, visible, lengths=shown)
-        h = out.h.to(self.centers.dtype)  # (2b, k)
+        h = part.whole(out.h.to(self.centers.dtype))  # (2b, k)
 
         def terms_of_codes():
             with torch.autocast(x.device.type, enabled=False):  # these small products need all their digits
@@ -316,7 +320,7 @@ class SLGObjective(nn.Module):
         beside(terms_of_codes, h, rows)  # next to the decoder
         if self.c.reconstruction > 0:
             rebuilt = model.decoder(out.codes, visible, out.hidden, counts)
-            found["reconstruction"] = reconstruction_loss(rebuilt, x, out.hidden, masked)
+            found["reconstruction"] = part.share(reconstruction_loss(rebuilt, x, out.hidden, masked))
         beside.join()
         weights = {
             "reconstruction": self.c.reconstruction,
@@ -355,7 +359,7 @@ class _Neighbours(nn.Module):
 
     def loss(
         self,
-        h: Tensor,  # (2b, k) real vectors of both views
+        h: Tensor,  # (2b, k) real vectors of both views, or this process's part of them
         rows: Tensor,  # (b,) the items' numbers in the training set
     ) -> dict:
         """The `loss`, a scalar.
@@ -363,11 +367,11 @@ class _Neighbours(nn.Module):
         Parameters
         ----------
         h : Tensor
-            (2b, k) real vectors of both views
+            (2b, k) real vectors of both views, or this process's part of them
         rows : Tensor
             (b,) the items' numbers in the training set
         """
-        h = relax(h, "sign").to(self.spread.dtype)  # (2b, k)
+        h = Part.mine(len(rows)).whole(relax(h, "sign").to(self.spread.dtype))  # (2b, k)
         if self.c.neighbour_weight > 0:
             affinity = self.affinities[rows][:, rows].to(h.dtype)  # (b, b)
         else:
@@ -476,7 +480,7 @@ class NeighbourObjective(_Neighbours):
             lengths = torch.full((len(x),), x.shape[1], device=x.device)
         s = model.config.time_steps
         views = torch.cat([draw_view(x, lengths, self.spread, s, self.c) for _ in range(2)])  # (2b, s, d)
-        return self.loss(model(views), rows)
+        return self.loss(model(Part.mine(len(rows)).own(views)), rows)
 
 # %% ../../nbs/lib/learning/04_objectives.ipynb #8d8cbf13
 class PairNeighbourObjective(_Neighbours):
@@ -556,7 +560,8 @@ class PairNeighbourObjective(_Neighbours):
             Without effect
         """
         views = [draw_pair_view(image, text, self.spread, self.c) for _ in range(2)]
-        return self.loss(model(*(torch.cat(parts) for parts in zip(*views))), rows)
+        part = Part.mine(len(rows))
+        return self.loss(model(*(part.own(torch.cat(both)) for both in zip(*views))), rows)
 
 # %% ../../nbs/lib/learning/04_objectives.ipynb #57e93ba0
 class MetricObjective(nn.Module):
@@ -655,7 +660,8 @@ class MetricObjective(nn.Module):
         past_warmup : bool
             Without effect
         """
-        h = model(image, text)  # (b, k)
+        part = Part.mine(len(rows))
+        h = part.whole(model(part.own(image), part.own(text)))  # (b, k)
         weights = {
             "similarity": self.c.similarity,
             "classification": self.c.classification,

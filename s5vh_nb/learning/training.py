@@ -18,17 +18,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..basics.checks import check
 from ..basics.config import MetricConfig, TrainConfig, check_config
 from ..basics.devices import Device, as_tensor, free_memory, pick_device
 from ..basics.files import check_writable, user_path
+from ..basics.parallel import Part, average, from_first, is_first, n_processes
 from ..datasets.catalog import load
 from ..datasets.rows import rows_of, to_tensor, zeros_after
 from ..datasets.splits import Dataset
-from .checkpoints import TrainedRun, load_checkpoint, new_run, save_checkpoint, start_from
+from s5vh_nb.learning.checkpoints import (
+    TrainedRun,
+    load_checkpoint,
+    new_run,
+    save_checkpoint,
+    share_run,
+    start_from,
+)
 from s5vh_nb.learning.objectives import (
     MetricObjective,
     NeighbourObjective,
@@ -37,6 +45,7 @@ from s5vh_nb.learning.objectives import (
 )
 from .resolve import centers_from_file, check_trainable, resolve
 from ..models.codes import HashNetwork
+from ..models.mamba import Layers
 from ..ops.streams import GraphedCall
 
 # %% ../../nbs/lib/learning/07_training.ipynb #fe2b9b02
@@ -208,6 +217,7 @@ def step(
     reached = [(g, p.grad) for p, g in run.trainable if p.grad is not None]
     reached.sort(key=lambda pair: pair[0].numel())  # sorted by size, they are copied in fewer launches
     torch._foreach_copy_(*zip(*reached))
+    average(run.weights.grad)
     run.optimizer.step()
     return {name: value.detach() for name, value in terms.items()}
 
@@ -217,14 +227,51 @@ def _make_step(
     past_warmup: bool,  # The soft labels move
     inputs: tuple,  # (n, ...) each, from `move_if_they_fit`
 ):
-    "A function that takes a batch of `_batches` and makes one step; all batches have one shape."
-    if not _on_device(inputs):
-        return GraphedCall(functools.partial(step, run, past_warmup))
+    """A function that takes a batch of `_batches` and makes one step; all batches have one shape.
+
+    Several processes take ordinary steps: a graph can't hold what they tell each other, except through NCCL.
+    """
 
     def step_on_rows(rows, *others):
         return step(run, past_warmup, *(x[rows] for x in inputs), rows, *others)
 
-    return GraphedCall(step_on_rows)
+    take_step = step_on_rows if _on_device(inputs) else functools.partial(step, run, past_warmup)
+    return GraphedCall(take_step) if n_processes() == 1 else take_step
+
+# %% ../../nbs/lib/learning/07_training.ipynb #3f7547a4
+@contextlib.contextmanager
+def _whole_batches(
+    model: nn.Module,
+    part: Part,  # Of its batches
+):
+    """Inside, a model that trains on a part of a batch does so as if it had the whole of it.
+
+    Batch norms see the rows of all processes. Dropout and stochastic depth draw for all and take their own.
+    """
+
+    def before(module, args, kwargs):
+        if not module.training:
+            return None
+        if isinstance(module, Layers):
+            drawn = module.draw_factors(len(args[0]) // part.size * part.b)
+            return args, kwargs | {"factors": part.own(drawn, dim=1)}
+        widened = part.whole if isinstance(module, nn.BatchNorm1d) else part.padded
+        return (widened(args[0]),), kwargs
+
+    def after(module, args, out):
+        return part.own(out) if module.training else None
+
+    hooks, modules = [], model.modules() if part.of > 1 else ()
+    for module in modules:
+        if isinstance(module, Layers | nn.BatchNorm1d | nn.Dropout):
+            hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if isinstance(module, nn.BatchNorm1d | nn.Dropout):
+            hooks.append(module.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 # %% ../../nbs/lib/learning/07_training.ipynb #d1dc73cd
 def _six_digits(values: dict) -> dict:
@@ -260,7 +307,7 @@ def train_epoch(
     for batch in _batches(inputs, plan, run.device):
         for name, value in take_step(*batch).items():
             totals[name] = totals.get(name, 0) + value
-    means = {name: (value / len(plan.rows)).item() for name, value in totals.items()}
+    means = {name: (average(value) / len(plan.rows)).item() for name, value in totals.items()}
     for name, value in means.items():
         where, expected = f"epoch {run.epoch}, {name}", "a finite loss (try a smaller lr)"
         check(math.isfinite(value), where, expected, value, FloatingPointError)
@@ -354,7 +401,7 @@ def _evaluate_during_training(
     run.model.eval()
     gpus = [run.device] if run.device.type == "cuda" else []
     with torch.no_grad(), matmul_precision("float32"), torch.random.fork_rng(gpus):
-        scores = evaluate(run)
+        scores = from_first(lambda: evaluate(run))
     run.model.train()
     expected = "a dict of scores, or nothing"
     check(isinstance(scores, dict | None), "result of evaluate", expected, type(scores).__name__, TypeError)
@@ -398,10 +445,11 @@ def _train_epochs(
 ):
     "Train the run to its last epoch."
     c, gpus = run.config, [run.device] if run.device.type == "cuda" else []
+    part = Part.mine(min(c.batch, len(inputs[0])))
     steps = {past_warmup: _make_step(run, past_warmup, inputs) for past_warmup in (False, True)}
     title = f"{c.dataset} {c.model.bits} bits seed {c.seed}"
     bar = tqdm(total=c.epochs, initial=run.epoch, desc=title, unit="epoch", leave=False, disable=not progress)
-    with bar, matmul_precision(c.precision), torch.random.fork_rng(gpus):
+    with bar, matmul_precision(c.precision), torch.random.fork_rng(gpus), _whole_batches(run.model, part):
         while run.epoch < c.epochs:
             clock = time.perf_counter()
             terms = train_epoch(run, steps[run.objective.past_warmup(run.epoch)], inputs, lengths)
@@ -412,7 +460,7 @@ def _train_epochs(
             run.seconds.append(time.perf_counter() - clock)
             bar.update()
             bar.set_postfix(loss=f"{terms['loss']:.3f}", refresh=False)
-            if checkpoint and (run.epoch % every == 0 or run.epoch == c.epochs):
+            if checkpoint and is_first() and (run.epoch % every == 0 or run.epoch == c.epochs):
                 save_checkpoint(run, checkpoint)
 
 
@@ -434,6 +482,9 @@ def train(
     The same configuration on the same machine, with as many threads, gives the same weights, resumed or not.
     A finished checkpoint of fewer epochs is trained further, which is not the same as all epochs at once.
     Videos of different lengths are trained on their own frames; on a GPU their layers are not fused.
+    Processes that have `joined` train one network, which is that of a single process up to rounding; the
+    first one evaluates, saves and shows the bar. `ValueError` where the batch has fewer items than there are
+    processes.
 
     Parameters
     ----------
@@ -466,21 +517,25 @@ def train(
     config, whole = resolve(config, data), training_share(data, config.share, config.seed)
     data = _labelled_part(whole, config)
     check_trainable(config, data)
-    resumed = resume and checkpoint and Path(checkpoint).exists()
+    Part.mine(min(config.batch, len(data.train)))  # every process has an item
+    resumed = is_first() and resume and checkpoint and Path(checkpoint).exists()
     run = load_checkpoint(checkpoint, config, data, device) if resumed else new_run(config, data, device)
-    if checkpoint and run.epoch < config.epochs:
+    if is_first() and checkpoint and run.epoch < config.epochs:
         check_writable(checkpoint)  # now, not after the first epochs
     if start is not None and not resumed:
         start_from(run, start)
-    if not resumed:
+    fitted = is_first() and not resumed
+    if fitted:
         fit_objective(run, whole, progress)
-    elif run.epoch < config.epochs and isinstance(run.objective, NeighbourObjective | PairNeighbourObjective):
+    share_run(run)
+    of_neighbours = isinstance(run.objective, NeighbourObjective | PairNeighbourObjective)
+    if of_neighbours and not fitted and run.epoch < config.epochs:
         run.objective.connect(run.model, data.train)  # its table is in no checkpoint
     if run.epoch < config.epochs:
         inputs = move_if_they_fit(data.train.arrays, device, config.precision)
         lengths = None if data.train.lengths is None else as_tensor(data.train.lengths).to(device)
         if not run.seconds:
             run.seconds.append(time.perf_counter() - clock)
-        _train_epochs(run, inputs, lengths, checkpoint, every, evaluate, progress)
+        _train_epochs(run, inputs, lengths, checkpoint, every, evaluate, progress and is_first())
     run.model.eval()
     return run

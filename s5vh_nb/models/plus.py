@@ -220,14 +220,14 @@ WEIGHTS = importlib.resources.files("s5vh_nb").joinpath("data", "plus")  # a fol
 
 
 def pretrained(
-    dataset: str = "spoken-digits",  # "spoken-digits" or "spoken-pairs"
+    dataset: str = "spoken-digits",  # "spoken-digits", "spoken-pairs" or "animated-emoji"
 ) -> Plus:
     """Plus as it was trained on the training videos of a bundled set, 64 bits; `ValueError` for another name.
 
     Parameters
     ----------
     dataset : str
-        "spoken-digits" or "spoken-pairs"
+        "spoken-digits", "spoken-pairs" or "animated-emoji"
     """
     names = sorted(folder.name for folder in WEIGHTS.iterdir())
     with importlib.resources.as_file(WEIGHTS / known(dataset, names, "dataset")) as folder:
