@@ -321,7 +321,7 @@ def _add_train(commands):
         "train a model on videos or pairs, into a folder with a card; a run that was stopped continues",
         "s5vh-nb train features model",
         "s5vh-nb train spoken-digits model16 --bits 16 --epochs 2",
-        "s5vh-nb train emoji captions --variant paper --epochs 12",
+        "s5vh-nb train emoji captions --variant paper",
         "torchrun --nproc-per-node 2 --no-python s5vh-nb train features model  # two processes, one network",
     )
     train.add_argument("data", metavar="DATA", help=_DATA)

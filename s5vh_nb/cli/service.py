@@ -15,6 +15,7 @@ import importlib.resources
 import importlib.util
 import io
 import json
+import logging
 import multiprocessing
 import re
 import shutil
@@ -674,6 +675,7 @@ def _make_app(
         dependencies=[Depends(sender)],
     )
     page = _page(service)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a form that can't be read is answered
 
     @app.get("/", include_in_schema=False)
     async def search_page(request: Request, answer=Depends(asked)):
