@@ -244,7 +244,10 @@ def test_captions(captions):
         assert Image.open(io.BytesIO(ask(url + first["strip"])[2])).size == (64, 64)
         page = ask(f"{url}/?{asked}")[2].decode()
         assert (
-            "does not know them" in page and "did you mean sunglasses?" in page and 'type="file"' not in page
+            "Drawings by OpenMoji" in page
+            and "does not know them" in page
+            and "did you mean sunglasses?" in page
+            and 'type="file"' not in page
         )
         assert (
             'value="happy CAT, sunglasess &amp; qqq"' in page and f"Drawing: {first['about']['name']}" in page

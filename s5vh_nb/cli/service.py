@@ -168,7 +168,8 @@ class _Workers:
             self.takes = [worker.takes() for worker in self._all][0]
         except BaseException as error:
             self.close()
-            check(not isinstance(error, _Died), "workers", "processes that start", "one that died", OSError)
+            expected = "processes that start (of a script, below `if __name__ == '__main__':`)"
+            check(not isinstance(error, _Died), "workers", expected, "one that died", OSError)
             raise
         for slot in range(count):
             self._free.put_nowait(slot)
