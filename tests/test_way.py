@@ -282,6 +282,7 @@ def test_commands_name_what_is_wrong(way, capsys):
         ("encode model videos a.npz", "videos: expected manifest.csv"),
         ("train emoji out --variant conmh", "variant: expected one of paper, plus"),
         ("encode model emoji a.npz", "model: expected a model of pairs, found one of videos"),
+        ("encode model emoji a.npz --ray", "--ray: expected a set of videos, found one of pairs"),
         ("search videos.index --caption cat --model model", "query: expected a VIDEO"),
         ("search videos.index --caption cat", "--model: expected the folder of the model"),
         ("train features out --bits 80", "bits: expected at most 67"),

@@ -22,6 +22,7 @@ from ..basics.checks import check, known
 from ..basics.config import VARIANTS
 from ..basics.files import atomic_write, check_writable, find_root, only_run, user_path
 from ..basics.parallel import is_first, joined
+from ..basics.pools import RayPool
 from ..basics.profiles import PROFILES, train_config
 from .artefacts import Artefact, artefacts, select
 from .execute import environment, execute, executed_path, last_words
@@ -31,7 +32,7 @@ from ..datasets.asl_source import get_asl_words
 from ..datasets.catalog import DATA_ROOT
 from ..datasets.extract import EXTRACTORS, extract_features
 from ..evidence.archive import Archive, pack
-from ..evidence.store import NO_TRAINING
+from ..evidence.store import NO_TRAINING, RAY
 from ..evidence.trained import train_into
 from ..search.index import HashIndex, check_codes
 from ..search.milvus import MilvusIndex, is_milvus, open_index
@@ -106,6 +107,9 @@ def _read_manifest(path: str) -> pd.DataFrame:
         raise ValueError(f"{path}: expected a table (CSV, UTF-8), found: {error}") from error
 
 
+_SPREAD = ("shards", "replicas", "lists")  # options of an index on a server
+
+
 def _index(args):
     "Add codes to an index, which is made where there is none."
     read = _read_codes(args.codes)
@@ -115,12 +119,15 @@ def _index(args):
     given["metadata"] = read or None
     milvus = is_milvus(args.index)
     check(not (milvus and args.recall), "--recall", "an index file (Milvus has its own kinds)", args.index)
+    spread = {name: getattr(args, name) for name in _SPREAD if getattr(args, name) is not None}
+    options = " ".join(f"--{name}" for name in spread)
+    check("://" in args.index or not spread, options, "the URL of a Milvus server", args.index)
     if args.manifest:
         table = _read_manifest(args.manifest)
         given["metadata"] = table.drop(columns="id", errors="ignore")
         given["ids"] = table["id"].to_numpy() if "id" in table else given["ids"]
     if milvus:
-        index = MilvusIndex(args.index, bits)
+        index = MilvusIndex(args.index, bits, **spread)
         ids = index.add(**given)
     else:
         place = user_path(args.index)
@@ -234,8 +241,11 @@ def _encode(args):
     "Write the packed codes of all items."
     check(user_path(args.out).suffix == ".npz", "OUT", "the name of a file NAME.npz", args.out)
     data = open_set(args.data)
-    encode = encode_videos if data.kind == "videos" else encode_pairs
-    arrays = encode(args.model, data, args.device)
+    if data.kind == "videos":
+        arrays = encode_videos(args.model, data, args.device, args.ray)
+    else:
+        check(args.ray is None, "--ray", "a set of videos", f"one of {data.kind}")
+        arrays = encode_pairs(args.model, data, args.device)
     with atomic_write(args.out) as tmp:
         np.savez(tmp, **arrays)
     print(f"{args.out}: {len(arrays['codes'])} {data.kind}, {arrays['bits']} bits")
@@ -253,6 +263,11 @@ def _add_profile(command, default: str):
 def _add_device(command):
     help = "auto, cpu, cuda, cuda:1 ... (default: %(default)s)"
     command.add_argument("--device", default="auto", help=help)
+
+
+def _add_ray(command, what: str):
+    help = f"{what} on a Ray cluster: auto, HOST:PORT or ray://HOST:PORT; without ADDRESS one is started here"
+    command.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help=help)
 
 
 def _add_run(commands, name: str, profile: str, default: str, help: str):
@@ -297,6 +312,7 @@ def _add_features(commands):
         "extract features of a folder of videos, in the papers' layout; a run that was killed continues",
         "s5vh-nb features videos features",
         "s5vh-nb features videos features --extractor resnet50 --frames 30 --labels labels.csv",
+        "s5vh-nb features videos features --ray auto",
     )
     features.add_argument(
         "videos", metavar="DIR", help="folder with videos or .tar shards, in it and below it"
@@ -310,8 +326,9 @@ def _add_features(commands):
     features.add_argument("--labels", metavar="TABLE.csv", help=help)
     features.add_argument("--weights", metavar="FILE", help="of the extractor (default: the standard ones)")
     _add_device(features)
-    help = "threads that decode (default: one for each core)"
+    help = "threads that decode, or workers of a cluster (default: one for each core)"
     features.add_argument("--workers", type=int, metavar="N", help=help)
+    _add_ray(features, "decode and extract")
 
 
 def _add_train(commands):
@@ -349,6 +366,7 @@ def _add_encode(commands):
     encode.add_argument("data", metavar="DATA", help=_DATA)
     encode.add_argument("out", metavar="OUT.npz", help="file for the codes")
     _add_device(encode)
+    _add_ray(encode, "encode")
 
 
 def _add_index(commands):
@@ -371,6 +389,13 @@ def _add_index(commands):
     )
     help = "try approximate kinds and search with the fastest that finds this share of the neighbours"
     index.add_argument("--recall", type=float, metavar="SHARE", help=help)
+    server = index.add_argument_group("options of a Milvus server")
+    help = "parts of a new index, each with a server that writes (default: 1)"
+    server.add_argument("--shards", type=int, metavar="N", help=help)
+    help = "copies in memory, each of which answers searches (default: as many as there are, or 1)"
+    server.add_argument("--replicas", type=int, metavar="N", help=help)
+    help = "clusters of codes in a new index, of which a search visits some (default: none, an exact search)"
+    server.add_argument("--lists", type=int, metavar="N", help=help)
 
 
 def _add_search(commands):
@@ -446,6 +471,7 @@ def _parser() -> argparse.ArgumentParser:
     help = "run artefact notebooks; runs whose record exists are not run again"
     reproduce = _add_run(commands, "reproduce", "quick", "the main job", help)
     reproduce.add_argument("--all", action="store_true", help="every artefact of both papers")
+    _add_ray(reproduce, "train the networks of a notebook side by side")
     help = "draw tables and figures again from existing records, without any training"
     _add_run(commands, "report", "full", "all", help)
     help = "gather the records of a profile's runs into one pair of files per artefact, to be committed"
@@ -485,6 +511,12 @@ def _reproduce(args, everything: bool) -> int:
     return 1 if run_all(select(args.artefacts, everything), given) else 0
 
 
+def _reproduce_on(ray: str, args) -> int:
+    "The same; the networks are trained by one cluster, which all notebooks join."
+    with RayPool(ray, device=args.device) as pool, environment(**{RAY: pool.address}):
+        return _reproduce(args, everything=args.all)
+
+
 def _get(
     folder: str | None,  # Where the file goes; None for the data root of the environment
     clone: str | None,  # A git clone of its repository
@@ -499,14 +531,14 @@ def _get(
 def _features(args):
     "Extract features, say what was done, and how the set will be found."
     options = dict(labels=args.labels, weights=args.weights, device=args.device, workers=args.workers)
-    print(extract_features(args.videos, args.out, args.extractor, args.frames, **options))
+    print(extract_features(args.videos, args.out, args.extractor, args.frames, ray=args.ray, **options))
     print(f"Notebooks take it with: -p dataset=own-videos -p data_root={shlex.quote(args.out)}")
 
 
 def _dispatch(args) -> int:
     "Do what the command line says; the exit status."
     if args.command == "reproduce":
-        return _reproduce(args, everything=args.all)
+        return _reproduce_on(args.ray, args) if args.ray else _reproduce(args, everything=args.all)
     if args.command == "report":
         with environment(**{NO_TRAINING: "1"}):
             return _reproduce(args, everything=not args.artefacts)

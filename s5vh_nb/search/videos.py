@@ -8,6 +8,7 @@ __all__ = ['open_set', 'load_network', 'label_texts', 'encode_videos', 'VideoMod
 # %% ../../nbs/lib/search/04_videos.ipynb #75cb2f22
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from tqdm.auto import tqdm
 
 from ..basics.checks import check
 from ..basics.config import DMMHConfig, PlusConfig, S5VHConfig
 from ..basics.devices import Device
 from ..basics.files import user_path
+from ..basics.pools import RayPool, in_order
 from ..datasets.catalog import CATALOG, load
 from ..datasets.decode import View, read_clip
 from ..datasets.extract import EXTRACTION, Extractor, make_extractor, read_settings
@@ -112,16 +115,57 @@ def _check_features(model: str | Path, network: HashNetwork, data: Dataset):
         )
 
 
+_PIECE = 2**18  # frames; a multiple of what networks take at a time
+
+
+@dataclass
+class _Encoder:
+    "Encodes pieces of a set, here or in a worker of a cluster, which loads the network once."
+
+    model: str
+    data: Dataset
+    device: Device
+    progress: bool
+
+    @functools.cached_property
+    def network(self) -> HashNetwork:
+        return load_network(self.model, self.device)
+
+    def __call__(self, piece: tuple) -> np.ndarray:
+        "Packed codes, (n, k/8), of a piece: the name of a split, and rows."
+        split = getattr(self.data, piece[0]).take(piece[1])
+        return self.network.encode(split.frames, None, self.progress, split.lengths).numpy()
+
+
+def _pieces(parts: dict) -> list:
+    "Pieces of about `_PIECE` frames, which cover all splits."
+    found = []
+    for name, split in parts.items():
+        step = max(1, _PIECE // split.frames.shape[1])
+        found += [(name, slice(i, min(i + step, len(split)))) for i in range(0, len(split), step)]
+    return found
+
+
+def _on_cluster(encoder: _Encoder, pieces: list, ray: str, device: Device) -> list:
+    "The codes of all pieces."
+    pool, there = RayPool(ray, device=device), _Encoder(encoder.model, encoder.data, device, progress=False)
+    found = in_order(there, pieces, pool, 2 * pool.workers)
+    bar = tqdm(found, "encode", len(pieces), unit="piece", leave=False, disable=not encoder.progress)
+    return [future.result() for _, future in bar]
+
+
 def encode_videos(
     model: str | Path,  # Its folder
     data: Dataset,  # Of videos
     device: Device = None,  # See `pick_device`
+    ray: str | None = None,  # Address of a Ray cluster that does the work, see `RayPool`; None: this process
     progress: bool = True,  # Show a bar
 ) -> dict:
     """Database and queries, as arrays by name: `codes` (n, k/8), `bits`, and metadata (n,) each.
 
     Metadata are `label`, `split`, and the `path` of own videos. `ValueError` for pairs, and for features of
-    another width or of another extractor.
+    another width or of another extractor. A cluster gives the same codes; features in files are read by its
+    workers, others are sent once to each machine.
 
     Parameters
     ----------
@@ -131,17 +175,19 @@ def encode_videos(
         Of videos
     device : Device
         See `pick_device`
+    ray : str | None
+        Address of a Ray cluster that does the work, see `RayPool`; None: this process
     progress : bool
         Show a bar
     """
     check(data.kind == "videos", data.name, "a set of videos", f"one of {data.kind}")
-    network = load_network(model, device)
+    encoder = _Encoder(str(model), data, "cpu" if ray else device, progress)
+    network = encoder.network
     check(not isinstance(network, DMMH), f"{model}", "a model of videos", "one of pairs")
     _check_features(model, network, data)
     parts = {"database": data.database} | ({} if data.query is data.database else {"query": data.query})
-    codes = []
-    for split in parts.values():
-        codes.append(network.encode(split.frames, progress=progress, lengths=split.lengths).numpy())
+    pieces = _pieces(parts)
+    codes = _on_cluster(encoder, pieces, ray, device) if ray else [encoder(piece) for piece in pieces]
     codes = np.concatenate(codes)
     told = {
         "label": sum((label_texts(split, data.classes) for split in parts.values()), []),
