@@ -74,7 +74,7 @@ def _ray():
 
 def _check_answer(address: str):
     "`ValueError` for what is no address, `ConnectionError` unless a server there speaks HTTP/2, as Ray's do."
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, port = ["", *address.removeprefix("ray://").rsplit(":", 1)][-2:]
     check(host and port.isdecimal(), "--ray", _FORMS, repr(address))
     greeting = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # no settings
     try:

@@ -539,9 +539,9 @@ class Extraction:
     damaged : dict
         Path -> what was wrong with a video that was read all the same
     decoder : float
-        Frames that are decoded in a second, by all threads; 0 where none were
+        Frames that are decoded in a second, by all workers; 0 where none were
     extractor : float
-        Frames that the network takes in a second
+        Frames that the networks take in a second
     waited : float
         Share of the time in which the network waited for frames
     """
@@ -551,8 +551,8 @@ class Extraction:
     new: int  # Videos read by this run
     unreadable: dict  # Path -> why
     damaged: dict  # Path -> what was wrong with a video that was read all the same
-    decoder: float  # Frames that are decoded in a second, by all threads; 0 where none were
-    extractor: float  # Frames that the network takes in a second
+    decoder: float  # Frames that are decoded in a second, by all workers; 0 where none were
+    extractor: float  # Frames that the networks take in a second
     waited: float  # Share of the time in which the network waited for frames
 
     def __str__(self):
