@@ -488,7 +488,7 @@ def test_imported_packages_are_declared():
     "Also those that come with another package. A notebook of nbs/data installs what it needs by itself."
     extras = PYPROJECT["project"]["optional-dependencies"]
     needed = PYPROJECT["project"]["dependencies"]
-    optional = sum((extras[name] for name in ("gpu", "milvus", "video")), [])
+    optional = sum((extras[name] for name in ("gpu", "milvus", "ray", "serve", "video")), [])
     assert not undeclared(MODULES.items(), needed + optional)
     notebooks = [path for path in NOTEBOOKS if path.parent.name != "data"]
     assert not undeclared(code(notebooks, SCRIPTS + TESTS), needed + optional + extras["dev"])

@@ -570,6 +570,11 @@ def test_milvus_names_search_before_add_and_other_bits(tmp_path):
         MilvusIndex(tmp_path / "x.db", 16, lists=64)
     with pytest.raises(ValueError, match="lists: expected a whole number from 0, or None, found -1"):
         MilvusIndex("http://host:19530", 16, lists=-1)
+    for name in ("shards", "replicas"):
+        with pytest.raises(ValueError, match=f"{name}: expected None for a file, which is whole"):
+            MilvusIndex(tmp_path / "x.db", 16, **{name: 2})
+        with pytest.raises(ValueError, match=f"{name}: expected a whole number from 1, or None, found 0"):
+            MilvusIndex("http://host:19530", 16, **{name: 0})
     for name in ("a b.db", "ä.db", 34 * "x" + ".db"):
         with pytest.raises(ValueError, match=f"place: expected a file name of at most 36 .*, found '{name}'"):
             MilvusIndex(tmp_path / name, 16)
@@ -649,7 +654,7 @@ def test_milvus_that_is_not_installed_is_named(monkeypatch, place, capsys):
 class Recorder:
     "A client that notes what it is asked for; a server with no collections."
 
-    lists = 0  # of the collection
+    lists, loaded = 0, False  # of the collection
 
     def __init__(self, *place, **options):
         self.calls = {"open": (place, options)}
@@ -658,7 +663,16 @@ class Recorder:
         return False
 
     def describe_collection(self, name, **options):
-        return {"description": self.calls["create_schema"][1]["description"]}
+        made = self.calls["create_collection"][1]
+        return {
+            "description": self.calls["create_schema"][1]["description"],
+            "num_shards": made["num_shards"],
+        }
+
+    def get_load_state(self, name, **options):
+        from pymilvus.client.types import LoadState
+
+        return {"state": LoadState.Loaded if self.loaded else LoadState.NotLoad}
 
     def describe_index(self, name, **options):
         return {"nlist": str(self.lists)} if self.lists else {"index_type": "BIN_FLAT"}
@@ -690,17 +704,40 @@ def test_what_a_cluster_is_asked_for(monkeypatch, lists, kind):
     assert calls["prepare_index_params"][1] == {"index_type": kind, "metric_type": "HAMMING", **more}
 
 
+class Full(Recorder):
+    "A server with a collection."
+
+    lists, loaded = 64, True
+
+    def has_collection(self, name, **options):
+        return True
+
+    def describe_collection(self, name, **options):
+        return {"description": "20 bits", "num_shards": 4}
+
+
+@with_milvus
+def test_a_loaded_collection_keeps_its_copies(monkeypatch):
+    "To ask for another number is an error of some servers, and others search less meanwhile."
+    monkeypatch.setattr("pymilvus.MilvusClient", Full)
+    assert "load_collection" not in open_index("http://host:19530")._client.calls
+    calls = MilvusIndex("http://host:19530", replicas=3)._client.calls
+    assert calls["load_collection"][1]["replica_number"] == 3
+    monkeypatch.setattr(Full, "loaded", False)
+    calls = open_index("http://host:19530")._client.calls
+    assert calls["load_collection"][1]["replica_number"] is None
+
+
+@with_milvus
+def test_other_shards_than_those_of_the_collection_are_named(monkeypatch):
+    monkeypatch.setattr("pymilvus.MilvusClient", Full)
+    assert MilvusIndex("http://host:19530", shards=4).bits == 20
+    with pytest.raises(ValueError, match="shards: expected 4, as the index in .* has, found 2"):
+        MilvusIndex("http://host:19530", shards=2)
+
+
 @with_milvus
 def test_other_lists_than_those_of_the_collection_are_named(monkeypatch):
-    class Full(Recorder):
-        lists = 64
-
-        def has_collection(self, name, **options):
-            return True
-
-        def describe_collection(self, name, **options):
-            return {"description": "20 bits"}
-
     monkeypatch.setattr("pymilvus.MilvusClient", Full)
     for lists in (None, 64):
         assert MilvusIndex("http://host:19530", lists=lists).bits == 20
@@ -790,12 +827,14 @@ def test_true_and_false_on_the_command_line(files, capsys):
 
 
 def test_indexing_on_a_server_leaves_nothing_here(files, monkeypatch, capsys):
-    def silent(place, bits):
+    def silent(place, bits, **given):
+        assert given == {"shards": 4, "replicas": 2, "lists": 64}
         raise OSError(f"{place}: no answer")
 
     monkeypatch.setattr(command, "MilvusIndex", silent)
     before = set(files.iterdir())
-    assert main(["index", "codes.npy", "http://host:19530"]) == 2
+    line = "index codes.npy http://host:19530 --shards 4 --replicas 2 --lists 64"
+    assert main(line.split()) == 2
     assert "http://host:19530: no answer" in capsys.readouterr().err and set(files.iterdir()) == before
 
 
@@ -830,6 +869,8 @@ def test_commands_name_what_is_wrong(files, capsys):
         ("index codes.npy b.index --manifest floats.npy", "floats.npy: expected a table (CSV, UTF-8)"),
         ("index codes.npy b.index --manifest empty.npy", "empty.npy: expected a table (CSV, UTF-8)"),
         ("index codes.npy b.db --recall 0.9", "--recall: expected an index file"),
+        ("index codes.npy b.db --replicas 2", "--replicas: expected the URL of a Milvus server, found b.db"),
+        ("index codes.npy b.index --shards 2 --lists 9", "--shards --lists: expected the URL of a Milvus"),
         ("search nowhere.index --id 1", "nowhere.index: expected a file"),
         ("search a.index --id 99", "ids: expected ids of this index"),
         ("search a.index --codes floats.npy", "floats.npy: expected packed codes"),

@@ -9,16 +9,18 @@ __all__ = ['EXTRACTORS', 'EXTRACTION', 'Extractor', 'make_extractor', 'find_vide
 # %% ../../nbs/lib/datasets/15_extract.ipynb #c81525c8
 import collections
 import contextlib
+import functools
 import importlib.util
 import json
 import os
 import tarfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,6 +30,7 @@ from tqdm.auto import tqdm
 from ..basics.checks import check, is_whole, known
 from ..basics.devices import Device, pick_device
 from ..basics.files import check_writable, only_run, user_path, write_text
+from ..basics.pools import RayPool, WorkerDied, in_order
 from .decode import Clip, View, check_av, read_clip
 from .features import IMAGENET, vgg_fc7
 from .rows import PickedRows, RowStore
@@ -536,9 +539,9 @@ class Extraction:
     damaged : dict
         Path -> what was wrong with a video that was read all the same
     decoder : float
-        Frames that are decoded in a second, by all threads; 0 where none were
+        Frames that are decoded in a second, by all workers; 0 where none were
     extractor : float
-        Frames that the network takes in a second
+        Frames that the networks take in a second
     waited : float
         Share of the time in which the network waited for frames
     """
@@ -548,8 +551,8 @@ class Extraction:
     new: int  # Videos read by this run
     unreadable: dict  # Path -> why
     damaged: dict  # Path -> what was wrong with a video that was read all the same
-    decoder: float  # Frames that are decoded in a second, by all threads; 0 where none were
-    extractor: float  # Frames that the network takes in a second
+    decoder: float  # Frames that are decoded in a second, by all workers; 0 where none were
+    extractor: float  # Frames that the networks take in a second
     waited: float  # Share of the time in which the network waited for frames
 
     def __str__(self):
@@ -565,18 +568,70 @@ class Extraction:
         return "\n".join(lines)
 
 
-def _read_ahead(videos: list, read: Callable, workers: int) -> Iterator:
-    "`(video, future of read(video))` in order, with a few read ahead by `workers` threads."
-    waiting = collections.deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for video in videos:
-                waiting.append((video, pool.submit(read, video)))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft()
-            yield from waiting
-        finally:
-            pool.shutdown(cancel_futures=True)
+class _Read(NamedTuple):
+    "A video as it was read."
+
+    frames: np.ndarray | None = None  # (t, side, side, 3) uint8; None once there are features
+    x: np.ndarray | None = None  # (t, d) features
+    seconds: float = 0.0  # Length of the video
+    damage: str = ""
+    error: str = ""  # Why it can't be read
+    decoder: float = 0.0  # Seconds that it took
+    network: float = 0.0  # Seconds, too
+
+
+def _decode(t: int, view: View, video: _Video) -> _Read:
+    began = time.perf_counter()
+    try:
+        clip = video.clip(t, view)
+    except Exception as error:  # decoders raise many kinds
+        why = (str(error) or type(error).__name__).removeprefix(f"{video.file}: ")
+        return _Read(error=why.removeprefix(f"{video.path}: "))
+    took = time.perf_counter() - began
+    return _Read(clip.frames, None, clip.seconds, clip.damage, decoder=took)
+
+
+def _with_features(net: Extractor, read: _Read) -> _Read:
+    if read.frames is None:
+        return read
+    began = time.perf_counter()
+    x = net(read.frames)  # (t, d)
+    return read._replace(frames=None, x=x, network=time.perf_counter() - began)
+
+
+@dataclass
+class _OnCluster:
+    "Reads a video and makes its features, in a worker of a cluster, which makes the network once."
+
+    extractor: tuple  # What `make_extractor` is given
+    t: int
+
+    @functools.cached_property
+    def net(self) -> Extractor:
+        return make_extractor(*self.extractor)
+
+    def __call__(self, video: _Video) -> _Read:
+        folder = video.file.parent
+        check(folder.is_dir(), f"{folder}", "a folder that the machines share", "none", NotADirectoryError)
+        return _with_features(self.net, _decode(self.t, self.net.view, video))
+
+
+class _Readers(NamedTuple):
+    "Who reads videos."
+
+    pool: Executor
+    call: Callable  # _Video -> _Read
+    workers: int  # of the pool
+    networks: int  # that work side by side
+
+    @classmethod
+    def threads(cls, workers: int, net: Extractor, t: int) -> "_Readers":
+        return cls(ThreadPoolExecutor(workers), functools.partial(_decode, t, net.view), workers, 1)
+
+    @classmethod
+    def cluster(cls, ray: str, workers: int | None, extractor: tuple, t: int) -> "_Readers":
+        pool = RayPool(ray, workers, device=extractor[-1])
+        return cls(pool, _OnCluster(extractor, t), pool.workers, pool.workers)
 
 
 def _finish(work: _Work, manifest: pd.DataFrame):
@@ -608,14 +663,16 @@ def extract_features(
     labels: str | Path | None = None,  # CSV with `path`, `label`, perhaps `split`; None: names of folders
     weights: str | Path | None = None,  # See `make_extractor`
     device: Device = None,  # See `pick_device`
-    workers: int | None = None,  # Threads that decode; None: as many as the machine has cores
+    workers: int | None = None,  # Threads that decode, or workers of a cluster; None: one for each core
+    ray: str | None = None,  # Address of a Ray cluster that does the work, see `RayPool`; None: this process
     progress: bool = True,  # Show a bar
 ) -> Extraction:
     """Features of all videos below a folder, as files that `load("own-videos", out)` reads.
 
     It continues a run that was killed. `ValueError` for bad parameters, videos without a label in `labels`,
     and when there are not two videos of one label; `OSError` naming the folder where `out` can't be written,
-    or where another run writes to it.
+    or where another run writes to it. On a cluster the workers decode and extract, and this process writes:
+    the same files, bit for bit with extractors that do not depend on the number of threads.
 
     Parameters
     ----------
@@ -634,26 +691,31 @@ def extract_features(
     device : Device
         See `pick_device`
     workers : int | None
-        Threads that decode; None: as many as the machine has cores
+        Threads that decode, or workers of a cluster; None: one for each core
+    ray : str | None
+        Address of a Ray cluster that does the work, see `RayPool`; None: this process
     progress : bool
         Show a bar
     """
     out, unreadable = user_path(out), {}
-    workers = os.cpu_count() if workers is None else workers
-    check(is_whole(workers) and workers > 0, "workers", "at least 1 thread", workers)
+    workers = os.cpu_count() if workers is None and ray is None else workers
+    check(workers is None or is_whole(workers) and workers > 0, "workers", "at least 1", workers)
     check(is_whole(t) and t > 0, "t", "at least 1 frame", t)
     check_av()
     videos = find_videos(folder, unreadable)
     check(len(videos) > 1, f"{folder}", "at least two videos", len(videos))
     table = {} if labels is None else _read_table(labels, videos)
-    net = make_extractor(extractor, weights, device)
+    net = make_extractor(extractor, weights, "cpu" if ray else device)
     side = net.view.side
     d = net(np.zeros((1, side, side, 3), np.uint8)).shape[1]
     named = "standard" if weights is None else Path(weights).name
     check_writable(out / MANIFEST)
     with only_run(out):
         work = _Work(out, dict(extractor=extractor, weights=named, frames=t, d=d))
-        return _extract(videos, table, work, net, workers, progress, unreadable)
+        readers = functools.partial(_Readers.threads, workers, net, t)
+        if ray:
+            readers = functools.partial(_Readers.cluster, ray, workers, (extractor, weights, device), t)
+        return _extract(videos, table, work, net, readers, progress, unreadable)
 
 
 def _extract(
@@ -661,7 +723,7 @@ def _extract(
     table: dict,
     work: _Work,
     net: Extractor,
-    workers: int,
+    readers: Callable,  # Makes the `_Readers`
     progress: bool,
     unreadable: dict,  # What is no video and can't be read: path -> why
 ) -> Extraction:
@@ -671,30 +733,24 @@ def _extract(
     if todo or not work.is_current(videos, table):
         work.begin(videos)
 
-    def read(video: _Video) -> tuple[Clip, float]:
-        began = time.perf_counter()
-        return video.clip(t, net.view), time.perf_counter() - began
-
-    spent = collections.Counter()
+    spent, readers = collections.Counter(), readers()
     bar = tqdm(
         total=len(videos), initial=len(videos) - len(todo), desc="videos", disable=not (todo and progress)
     )
-    for video, future in _read_ahead(todo, read, workers):
+    for video, future in in_order(readers.call, todo, readers.pool, 2 * readers.workers):
         began = time.perf_counter()
-        error = future.exception()  # waits for the end
-        ready = time.perf_counter()
-        spent["waited"] += ready - began
-        if error:
-            why = (str(error) or type(error).__name__).removeprefix(f"{video.file}: ")
-            work.keep(video, None, 0.0, "", why.removeprefix(f"{video.path}: "))
-        else:
-            clip, seconds = future.result()
-            x = net(clip.frames)  # (t, d)
-            spent["network"] += time.perf_counter() - ready
-            spent["decoder"] += seconds
-            spent["frames"] += t
-            work.keep(video, x, clip.seconds, clip.damage, "")
-            bar.set_postfix_str(f"waited for frames {_share(spent):.0%} of the time", refresh=False)
+        try:
+            read = future.result()  # waits for the end
+        except WorkerDied as died:
+            read = _Read(error=str(died))
+        here = read.frames is not None  # the network is
+        spent["waited"] += time.perf_counter() - began if here else read.decoder
+        read = _with_features(net, read)
+        spent["network"] += read.network
+        spent["decoder"] += read.decoder
+        spent["frames"] += 0 if read.error else t
+        work.keep(video, read.x, read.seconds, read.damage, read.error)
+        bar.set_postfix_str(f"waited for frames {_share(spent):.0%} of the time", refresh=False)
         bar.update()
     bar.close()
     facts = [work.known[video.path] for video in videos]
@@ -708,8 +764,8 @@ def _extract(
         new=len(todo),
         unreadable=unreadable,
         damaged={each["path"]: each["damage"] for each in facts if each["damage"]},
-        decoder=workers * spent["frames"] / max(spent["decoder"], 1e-9),
-        extractor=spent["frames"] / max(spent["network"], 1e-9),
+        decoder=readers.workers * spent["frames"] / max(spent["decoder"], 1e-9),
+        extractor=readers.networks * spent["frames"] / max(spent["network"], 1e-9),
         waited=_share(spent),
     )
 

@@ -7,7 +7,7 @@ __all__ = ['how_many', 'side_by_side']
 
 # %% ../../nbs/lib/evidence/06_processes.ipynb #8ced7cee
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -53,6 +53,7 @@ def side_by_side(
     items: dict,  # name -> item
     workers: int,
     done=lambda: None,  # Called after each item
+    pool: Executor | None = None,  # Makes the calls, e.g. a `RayPool`; None: `workers` processes here
 ):
     """Call for every item, in processes where there are several workers.
 
@@ -67,9 +68,17 @@ def side_by_side(
     workers : int
     done
         Called after each item
+    pool : Executor | None
+        Makes the calls, e.g. a `RayPool`; None: `workers` processes here
     """
-    several = min(workers, len(items)) > 1
-    failed = _in_processes(call, items, workers, done) if several else _in_turn(call, items, done)
+    workers = min(workers, len(items))
+    if pool:
+        failed = _in_pool(call, items, pool, done)
+    elif workers > 1:
+        with _processes(workers) as pool:
+            failed = _in_pool(call, items, pool, done)
+    else:
+        failed = _in_turn(call, items, done)
     reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
     for error in failed.values():
         if len(items) == 1:
@@ -89,19 +98,22 @@ def _in_turn(call, items, done) -> dict:
     return failed
 
 
-def _in_processes(call, items, workers, done) -> dict:
-    "The errors by item's name."
-    context, workers = multiprocessing.get_context("spawn"), min(workers, len(items))
+def _processes(workers: int) -> Executor:
+    context = multiprocessing.get_context("spawn")
     share = context.Value("i", 0), max(1, torch.get_num_threads() // workers)
+    return ProcessPoolExecutor(workers, context, _share, share)
+
+
+def _in_pool(call, items, pool, done) -> dict:
+    "The errors by item's name."
     failed = {}
-    with ProcessPoolExecutor(workers, context, _share, share) as pool:
-        jobs = {pool.submit(call, item): name for name, item in items.items()}
-        try:
-            for job in as_completed(jobs):
-                done()
-                if job.exception():
-                    failed[jobs[job]] = job.exception()
-        except BaseException:  # Ctrl-C: what waits is not begun any more
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    jobs = {pool.submit(call, item): name for name, item in items.items()}
+    try:
+        for job in as_completed(jobs):
+            done()
+            if job.exception():
+                failed[jobs[job]] = job.exception()
+    except BaseException:  # Ctrl-C: what waits is not begun any more
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
     return failed

@@ -118,10 +118,10 @@ class MilvusIndex:
         Clusters of BIN_IVF_FLAT, not exact; 0, or None when new: BIN_FLAT
     effort : int
         Clusters that a query visits where there are `lists`
-    shards : int
-        Parts that a new collection is cut into, each with a server that writes
-    replicas : int
-        Copies in memory, each of which answers searches
+    shards : int | None
+        Parts, each with a server that writes; None when new: 1
+    replicas : int | None
+        Copies in memory, each of which answers searches; None when new: 1
     token : str
         "user:password" for a server that asks
     timeout : float
@@ -135,8 +135,8 @@ class MilvusIndex:
         collection: str = "codes",  # Its name in the database
         lists: int | None = None,  # Clusters of BIN_IVF_FLAT, not exact; 0, or None when new: BIN_FLAT
         effort: int = 16,  # Clusters that a query visits where there are `lists`
-        shards: int = 1,  # Parts that a new collection is cut into, each with a server that writes
-        replicas: int = 1,  # Copies in memory, each of which answers searches
+        shards: int | None = None,  # Parts, each with a server that writes; None when new: 1
+        replicas: int | None = None,  # Copies in memory, each of which answers searches; None when new: 1
         token: str = "",  # "user:password" for a server that asks
         timeout: float = 10.0,  # Seconds to wait for the server
     ):
@@ -144,28 +144,39 @@ class MilvusIndex:
         self.collection, self.effort = collection, effort
         self._timeout = timeout
         check(is_milvus(place), "place", "a file NAME.db or a URL", repr(place))
-        good = lists is None or (is_whole(lists) and lists >= 0)
-        check(good, "lists", "a whole number from 0, or None", repr(lists))
+        for name, value, least in (("lists", lists, 0), ("shards", shards, 1), ("replicas", replicas, 1)):
+            good = value is None or (is_whole(value) and value >= least)
+            check(good, name, f"a whole number from {least}, or None", repr(value))
         of_file = "a file of Milvus Lite that no other process has open"
         of_server = f"a Milvus server that answers within {timeout:g} seconds"
         with _errors(self.place, of_file if _is_file(self.place) else of_server) as pymilvus:
             if _is_file(self.place):
-                self._check_file(bits, lists)
+                self._check_file(bits, lists, shards, replicas)
             self._client = pymilvus.MilvusClient(self.place, token=token, timeout=timeout)
             if not self._client.has_collection(collection, timeout=timeout):
                 check(bits is not None, "bits", "the length of the codes, for a new index", "none")
                 check_bits(bits)
-                self._create(pymilvus.DataType, bits, lists or 0, shards)
-            self._client.load_collection(collection, timeout=timeout, replica_number=replicas)
-        about = self._call("describe_collection")["description"].split()
+                self._create(pymilvus.DataType, bits, lists or 0, shards or 1)
+            self._load(pymilvus.client.types.LoadState.Loaded, replicas)
+        described = self._call("describe_collection")
+        about = described["description"].split()
         ours = len(about) == 2 and about[1] == "bits" and about[0].isdecimal()
         check(ours, f"{self.place} {collection}", "a collection that `MilvusIndex` made", " ".join(about))
         self.bits = int(about[0])
         check(bits in (None, self.bits), "bits", f"{self.bits}, as the index in {self.place} has", bits)
         there = int(self._call("describe_index", index_name="code").get("nlist", 0))
         check(lists in (None, there), "lists", f"{there}, as the index in {self.place} has", lists)
+        there = described.get("num_shards")
+        check(shards in (None, there), "shards", f"{there}, as the index in {self.place} has", shards)
 
-    def _check_file(self, bits: int | None, lists: int | None):
+    def _load(self, loaded, replicas: int | None):
+        "Have it in memory; one that is there already keeps its number of copies unless another is given."
+        if replicas is None and not _is_file(self.place):
+            if self._client.get_load_state(self.collection, timeout=self._timeout)["state"] == loaded:
+                return
+        self._client.load_collection(self.collection, timeout=self._timeout, replica_number=replicas)
+
+    def _check_file(self, bits: int | None, lists: int | None, shards: int | None, replicas: int | None):
         "Errors for what Milvus Lite can't do, before it makes a file."
         path = Path(self.place)
         wanted = "a file name of at most 36 letters, digits and . _ -, for Milvus Lite"
@@ -173,6 +184,8 @@ class MilvusIndex:
         found = bits is not None or path.is_file()
         check(found, self.place, "an index (`bits` makes a new one)", "none", FileNotFoundError)
         check(not lists, "lists", "0 or None for a file, which Milvus Lite searches exactly", lists)
+        for name, value in (("shards", shards), ("replicas", replicas)):
+            check(value is None, name, "None for a file, which is whole and in one process", value)
 
     def _call(self, method: str, **options):
         "What a method of the client returns for this collection."
