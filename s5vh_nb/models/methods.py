@@ -6,7 +6,7 @@
 __all__ = ['RIVALS', 'METHODS', 'fit_baseline']
 
 # %% ../../nbs/lib/models/12_methods.ipynb #cc237011
-import importlib
+import pkgutil
 
 import numpy as np
 
@@ -55,12 +55,11 @@ def _rival(
     "A method for pairs; None where it is a baseline. `ValueError` where a module has no such method."
     if ":" not in name:
         return RIVALS.get(name)
-    module, _, name = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
         found = error
-    check(isinstance(found, Method), "method", f"a `Method` called {name} in the module {module}", found)
+    check(isinstance(found, Method), "method", f"MODULE:NAME of a `Method`, for {name}", found)
     return found
 
 
