@@ -4,11 +4,22 @@ import re
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from s5vh_nb.datasets.animated_emoji import emoji_drawings
 from s5vh_nb.datasets.copies import EDITS
-from s5vh_nb.evidence.experiments import ATTENTION, LOOKS_BACK, NO_LAYERS, OTHER_LAYERS, PLUS, shared_rows
+from s5vh_nb.evidence.archive import Archive
+from s5vh_nb.evidence.experiments import (
+    ATTENTION,
+    BILLION,
+    LOOKS_BACK,
+    NO_LAYERS,
+    OTHER_LAYERS,
+    PLUS,
+    shared_rows,
+)
+from s5vh_nb.evidence.records import RunRecord
 from s5vh_nb.evidence.study import open_study
 
 
@@ -194,3 +205,72 @@ def test_copies_without_the_extra(cells, checkout, capsys, monkeypatch, package)
     cells("beyond/copies")
     said = capsys.readouterr().out
     assert 'pip install "s5vh_nb[video]"' in said and "no records of S5VH" in said
+
+
+@pytest.fixture
+def billion(cells, checkout, capsys):
+    "A function that keeps made-up measurements and runs the notebook: what it prints, and names of files."
+
+    def run(bend=1.0, encoder=True, missing=""):
+        sizes = BILLION["smoke"]
+        config = {"kind": "billion", "bits": [16, 64, 256], "seed": 1, **sizes}
+        lines = [
+            {"bits": bits, "kind": kind, "effort": effort, "n": n, "recall": 0.99}
+            | {"query s": (1e-4 + 2e-8 * n) * bend ** (n == 100_000), "together core-s": 1e-8 * n}
+            for bits in config["bits"]
+            for kind, effort, n in sizes["searches"]
+        ]
+        extracted = [{"extractor": "efficientnet-lite0", "decoder s": 0.036, "extractor s": 0.36}]
+        metrics = {"searches": lines, "extraction": [] if missing else extracted, "missing": missing}
+        seconds = [line["query s"] for line in lines if line["bits"] == 64 and line["kind"] == "exact"]
+        answers = np.float32(np.multiply.outer(seconds, np.linspace(0.9, 1.1, sizes["queries"])))
+        common = dict(data={}, seconds={"all": 1.0}, artefact="tests")
+        record = RunRecord(config, metrics | {"host": "CPU, 4 threads"}, device="CPU, 4 threads", **common)
+        Archive(checkout, "smoke").save(record, {"answers": answers})
+        if encoder:
+            of = {"kind": "training-benchmark", "run": {"precision": "float32"}}
+            rates = {"encode": {"t=25, n=8": {"videos_per_second": 1e6}, "t=9": {"videos_per_second": 9e9}}}
+            Archive(checkout, "full").save(RunRecord(of, rates, device="A GPU", **common), {})
+        cells("beyond/billion")
+        return capsys.readouterr().out, {path.name for path in checkout.rglob("*.*")}
+
+    return run
+
+
+@pytest.mark.parametrize("bend", [1.0, 2.0])
+def test_arithmetic_of_a_billion(billion, bend):
+    said, files = billion(bend)
+    assert "take 16 GB (machines: 1), the features 204,800 GB (machines: 1,600)" in said
+    assert f"an exact query costs {21 * bend:.2g} core-seconds" in said  # 10,000 shards of 2.1 ms
+    steps = "decoding 10,000 core-hours (25 frames for efficientnet-lite0), extraction 400,000 core-hours"
+    assert steps in said and "encoding 0.278 GPU-hours (S5VH in float32, A GPU)" in said
+    linear = re.findall(r"bits, exact: (linear|not linear); 10,000 codes take (\S+) off", said)
+    assert linear == 3 * [("linear", "+0%") if bend == 1 else ("not linear", "-39%")]
+    assert {"beyond_billion.csv", "beyond_billion_shards.csv", "beyond_billion_simulation.csv"} <= files
+    assert {"beyond_billion_steps.csv", "billion_latency.png", "billion_recall.png"} <= files
+
+
+def test_shards_that_are_slow_or_dead(billion, checkout):
+    "Simulated recall is what the share of dead shards says; second requests save nearly all of it."
+    said, _ = billion()
+    wait, limit, second = (
+        float(re.search(rf"([\d.e+]+) \({policy}\)", said)[1])
+        for policy in ("wait for all", "time limit", "second request")
+    )
+    one = 1e3 * (1e-4 + 2e-8 * 1e7)  # ms of a query on a shard; the slow ones take ten times as long
+    assert wait == pytest.approx(11 * one, rel=0.05) and limit == pytest.approx(3 * one, rel=0.05)
+    assert second < 0.5 * wait
+    table = pd.read_csv(checkout / "results/smoke/tables/beyond_billion_simulation.csv")
+    some = table[(table.shards == 100) & (table.dead == 0.1)].set_index("policy").recall
+    expected = {"wait for all": 0.9, "time limit": 0.9 * 0.995, "second request": 1 - 0.1**2}
+    for policy, recall in expected.items():
+        assert some[policy] == pytest.approx(recall, abs=0.003)
+
+
+def test_a_billion_with_less_on_record(billion, cells, checkout, capsys):
+    cells("beyond/billion")
+    assert "One billion videos have no record in profile smoke yet." in capsys.readouterr().out
+    assert not [*checkout.rglob("beyond_billion*.csv"), *checkout.rglob("*.png")]
+    said, _ = billion(encoder=False, missing="scikit-video is not installed")
+    assert "Not all extraction was measured: scikit-video is not installed." in said
+    assert "On the way to a code: no step is on record." in said

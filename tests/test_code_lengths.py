@@ -9,9 +9,9 @@ from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.datasets.catalog import load
 from s5vh_nb.evidence.runs import encode_and_score
 from s5vh_nb.learning import training
-from s5vh_nb.models.baselines import METHODS, fit_baseline
 from s5vh_nb.models.codes import pack, sign_ste, unpack
 from s5vh_nb.models.dmmh import DMMH
+from s5vh_nb.models.methods import METHODS, fit_baseline
 from s5vh_nb.models.s5vh import S5VH
 
 LENGTHS = (12, 36, 48)

@@ -13,8 +13,8 @@ from s5vh_nb.evidence.runs import encode_splits
 from s5vh_nb.evidence.scoring import score
 from s5vh_nb.evidence.store import Store
 from s5vh_nb.learning import training
-from s5vh_nb.models.baselines import fit_baseline
 from s5vh_nb.models.dmmh import DMMH
+from s5vh_nb.models.methods import fit_baseline
 
 CONFIG = train_config("emoji", "smoke", epochs=4)
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,9 +11,10 @@ import torch
 
 from s5vh_nb.basics.config import DMMHConfig, S5VHConfig
 from s5vh_nb.datasets.splits import Split
-from s5vh_nb.models.baselines import fit_baseline, fit_lsh, itq_rotation
+from s5vh_nb.models.baselines import fit_lsh, itq_rotation
 from s5vh_nb.models.codes import pack, unpack
 from s5vh_nb.models.dmmh import DMMH
+from s5vh_nb.models.methods import fit_baseline
 from s5vh_nb.models.mixers import MIXERS
 from s5vh_nb.models.s5vh import S5VH
 

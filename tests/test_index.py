@@ -25,7 +25,7 @@ from s5vh_nb.cli import command
 from s5vh_nb.cli.command import main
 from s5vh_nb.search import index as index_module
 from s5vh_nb.search.hamming import hamming_distances, hamming_search
-from s5vh_nb.search.index import EFFORTS, Found, HashIndex, as_table, check_ids, recall_at
+from s5vh_nb.search.index import EFFORTS, Found, HashIndex, as_table, check_ids, merge_found, recall_at
 from s5vh_nb.search.milvus import MilvusIndex, open_index
 
 with_milvus = pytest.mark.skipif(
@@ -136,6 +136,40 @@ def test_filters(small):
         equal(index.search(codes[:9], 5, filter=filter), expected)
         index.approximate("hnsw")  # a filter makes it exact
         equal(index.search(codes[:9], 5, filter=filter), expected)
+
+
+@given(
+    n=st.integers(1, 400),
+    shards=st.integers(1, 5),
+    top=st.integers(1, 40),
+    radius=st.none() | st.integers(0, 8),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=40)
+def test_merged_shards_are_the_whole_index(n, shards, top, radius, seed):
+    "Of uneven sizes, with many ties, and without what a shard that does not answer has."
+    rng = np.random.default_rng(seed)
+    codes, queries, where = random_codes(n, 8, seed), random_codes(5, 8, seed + 1), rng.integers(0, shards, n)
+    ids, parts = rng.choice(10 * n, n, replace=False), []
+    for shard in np.unique(where):
+        index = HashIndex(8)
+        index.add(codes[where == shard], ids[where == shard])
+        parts.append(index.search(queries, top, radius))
+    within = 999 if radius is None else radius
+    equal(merge_found(parts), by_definition(queries, codes, ids, top, within, ids))
+    if len(parts) > 1:
+        there = ids[where != where.max()]
+        equal(merge_found(parts[:-1]), by_definition(queries, codes, ids, top, within, there))
+
+
+def test_shards_that_do_not_fit(small):
+    index, codes = small
+    found = index.search(codes[:3], 5)
+    for parts in ([], [found, index.search(codes[:3], 6)], [found, index.search(codes[:2], 5)]):
+        with pytest.raises(ValueError, match="parts: expected at least one, all of the same queries"):
+            merge_found(parts)
+    with pytest.raises(ValueError, match="parts: expected each id in one of them only"):
+        merge_found([found, found])
 
 
 # Approximate kinds

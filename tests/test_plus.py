@@ -12,8 +12,8 @@ from s5vh_nb.datasets.splits import Dataset, Split
 from s5vh_nb.evidence.scoring import score
 from s5vh_nb.learning import objectives, training
 from s5vh_nb.learning.checkpoints import new_run
-from s5vh_nb.models.baselines import fit_baseline
 from s5vh_nb.models.codes import pack
+from s5vh_nb.models.methods import fit_baseline
 from s5vh_nb.models.plus import Plus, pretrained
 
 N, T, D, BITS = 30, 7, 4, 8

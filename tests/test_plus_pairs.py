@@ -13,8 +13,8 @@ from s5vh_nb.datasets.splits import Dataset, Split
 from s5vh_nb.evidence.scoring import score
 from s5vh_nb.learning import objectives, training
 from s5vh_nb.learning.checkpoints import new_run
-from s5vh_nb.models.baselines import fit_baseline
 from s5vh_nb.models.dmmh import DMMH
+from s5vh_nb.models.methods import fit_baseline
 
 N, DI, DT, BITS = 30, 6, 9, 8
 SMALL = dict(bits=BITS, width=8, image_hidden=8, text_hidden=8, batch=10, epochs=3, neighbours=4)

@@ -22,7 +22,7 @@ from s5vh_nb.learning.losses import (
     refresh_labels,
 )
 from s5vh_nb.learning.objectives import SLGObjective
-from s5vh_nb.models.baselines import fit_baseline
+from s5vh_nb.models.methods import fit_baseline
 from s5vh_nb.models.mixers import MIXERS
 from s5vh_nb.models.s5vh import S5VH
 

@@ -30,7 +30,7 @@ from s5vh_nb.learning.centers import (
 from s5vh_nb.learning.checkpoints import new_run
 from s5vh_nb.learning.neighbours import affinities, propagate_classes
 from s5vh_nb.learning.objectives import training_classes
-from s5vh_nb.models.baselines import fit_baseline
+from s5vh_nb.models.methods import fit_baseline
 
 N, T, D, BITS, CLASSES = 40, 10, 7, 8, 4
 LABELS = np.arange(N) % CLASSES

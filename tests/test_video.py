@@ -197,6 +197,17 @@ def test_no_video(tmp_path):
         read_clip(tmp_path / "b.mp4")
 
 
+def test_a_list_of_files_opens_none_of_them(tmp_path, monkeypatch):
+    "A file from a stranger can't show what lies beside it."
+    monkeypatch.chdir(tmp_path)
+    film(tmp_path / "private.mkv", grays(4))
+    listed = b"ffconcat version 1.0\nfile private.mkv\n"
+    with av.open(io.BytesIO(listed)) as container:  # FFmpeg itself would
+        assert len(list(container.decode(video=0))) == 4
+    with pytest.raises(ValueError, match="a.mp4: expected a video, found: Invalid argument"):
+        read_clip(listed, where="a.mp4")
+
+
 def test_a_broken_tail_is_sampled_as_far_as_it_goes(tmp_path):
     whole = film(tmp_path / "a.mkv", grays(40), pixels="bgr0").read_bytes()
     clip = read_clip(whole[: len(whole) // 2], 10, GRAY)

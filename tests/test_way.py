@@ -21,7 +21,8 @@ from s5vh_nb.evidence.trained import RECORD, model_card, train_into
 from s5vh_nb.learning import training
 from s5vh_nb.models.plus import WEIGHTS, Plus
 from s5vh_nb.search.index import HashIndex
-from s5vh_nb.search.videos import VideoSearch, encode_videos, load_network, open_videos
+from s5vh_nb.search.queries import Search
+from s5vh_nb.search.videos import encode_videos, load_network, open_set
 
 COLORS = {"red": (1, 0.2, 0.2), "blue": (0.2, 0.2, 1)}
 
@@ -68,8 +69,10 @@ def way(made, tmp_path, monkeypatch):
 def small(monkeypatch):
     "The command trains narrow networks of one layer, for one epoch where it is told no number."
 
-    def config(*names, **changes):
-        return train_config(*names, **dict(m=16, depth=1, epochs=1) | changes)
+    def config(dataset, profile, variant, **changes):
+        if dataset == "emoji":
+            return train_config(dataset, "smoke", variant, **changes)
+        return train_config(dataset, profile, variant, **dict(m=16, depth=1, epochs=1) | changes)
 
     monkeypatch.setattr("s5vh_nb.cli.command.train_config", config)
 
@@ -88,13 +91,15 @@ def test_the_examples_of_the_help_work(way, small, capsys):
     features = examples("features", capsys)[0] + " --extractor histogram --frames 3"
     train = [f"{line} --device cpu" for line in examples("train", capsys)]
     search = [line for line in examples("search", capsys) if "--model" in line]
-    assert (len(train), len(search)) == (2, 2)
-    for line in (features, *train, *examples("encode", capsys), "index codes.npz new.index", *search):
+    assert (len(train), len(search)) == (3, 3)
+    index = ("index codes.npz new.index", "index emoji.npz emoji.index")
+    for line in (features, *train, *examples("encode", capsys), *index, *search):
         run(line.replace("videos.index", "new.index"))
     out = capsys.readouterr().out
+    assert "emoji.npz: 1898 pairs, 64 bits" in out and "name                " in out
     assert "model: Plus, 64 bits, 68 videos, GmAP 0." in out
     assert "codes.npz: 90 videos, 64 bits" in out and "new.index: 90 items added" in out
-    assert out.rstrip().endswith("found.png") and (way / "found.png").is_file()
+    assert "\nfound.png\n" in out and (way / "found.png").is_file()
 
 
 def test_codes_and_neighbours_equal_those_by_hand(way, capsys):
@@ -127,7 +132,7 @@ def test_codes_and_neighbours_equal_those_by_hand(way, capsys):
 
 def test_one_object_answers(way):
     "What a service holds: a file and its bytes give the same answer."
-    search = VideoSearch.open("model", "videos.index", device="cpu")
+    search = Search.open("model", "videos.index", device="cpu")
     path = read_manifest("features").path[5]
     found = search.search(way / "videos" / path, 3)
     assert (found.ids[0, 0], found.distances[0, 0]) == (5, 0) and found.ids.shape == (1, 3)
@@ -155,7 +160,7 @@ def test_filmstrips(way, capsys):
 def test_the_card_is_made_from_the_record(way):
     text = (way / "model" / "README.md").read_text(encoding="utf-8")
     record = from_line((way / "model" / RECORD).read_text(encoding="utf-8"), "record")
-    data = open_videos("features")
+    data = open_set("features")
     assert text.endswith(model_card(record, read_settings("features")))
     for told in (
         data.fingerprint,
@@ -177,7 +182,7 @@ def test_a_bundled_set_and_the_papers_network(way, capsys):
     "No extractor is known, so no video can be encoded; the codes of the set itself can."
     small = dict(m=16, depth=1, decoder_m=16, n_centers=8, epochs=1, bits=20, share=0.1)
     config = train_config("spoken-digits", "smoke", "paper", **small)
-    record = train_into("paper", config, open_videos("spoken-digits"), "cpu", progress=False)
+    record = train_into("paper", config, open_set("spoken-digits"), "cpu", progress=False)
     assert type(load_network("paper")).__name__ == record.metrics["row"] == "S5VH"
     assert "extract" not in (way / "paper" / "README.md").read_text(encoding="utf-8")
     run("encode paper spoken-digits digits.npz --device cpu")
@@ -255,7 +260,7 @@ def test_commands_name_what_is_wrong(way, capsys):
     for line, message in (
         (f"{search} bare", "extraction.json: expected a file that names the frame extractor"),
         (f"{search} foreign", "extraction.json: expected a file that names the frame extractor"),
-        (f"{search} nowhere", "nowhere/extraction.json: expected"),
+        (f"{search} nowhere", "nowhere/config.json: expected"),
         (f"{search} model --weights other.pth", "weights of the extractor: expected standard, which"),
         ("search videos.index new.mp4", "--model: expected the folder of the model"),
         ("search videos.index --id 1 --filmstrip a.png", "--filmstrip: expected a VIDEO"),
@@ -275,7 +280,11 @@ def test_commands_name_what_is_wrong(way, capsys):
         ("encode features features a.npz", "config.json: expected the configuration of a saved network"),
         ("encode model nowhere a.npz", "dataset: expected one of"),
         ("encode model videos a.npz", "videos: expected manifest.csv"),
-        ("train emoji out", "emoji: expected a set of videos"),
+        ("train emoji out --variant conmh", "variant: expected one of paper, plus"),
+        ("encode model emoji a.npz", "model: expected a model of pairs, found one of videos"),
+        ("encode model emoji a.npz --ray", "--ray: expected a set of videos, found one of pairs"),
+        ("search videos.index --caption cat --model model", "query: expected a VIDEO"),
+        ("search videos.index --caption cat", "--model: expected the folder of the model"),
         ("train features out --bits 80", "bits: expected at most 67"),
         ("train features out --epochs 0", "epochs"),
     ):

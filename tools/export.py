@@ -15,6 +15,7 @@ from pathlib import Path
 from nbdev.doclinks import nbdev_export
 
 ROOT = Path(__file__).resolve().parent.parent
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def comments(source: str) -> tuple:
@@ -45,7 +46,7 @@ def arguments(function) -> dict:
 
 def parameters(node) -> dict:
     "Name -> node of what a function or a class is called with; the fields of a data class or a named tuple."
-    if isinstance(node, ast.FunctionDef):
+    if isinstance(node, FUNCTIONS):
         return arguments(node)
     start = [each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"]
     if start:
@@ -60,7 +61,7 @@ def public(tree) -> list:
     "Functions and classes with a public name, and methods with one; nothing inside of functions."
     found = []
     for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and not node.name.startswith("_"):
             found.append(node)
         if isinstance(node, ast.ClassDef):
             found += public(node)

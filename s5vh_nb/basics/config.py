@@ -690,7 +690,7 @@ class BaselineConfig:
     dataset : str
         a name that `datasets.load` knows
     method : str
-        a method of `models.baselines.fit_baseline`
+        a method of `models.methods.fit_baseline`
     view : str
         of a video: "mean" over time, or "flat", the frames side by side; of an image-text pair: "pair"
     bits : int
@@ -702,7 +702,7 @@ class BaselineConfig:
     """
 
     dataset: str = "spoken-digits"  # a name that `datasets.load` knows
-    method: str = "itq"  # a method of `models.baselines.fit_baseline`
+    method: str = "itq"  # a method of `models.methods.fit_baseline`
     # of a video: "mean" over time, or "flat", the frames side by side; of an image-text pair: "pair"
     view: str = "mean"
     bits: int = 64  # k, of any length

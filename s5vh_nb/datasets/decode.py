@@ -156,6 +156,9 @@ def check_av():
         raise ImportError(f"av: expected {expected}, found: {error}") from error
 
 
+_ALONE = {"protocol_whitelist": "none"}  # a list of other files must not make FFmpeg open them
+
+
 @contextlib.contextmanager
 def _stream(file: BinaryIO, where: str):
     "An open container and its first stream of video; `ValueError` without one."
@@ -163,7 +166,7 @@ def _stream(file: BinaryIO, where: str):
 
     file.seek(0)
     try:
-        container = av.open(file, metadata_errors="ignore", buffer_size=2**18)
+        container = av.open(file, options=_ALONE, metadata_errors="ignore", buffer_size=2**18)
     except av.error.FFmpegError as error:
         raise ValueError(f"{where}: expected a video, found: {error.strerror}") from error
     with container:

@@ -7,9 +7,9 @@ __all__ = ['PLUS', 'TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'NO_DEPTH', 'TWO_DIFFE
            'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS',
            'PLUS_PAIR_PARTS', 'LABEL_SHARES', 'ALL_LABELS', 'CLUSTERS', 'NEAREST_MEAN', 'OTHER_CENTERS', 'VOTES',
            'PAIR_SHARES', 'RANDOM_CENTERS', 'CENTER_COUNTS', 'SOLVED', 'LONG_SETS', 'LOOKS_BACK', 'RELEASED_START',
-           'TAUGHT', 'LONG_USED', 'LONG_COST', 'LONG_STREAMS', 'COPIED', 'ATTENTION', 'NO_LAYERS', 'OTHER_LAYERS',
-           'FROM_SCHEDULE', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row', 'but_for', 'schedule_row',
-           'share_row', 'efficiency_config', 'labels_row', 'left_out_row', 'centers_row', 'shared_rows']
+           'TAUGHT', 'LONG_USED', 'LONG_COST', 'LONG_STREAMS', 'COPIED', 'BILLION', 'ATTENTION', 'NO_LAYERS',
+           'OTHER_LAYERS', 'FROM_SCHEDULE', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row', 'but_for',
+           'schedule_row', 'share_row', 'efficiency_config', 'labels_row', 'left_out_row', 'centers_row', 'shared_rows']
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cbbcb356
 from collections.abc import Callable
@@ -799,6 +799,21 @@ COPIED = {  # profile -> originals, frames of each, pixels that an extractor see
     **dict.fromkeys(("full", "paper"), dict(n=518, t=25, side=None, extractors=EXTRACTORS)),
 }
 
+_APPROXIMATE = (("ivf", 16, 100_000), ("hnsw", 128, 100_000), ("multihash", 2, 100_000))
+_EXACT = tuple(("exact", None, n) for n in (100_000, 1_000_000, 4_000_000, 10_000_000))
+BILLION = {  # profile -> queries, turns of extraction, and searches: kind, effort, codes of the shard
+    "smoke": dict(
+        queries=20,
+        turns=1,
+        searches=(*(("exact", None, n) for n in (1000, 10_000, 100_000)), ("ivf", 16, 10_000)),
+    ),
+    "quick": dict(queries=100, turns=2, searches=(("exact", None, 10_000), *_EXACT[:2], *_APPROXIMATE)),
+    **dict.fromkeys(
+        ("full", "paper"),
+        dict(queries=400, turns=5, searches=(*_EXACT, *_APPROXIMATE, ("ivf", 16, 2_000_000))),
+    ),
+}
+
 _CURVE_BITS = (8, 16, 32, 64, 128, 256)
 _FOUR_IN_QUICK = {"quick": 4}
 _PANELS = ((20, 0.0), (20, 0.8), (50, 0.0))  # classes and redundancy of made-up sets
@@ -949,6 +964,7 @@ _BEYOND = {
         base="S5VH",
         without={"smoke": (PLUS,), "quick": (PLUS,)},
     ),
+    "billion": Experiment(datasets=_everywhere(["spoken-digits"]), bits=_everywhere((16, 64, 256))),
     "supervised": Experiment(
         {
             "S5VH": _in_40_epochs(),

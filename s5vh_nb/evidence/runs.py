@@ -24,7 +24,7 @@ from .identity import Config, method_name
 from .scoring import PROTOCOLS, score
 from ..learning.resolve import resolve
 from ..learning.training import TrainedRun, train, training_share
-from ..models.baselines import fit_baseline
+from ..models.methods import fit_baseline
 
 # %% ../../nbs/lib/evidence/05_runs.ipynb #862f9d16
 def complete(

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from ..basics.checks import check
-from ..basics.config import TrainConfig
+from ..basics.config import DMMHConfig, TrainConfig
 from ..basics.devices import Device, pick_device
 from ..basics.files import check_writable, user_path, write_text
 from ..basics.parallel import all_devices, from_first
@@ -22,6 +22,7 @@ from .runs import encode_and_score
 from .scoring import PROTOCOLS
 from ..learning.resolve import resolve
 from ..learning.training import TrainedRun, train
+from ..search.queries import VOCABULARY
 
 # %% ../../nbs/lib/evidence/15_trained.ipynb #bb9b2de0
 def _table(rows: dict, first: str, second: str) -> str:
@@ -30,28 +31,45 @@ def _table(rows: dict, first: str, second: str) -> str:
     return "\n".join(lines)
 
 
-def _scores(record: RunRecord) -> dict:
+def _scores(record: RunRecord, kind: str) -> dict:
     "The scores of the protocol, without bounds and other details."
-    wanted = [*PROTOCOLS["videos"].columns(record.data["database"]), PROTOCOLS["videos"].main]
+    protocol = PROTOCOLS[kind]
+    wanted = dict.fromkeys([*protocol.columns(record.data["database"]), protocol.main])
+    wanted |= dict.fromkeys(f"{protocol.main} {alone}" for alone in ("image", "text"))
     return {name: f"{record.metrics[name]:.3f}" for name in wanted if name in record.metrics}
 
 
+def _encoding(c) -> tuple[str, str]:
+    "What a network does, and the call that does it."
+    codes = f"uint8 (n, {-(-c.bits // 8)}), packed bits"
+    if isinstance(c, DMMHConfig):
+        what = f"turns a picture, its words or both into {c.bits} bits. Similar pairs"
+        call = f"network.encode(image, text)  # float32 (n, {c.di}), (n, {c.dt}) or None each -> {codes}"
+        return what, call
+    what = f"turns the frame features of a video into {c.bits} bits. Similar videos"
+    return what, f"network.encode(features)  # float32 (n, t, {c.d}) -> {codes}"
+
+
 def model_card(
-    record: RunRecord,  # Of a training on videos
+    record: RunRecord,  # Of a training
     settings: dict | None = None,  # Of the features' extraction, where they have one: see `read_settings`
+    captions: bool = False,  # The words of its texts are in the folder
 ) -> str:
     """What the network is, what it learnt from, how good it is and how to use it, in Markdown.
 
     Parameters
     ----------
     record : RunRecord
-        Of a training on videos
+        Of a training
     settings : dict | None
         Of the features' extraction, where they have one: see `read_settings`
+    captions : bool
+        The words of its texts are in the folder
     """
     config, data = record.configuration, record.data
     network, c = type(config.model).__name__.removesuffix("Config"), config.model
-    sizes = {role: f"{data[role]} videos" for role in ("train", "database", "query")}
+    kind = "pairs" if network == "DMMH" else "videos"
+    sizes = {role: f"{data[role]} {kind}" for role in ("train", "database", "query")}
     told = {"data set": data["name"], "fingerprint": f"`{data['fingerprint']}`", **sizes}
     if settings:
         frames = f"{settings['frames']} frames, {settings['d']} numbers each"
@@ -61,25 +79,25 @@ def model_card(
             "features": frames,
         }
     told |= {"notes": data["notes"]} if "notes" in data else {}
-    scores = _scores(record)
+    scores = _scores(record, kind)
     made = {"seed": config.seed, "epochs": config.epochs, "device": record.device, "made": record.created}
     made |= {"seconds of training": round(record.seconds["train"]), **dict(sorted(record.versions.items()))}
+    what, call = _encoding(c)
     use = f"""from s5vh_nb.search.videos import load_network
 
 network = load_network(".")  # this folder
-codes = network.encode(features)  # float32 (n, t, {c.d}) -> uint8 (n, {-(-c.bits // 8)}), packed bits"""
-    learnt = (
-        "without labels" if getattr(config.objective, "labelled", 0) == 0 else "with labels of some videos"
-    )
-    search = " and `s5vh-nb search INDEX VIDEO --model`" if settings else ""
+codes = {call}"""
+    labelled = getattr(config.objective, "labelled", 0)
+    learnt = "without labels" if labelled == 0 else f"with labels of {'' if labelled == 1 else 'some '}{kind}"
+    query = "INDEX VIDEO" if settings else "INDEX --caption TEXT" if captions else ""
+    search = f", `s5vh-nb search {query} --model` and `s5vh-nb serve INDEX --model`" if query else ""
     parts = [
         f"# {record.metrics['row']}, {c.bits} bits, trained on {data['name']}",
-        f"A {network} network that turns the frame features of a video into {c.bits} bits. Similar videos "
-        f"get similar codes. It learnt {learnt}.",
+        f"A {network} network that {what} get similar codes. It learnt {learnt}.",
         "## Data",
         _table(told, "what", "value"),
         "## Scores",
-        _table(scores, "score", "of the queries") if scores else "None: no labels tell enough videos apart.",
+        _table(scores, "score", "of the queries") if scores else f"None: no labels tell enough {kind} apart.",
         "## Use",
         f"```python\n{use}\n```",
         f"On the command line: `s5vh-nb encode`{search}, with this folder as MODEL.",
@@ -122,7 +140,8 @@ def _finish(out: Path, run: TrainedRun, data: Dataset, devices: str) -> RunRecor
     config = run.config
     scored = {"metrics": {}, "seconds": {}}
     if data.n_classes > 1 and PROTOCOLS[data.kind].columns(len(data.database)):
-        scored = encode_and_score(run.model, data, run.device)
+        both = getattr(config.model, "modality", "") == "both"
+        scored = encode_and_score(run.model, data, run.device, both)
     sizes = {role: len(split) for role, split in data.splits.items()}
     notes = {"notes": "; ".join(data.notes)} if data.notes else {}
     record = RunRecord(
@@ -137,10 +156,12 @@ def _finish(out: Path, run: TrainedRun, data: Dataset, devices: str) -> RunRecor
     settings = read_settings(data.folder) if has_settings else None
     run.model.save_pretrained(out)
     card = run.model.generate_model_card()
-    card.text = model_card(record, settings)
+    card.text = model_card(record, settings, bool(data.vocabulary))
     write_text(out / "README.md", str(card))
     if settings:
         write_text(out / EXTRACTION, json.dumps({"settings": settings}))
+    if data.vocabulary:
+        write_text(out / VOCABULARY, json.dumps(data.vocabulary))
     write_text(out / RECORD, to_line(record))
     (out / _CHECKPOINT).unlink()
     return record
@@ -149,11 +170,11 @@ def _finish(out: Path, run: TrainedRun, data: Dataset, devices: str) -> RunRecor
 def train_into(
     out: str | Path,  # Folder for the model; made when missing
     config: TrainConfig,  # What to train
-    data: Dataset,  # Videos
+    data: Dataset,
     device: Device = None,  # See `pick_device`
     progress: bool = True,  # Show a bar
 ) -> RunRecord:
-    """Train, score where labels tell videos apart, and write the model with its card; the record.
+    """Train, score where labels tell items apart, and write the model with its card; the record.
 
     It continues a run that was stopped, and does nothing where this run is done. `ValueError` where the
     folder holds another model, and for the errors of `train`. Of several processes, see `basics.parallel`,
@@ -166,7 +187,6 @@ def train_into(
     config : TrainConfig
         What to train
     data : Dataset
-        Videos
     device : Device
         See `pick_device`
     progress : bool

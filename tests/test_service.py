@@ -1,0 +1,754 @@
+"The search service: answers, refusals, limits, workers that die, a hundred searches at once, a browser."
+
+import concurrent.futures
+import contextlib
+import fcntl
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from s5vh_nb.basics.config import DMMHConfig, PlusConfig
+from s5vh_nb.cli import service as serving
+from s5vh_nb.cli.command import main
+from s5vh_nb.datasets.catalog import load
+from s5vh_nb.datasets.decode import read_clip
+from s5vh_nb.datasets.extract import EXTRACTION, make_extractor
+from s5vh_nb.models.dmmh import DMMH
+from s5vh_nb.models.plus import Plus
+from s5vh_nb.search.index import HashIndex
+from s5vh_nb.search.queries import VOCABULARY, Search, VideoModel, encode_pairs
+from s5vh_nb.search.videos import filmstrip
+
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BOMB = b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\2\0;"  # 65535 x 65535 pixels
+EVIL = "<i>'\"&"  # a label that would be markup
+
+
+def gif(path, level, i):
+    "A square in one of some colours that moves over a ground that depends on `i`."
+    frames = [Image.new("RGB", (24, 24), (16 * i, 255 - 16 * i, 37 * i % 256)) for _ in range(4)]
+    for step, frame in enumerate(frames):
+        ImageDraw.Draw(frame).rectangle((4 * step, 8, 4 * step + 8, 16), (level, 40, 255 - level))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames[0].save(path, "GIF", save_all=True, append_images=frames[1:])
+
+
+def save_model(folder, files):
+    "A network that was not trained, but whose bits are balanced over some videos."
+    torch.manual_seed(0)
+    net, extractor = Plus(PlusConfig(d=512, bits=32, m=16, depth=1)), make_extractor("histogram")
+    net.balance.momentum = 1.0
+    with torch.no_grad():
+        net(torch.tensor(np.stack([extractor(read_clip(file, 4, extractor.view).frames) for file in files])))
+    net.save_pretrained(folder)
+    settings = {"extractor": "histogram", "weights": "standard", "frames": 4, "d": 512}
+    (folder / EXTRACTION).write_text(json.dumps({"settings": settings}), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def way(tmp_path_factory):
+    "A folder with videos, a model, and an index of its codes; two paths lead out of the folder of videos."
+    folder = tmp_path_factory.mktemp("service")
+    paths = [f"{color}/{i}.gif" for i in range(15) for color in ("red", "blue")]
+    for i, path in enumerate(paths):
+        gif(folder / "videos" / path, 255 if path[0] == "r" else 0, i // 2)
+    save_model(folder / "model", [folder / "videos" / path for path in paths])
+    gif(folder / "secret.gif", 100, 3)
+    (folder / "videos" / "link.gif").symlink_to(folder / "secret.gif")
+    paths += ["../secret.gif", str(folder / "secret.gif"), "link.gif", "gone.gif", "nul\0.gif"]
+    model = VideoModel.open(folder / "model", device="cpu")
+    codes = [model.encode(folder / "videos" / path) for path in paths[:30]]
+    assert len(np.unique(np.concatenate(codes), axis=0)) > 20
+    index = HashIndex(32)
+    metadata = {"path": paths, "label": [EVIL] * 30 + ["out"] * 5}
+    index.add(np.concatenate(codes + [model.encode(folder / "secret.gif")] * 5), metadata=metadata)
+    index.save(folder / "videos.index")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(way):
+    "A service of videos, with little room for uploads."
+    options = dict(model=way / "model", videos=way / "videos", megabytes=1, device="cpu")
+    with contextlib.closing(serving.Service(way / "videos.index", **options)) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def url(service):
+    with serving.in_background(service) as address:
+        yield address
+
+
+def ask(url, data=None, headers=()):
+    "Status, headers and body of an answer."
+    request = urllib.request.Request(url, data, dict(headers))
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.headers, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers, error.read()
+
+
+def send(url, content, name="new.gif", kind="image/gif", top="10", field="video", headers=()):
+    "The answer to a form with a file."
+    parts = [
+        f'--edge\r\nContent-Disposition: form-data; name="top"\r\n\r\n{top}\r\n'.encode(),
+        f'--edge\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\n'.encode(),
+        f"Content-Type: {kind}\r\n\r\n".encode() + content + b"\r\n--edge--\r\n",
+    ]
+    return ask(url, b"".join(parts), {"Content-Type": "multipart/form-data; boundary=edge", **dict(headers)})
+
+
+def found(answer):
+    "Ids and distances of an answer in JSON."
+    assert answer[0] == 200, answer
+    return [(item["id"], item["distance"]) for item in json.loads(answer[2])["found"]]
+
+
+def expected(search, query, top=10):
+    one = search.search(query, top)
+    return list(zip(one.ids[0].tolist(), one.distances[0].tolist()))
+
+
+# Answers
+
+
+def test_answers_are_those_of_the_search(way, url):
+    search = Search.open(way / "model", way / "videos.index", device="cpu")
+    for i in (4, 7):
+        content = (way / "videos" / search.index.about([i]).path[i]).read_bytes()
+        answer = send(f"{url}/search", content, top="7")
+        assert found(answer) == expected(search, content, 7)
+        one = search.index.search(search.index.codes([i]), 7)
+        assert found(ask(f"{url}/search?id={i}&top=7")) == list(
+            zip(one.ids[0].tolist(), one.distances[0].tolist())
+        )
+        told = json.loads(answer[2])
+        assert told["query"] == "new.gif" and told["found"][0]["about"]["label"] == EVIL
+        assert told["more"] == one.ties[0] - (one.distances[0] == one.distances[0].max()).sum()
+    assert len(found(ask(f"{url}/search?id=0&top=100"))) == 35
+
+
+def test_the_page_shows_texts_as_texts(way, url):
+    "What was found, ties, links, pictures; markup in names and labels is none."
+    status, headers, body = send(url, (way / "videos/red/0.gif").read_bytes(), name="<b>é&.gif", top="3")
+    text = body.decode()
+    assert status == 200 and headers["content-type"].startswith("text/html")
+    assert "Nearest to &lt;b&gt;é&amp;.gif" in text and "<b>" not in text and EVIL not in text
+    assert text.count('<li class="item">') == 3 and text.count("data:image/webp;base64,") == 2
+    assert 'src="/strip/0"' in text and 'href="/?id=0&amp;top=10#found"' in text
+    assert "<title>&lt;b&gt;" in text and '<html lang="en">' in text
+    empty = ask(url)[2].decode()
+    assert "Nearest" not in empty and 'type="file"' in empty and "caption" not in empty
+
+
+def test_filmstrips(way, url, service, monkeypatch):
+    "Long and short ones of the stored video, drawn once, and not more kept than there is room for."
+    pictures = [Image.open(io.BytesIO(ask(f"{url}/strip/2{short}")[2])) for short in ("", "?short=1")]
+    assert [picture.size for picture in pictures] == [(796, 96), (396, 96)]
+    strip = filmstrip(way / "videos/red/1.gif").astype(int)
+    assert abs(np.asarray(pictures[0]).astype(int) - strip[:, :-4]).mean() < 6
+    monkeypatch.setattr(serving, "_KEPT", 2)
+    for i in (0, 1, 4):
+        assert ask(f"{url}/strip/{i}")[1]["content-type"] == "image/webp"
+    assert list(service._kept) == [1, 4]
+    monkeypatch.setattr(service.workers, "run", None)
+    assert ask(f"{url}/strip/1")[0] == 200
+    assert list(service._kept) == [4, 1]
+
+
+@pytest.mark.parametrize("i", range(30, 35))
+def test_no_path_leads_out_of_the_videos(url, i):
+    "Above the folder, absolute, through a link, nowhere, no path at all."
+    status, _, body = ask(f"{url}/strip/{i}")
+    assert (
+        status == 404
+        and json.loads(body)["error"] == f"There is no video of item {i} in the folder of videos."
+    )
+    item = json.loads(ask(f"{url}/search?id={i}&top=100")[2])["found"]
+    assert {row["id"]: row["strip"] for row in item}[i] is None
+
+
+def test_names_of_uploads_are_never_paths(way, url, tmp_path, monkeypatch):
+    "And nothing of an upload is left."
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    content = (way / "videos/red/0.gif").read_bytes()
+    before = sorted(way.rglob("*"))
+    for name in ("../../secret.gif", "/etc/passwd", "a\\b", "x" * 500):
+        answer = send(f"{url}/search", content, name=name)
+        assert found(answer)[0] == (0, 0) and len(json.loads(answer[2])["query"]) <= 100
+    assert send(f"{url}/search", b"no video", name="/etc/passwd")[0] == 422
+    assert not list(tmp_path.iterdir()) and sorted(way.rglob("*")) == before
+
+
+def test_health_and_description(url):
+    facts = {"status": "ok", "items": 35, "bits": 32, "takes": "video", "workers": 2}
+    assert json.loads(ask(f"{url}/health")[2]) == facts
+    paths = json.loads(ask(f"{url}/openapi.json")[2])["paths"]
+    assert set(paths) == {"/search", "/strip/{id}", "/health"}
+    assert "multipart/form-data" in paths["/search"]["post"]["requestBody"]["content"]
+    assert [ask(url + page)[0] for page in ("/docs", "/redoc")] == [404, 404], (
+        "pages that load from elsewhere"
+    )
+
+
+# Captions
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory):
+    "A folder with a model of emoji that was not trained, and an index."
+    folder, data = tmp_path_factory.mktemp("captions"), load("emoji")
+    torch.manual_seed(0)
+    widths = {name: data.widths[name] for name in ("di", "dt")}
+    DMMH(DMMHConfig(**widths, bits=32, width=16, layers=1, cnn_width=8)).save_pretrained(folder / "model")
+    (folder / "model" / VOCABULARY).write_text(json.dumps(data.vocabulary), encoding="utf-8")
+    arrays = encode_pairs(folder / "model", data, "cpu", progress=False)
+    index = HashIndex(int(arrays.pop("bits")))
+    index.add(arrays.pop("codes"), metadata=arrays)
+    index.save(folder / "emoji.index")
+    return folder
+
+
+def test_captions(captions):
+    "The bundled emoji, found by words and shown as drawings; unknown words are said."
+    search = Search.open(captions / "model", captions / "emoji.index", device="cpu")
+    service = serving.Service(captions / "emoji.index", captions / "model", workers=1, device="cpu")
+    with serving.in_background(service) as url:
+        asked = urllib.parse.urlencode({"caption": "happy CAT, sunglasess & qqq", "top": 5})
+        told = json.loads((answer := ask(f"{url}/search?{asked}"))[2])
+        assert found(answer) == expected(search, "happy cat", 5)
+        assert told["left_out"] == {"sunglasess": "sunglasses", "qqq": None}
+        first = told["found"][0]
+        assert first["strip"] == f"/strip/{first['id']}" and {"name", "words", "label"} <= set(first["about"])
+        assert Image.open(io.BytesIO(ask(url + first["strip"])[2])).size == (64, 64)
+        page = ask(f"{url}/?{asked}")[2].decode()
+        assert (
+            "Drawings by OpenMoji" in page
+            and "does not know them" in page
+            and "did you mean sunglasses?" in page
+            and 'type="file"' not in page
+        )
+        assert (
+            'value="happy CAT, sunglasess &amp; qqq"' in page and f"Drawing: {first['about']['name']}" in page
+        )
+        status, _, body = ask(f"{url}/search?caption=qqq")
+        assert status == 422 and "at least one of the 1613 words" in json.loads(body)["error"]
+        assert send(f"{url}/search", b"GIF89a")[0] == 422
+
+
+# Refusals
+
+
+REFUSED = {  # status and part of the sentence: address, form
+    (422, "not for both"): ("/search?id=1&caption=a", None),
+    (422, "id: Input should be a valid integer"): ("/search?id=x", None),
+    (422, "top: Input should be less than or equal to 100, found '101'"): ("/search?id=1&top=101", None),
+    (422, "id: Input should be greater than or equal to 0"): ("/strip/-1", None),
+    (422, "takes a video or the id of an item, not a caption"): ("/search?caption=cat", None),
+    (404, "There is no item 35 among the 35 items"): ("/search?id=35", None),
+    (404, f"There is no item {2**63 - 1}"): (f"/strip/{2**63 - 1}", None),
+    (404, "There is nothing at /strip/../secret.gif"): ("/strip/../secret.gif", None),
+    (405, "does not take such a request"): ("/health", {"content": b""}),
+    (415, "is needed, not text/plain"): ("/search", {"content": b"a", "kind": "text/plain"}),
+    (422, "No video was sent"): ("/search", {"content": b"a", "field": "film"}),
+    (422, "How many: a whole number from 1 to 100"): ("/search", {"content": b"a", "top": "101"}),
+    (422, "found an empty file"): ("/search", {"content": b""}),
+    (422, "a.mp4: expected a video, found"): (
+        "/search",
+        {"content": b"text" * 99, "name": "a.mp4", "kind": "video/mp4"},
+    ),
+    (422, "could be decompression bomb"): ("/search", {"content": BOMB}),
+    (422, "found: Invalid argument"): (
+        "/search",
+        {"content": b"ffconcat version 1.0\nfile secret.gif\n", "name": "list.mp4", "kind": "video/mp4"},
+    ),
+}
+
+
+@pytest.mark.parametrize("wanted", REFUSED, ids=lambda wanted: wanted[1][:30])
+def test_refusals(url, wanted):
+    "A sentence says what was wrong, to a program and on the page."
+    (status, sentence), (place, form) = wanted, REFUSED[wanted]
+    for place in {place, place.replace("/search", "/")}:
+        answer = ask(url + place) if form is None else send(url + place, **form)
+        assert answer[0] == status, answer
+        if answer[1]["content-type"] == "application/json":
+            assert sentence in json.loads(answer[2])["error"]
+        else:
+            assert 'role="alert"' in answer[2].decode() and "<title>Error: " in answer[2].decode()
+
+
+def test_a_form_that_is_none(url):
+    assert ask(f"{url}/search")[0] == 422
+    for kind in ("multipart/form-data", "multipart/form-data; boundary=edge; charset=none"):
+        assert send(f"{url}/search", b"GIF89a", headers={"Content-Type": kind})[0] in (400, 422)
+    assert ask(f"{url}/search", b"{}", {"Content-Type": "application/json"})[0] == 415
+    for head in ("multipart/form-data", "multipart/form-data; boundary=edge"):
+        assert ask(f"{url}/search", b"--other\r\n\r\n", {"Content-Type": head})[0] in (400, 422)
+
+
+@pytest.mark.parametrize("headers", [{"Content-Length": "99000000"}, {"Transfer-Encoding": "chunked"}])
+def test_reading_stops_at_the_limit(url, headers, monkeypatch):
+    "The answer is there although most of the file was not sent, or after all of it was."
+    assert send(f"{url}/", bytes(5_000_000))[0] == 413
+    monkeypatch.setattr(serving, "_LINGER", 0.1)
+    head = {
+        "Host": url.removeprefix("http://"),
+        "Content-Type": "multipart/form-data; boundary=edge",
+        **headers,
+    }
+    piece = b'--edge\r\nContent-Disposition: form-data; name="video"; filename="a.gif"\r\n\r\n' + bytes(
+        1_100_000
+    )
+    framed = b"%x\r\n%b\r\n" % (len(piece), piece) if "Transfer-Encoding" in headers else piece
+    with socket.create_connection(urllib.parse.urlsplit(url)[1].split(":")) as wire:
+        lines = ["POST /search HTTP/1.1", *(f"{name}: {value}" for name, value in head.items()), "", ""]
+        wire.sendall("\r\n".join(lines).encode() + framed)
+        wire.settimeout(20)
+        answer = wire.recv(9999)
+        while piece and b"}" not in answer:
+            answer += (piece := wire.recv(9999))
+    assert answer.startswith(b"HTTP/1.1 413 ") and b"too large. At most 1 MB" in answer
+
+
+def test_other_names_and_other_sites(way, url):
+    "Under an unknown name nothing is told, not even the name of the index; forms of other sites are refused."
+    for place in ("/", "/search?id=1", "/strip/1", "/health", "/?top=x", "/nothing"):
+        status, _, body = ask(url + place, headers={"Host": "evil.example"})
+        assert status in (421, 404) and b"videos.index" not in body, place
+    assert b"videos.index" not in ask(f"{url}/openapi.json", headers={"Host": "evil.example"})[2]
+    content = (way / "videos/red/0.gif").read_bytes()
+    for headers, status in (
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": url, "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "null", "Sec-Fetch-Site": "same-site"}, 403),
+        ({"Origin": url}, 200),
+        ({"Origin": url, "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Host": f"localhost:{url.rpartition(':')[2]}"}, 200),
+    ):
+        for place in ("/", "/search"):
+            assert send(url + place, content, headers=headers)[0] == status, headers
+
+
+@pytest.mark.parametrize("place", ["/", "/search?id=0", "/nothing", "/?id=x", "/strip/0"])
+def test_headers(url, place):
+    headers = ask(url + place)[1]
+    policy = headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy and "script-src" not in policy
+    assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "same-origin"
+    assert headers["cache-control"] == "no-store" and "server" not in headers
+
+
+# Workers
+
+
+@pytest.fixture
+def lone(way):
+    "A service with one worker, and its address."
+    options = dict(videos=way / "videos", workers=1, device="cpu")
+    service = serving.Service(way / "videos.index", way / "model", **options)
+    with serving.in_background(service) as url:
+        yield service, url
+
+
+def worker_of(service):
+    return service.workers._all[0]._process
+
+
+def wait_for(ready):
+    "What a function returns once it is true."
+    end = time.monotonic() + 60
+    while not (result := ready()):
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    return result
+
+
+def test_what_kills_a_worker_costs_one_request_at_most(way, lone):
+    "Once: it is tried again. Twice: a sentence. In idleness: nobody notices."
+    service, url = lone
+    content = (way / "videos/red/0.gif").read_bytes()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for deaths in (1, 2):
+            old = worker_of(service)
+            os.kill(old.pid, signal.SIGSTOP)  # it holds the job until it is killed
+            job = pool.submit(send, f"{url}/search", content)
+            wait_for(service.workers._free.empty)
+            old.kill()
+            if deaths == 2:
+                wait_for(lambda: (new := worker_of(service)) is not old and new).kill()
+            answer = job.result(60)
+            assert answer[0] == (200, 503)[deaths - 1]
+    assert "Two workers broke off" in json.loads(answer[2])["error"]
+    for _ in range(2):
+        assert found(send(f"{url}/search", content))[0] == (0, 0)
+        worker_of(service).kill()
+        worker_of(service).join()
+    assert json.loads(ask(f"{url}/health")[2])["workers"] == 0
+    assert ask(f"{url}/strip/0")[0] == 200
+
+
+def test_what_takes_too_long_is_stopped(way, lone):
+    "The worker that hangs goes, and the next request finds another one. A slow sender is stopped, too."
+    service, url = lone
+    content, old = (way / "videos/red/0.gif").read_bytes(), worker_of(service)
+    os.kill(old.pid, signal.SIGSTOP)
+    service.seconds = 0.2
+    status, _, body = send(f"{url}/search", content)
+    assert status == 504 and "longer than 0.2 seconds" in json.loads(body)["error"]
+    with socket.create_connection(urllib.parse.urlsplit(url)[1].split(":")) as wire:
+        head = f"POST /search HTTP/1.1\r\nHost: {urllib.parse.urlsplit(url)[1]}\r\nContent-Length: 100\r\n"
+        wire.sendall(head.encode() + b"Content-Type: multipart/form-data; boundary=edge\r\n\r\n--edge")
+        assert wire.recv(99).startswith(b"HTTP/1.1 504 ")
+    service.seconds = 60
+    assert found(send(f"{url}/search", content))[0] == (0, 0)
+    assert worker_of(service) is not old and not old.is_alive()
+
+
+def test_an_error_of_our_own_is_told_as_one(url, service, monkeypatch):
+    def failing(*given):
+        raise KeyError("secret")
+
+    monkeypatch.setattr(service, "_search", failing)
+    status, _, body = ask(f"{url}/?id=1")
+    assert status == 500 and "Something went wrong here" in body.decode() and "secret" not in body.decode()
+
+
+# The command
+
+
+@contextlib.contextmanager
+def process(way):
+    "A service in a process of its own, and its address."
+    options = dict(model="model", videos="videos", device="cpu", port=0)
+    words = [
+        sys.executable,
+        "-c",
+        f"from s5vh_nb.cli.service import serve; serve('videos.index', **{options})",
+    ]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+    with subprocess.Popen(words, cwd=way, **pipes) as made:
+        try:
+            yield made, re.search(r"http://\S+", made.stdout.readline())[0]
+        finally:
+            made.kill()
+
+
+def test_a_hundred_at_once(way):
+    "Videos, ids, filmstrips and broken files; a worker is killed in between; then Ctrl-C."
+    search = Search.open(way / "model", way / "videos.index", device="cpu")
+    contents = {i: (way / "videos" / search.index.about([i]).path[i]).read_bytes() for i in range(30)}
+    wanted = {i: expected(search, content) for i, content in contents.items()}
+    by_id = {i: search.index.search(search.index.codes([i]), 10).ids[0].tolist() for i in range(30)}
+
+    def one(number):
+        i = number % 30
+        if number % 10 < 6:
+            return found(send(f"{url}/search", contents[i])) == wanted[i]
+        if number % 10 < 8:
+            return [row for row, _ in found(ask(f"{url}/search?id={i}"))] == by_id[i]
+        if number % 10 == 8:
+            return ask(f"{url}/strip/{i}")[0] == 200
+        if number % 20 == 9:
+            return send(f"{url}/search", contents[i][:20])[0] == 422
+        with socket.create_connection(urllib.parse.urlsplit(url)[1].split(":")) as wire:  # breaks off
+            head = f"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: {10**6}\r\n"
+            wire.sendall(
+                head.encode() + b"Content-Type: multipart/form-data; boundary=edge\r\n\r\n--edge\r\n"
+            )
+        return True
+
+    with process(way) as (made, url):
+        forks = [each for each in psutil.Process(made.pid).children(recursive=True) if not each.children()]
+        workers = [each for each in forks if each.ppid() != made.pid]
+        assert len(workers) == 2
+        with concurrent.futures.ThreadPoolExecutor(100) as pool:
+            jobs = [pool.submit(one, number) for number in range(100)]
+            next(concurrent.futures.as_completed(jobs))
+            workers[0].kill()
+            assert [number for number, job in enumerate(jobs) if not job.result(60)] == []
+        assert json.loads(ask(f"{url}/health")[2])["items"] == 35
+        made.send_signal(signal.SIGINT)
+        assert made.wait(30) == 0 and made.stdout.read() == ""
+        psutil.wait_procs(forks, 10)
+        assert not [each for each in forks if each.is_running()]
+
+
+def test_commands_name_what_is_wrong(way, captions, monkeypatch, capsys):
+    monkeypatch.chdir(way)
+    HashIndex(32).save("empty.index")
+    (index := HashIndex(16)).add(np.zeros((1, 2), np.uint8))
+    index.save("short.index")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for line, message in (
+            ("none.index", "none.index: expected a file that"),
+            ("empty.index", "empty.index: expected at least one item"),
+            (
+                "short.index --model model",
+                "short.index: expected codes of 32 bits, as the model gives, found 16",
+            ),
+            ("videos.index --model nowhere", "nowhere/config.json: expected"),
+            ("videos.index --videos nowhere", "nowhere: expected a folder of videos"),
+            ("videos.index --workers 0", "workers: expected at least 1"),
+            ("videos.index --seconds 0", "megabytes, seconds: expected more than 0"),
+            (f"videos.index --port {port}", f"127.0.0.1, port {port}: expected an address of this machine"),
+            ("videos.index --port 70000", "port: expected a number from 0"),
+            ("videos.index --host 192.0.2.1", "192.0.2.1, port 0: expected an address of this machine"),
+        ):
+            words = line.split() if "--port" in line else [*line.split(), "--port", "0"]
+            assert main(["serve", *words]) == 2, line
+            assert message in capsys.readouterr().err, line
+    assert not [each for each in psutil.Process().children(recursive=True) if each.status() == "zombie"]
+
+
+def test_another_address_is_said_to_be_open(way, monkeypatch, capsys):
+    "A warning, and the host names that are known there."
+    from uvicorn import Server
+
+    monkeypatch.setattr(Server, "run", lambda self, sockets: self.config.load())
+    assert (
+        main(
+            [
+                "serve",
+                str(way / "videos.index"),
+                "--host",
+                "0.0.0.0",
+                "--port",
+                "0",
+                "--name",
+                "found.example",
+            ]
+        )
+        == 0
+    )
+    said = capsys.readouterr()
+    assert "0.0.0.0 can be reached from other machines" in said.err and "http://0.0.0.0:" in said.out
+    assert main(["serve", str(way / "videos.index"), "--port", "0"]) == 0
+    assert not capsys.readouterr().err
+
+
+# The page in a browser
+
+
+class Browser:
+    "Chromium without a window; it is told what to do through a pipe, in the DevTools protocol."
+
+    def __init__(self, program, folder):
+        wires = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for pair in (os.pipe(), os.pipe()) for end in pair]
+        options = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars".split()
+        words = [program, *options, "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"]
+
+        def place():  # Chromium reads from 3 and writes to 4
+            os.dup2(wires[0], 3)
+            os.dup2(wires[3], 4)
+
+        self._process = subprocess.Popen(
+            words, preexec_fn=place, pass_fds=(3, 4), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for end in (wires[0], wires[3]):
+            os.close(end)
+        self._in, self._out = wires[2], wires[1]
+        self._rest, self._number, self._session = b"", 0, {}
+        self.said, self._loaded = [], False
+        page = next(each for each in self.call("Target.getTargets")["targetInfos"] if each["type"] == "page")
+        session = self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
+        self._session = {"sessionId": session}
+        for domain in ("Page", "Log", "Runtime", "DOM"):
+            self.call(f"{domain}.enable")
+
+    def close(self):
+        self._process.kill()
+        self._process.wait()
+        os.close(self._in)
+        os.close(self._out)
+
+    def _listen(self):
+        "The next message, after what it tells was noted."
+        while b"\0" not in self._rest:
+            piece = os.read(self._in, 2**20)
+            assert piece, "Chromium is gone"
+            self._rest += piece
+        message, _, self._rest = self._rest.partition(b"\0")
+        message = json.loads(message)
+        self._loaded |= message.get("method") == "Page.loadEventFired"
+        if message.get("method") == "Log.entryAdded":
+            self.said.append(message["params"]["entry"]["text"])
+        return message
+
+    def call(self, method, **params):
+        "What a command returns."
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": params, **self._session}
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while (answer := self._listen()).get("id") != self._number:
+            pass
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def js(self, code):
+        "The value of an expression in the page."
+        return self.call("Runtime.evaluate", expression=code, returnByValue=True)["result"].get("value")
+
+    def loading(self, method, **params):
+        "A command after which a new page is loaded."
+        self._loaded = False
+        self.call(method, **params)
+        while not self._loaded:
+            self._listen()
+
+    def open(self, url):
+        self.loading("Page.navigate", url=url)
+
+    def choose(self, file):
+        "Put a file into the form."
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector="#video")["nodeId"]
+        self.call("DOM.setFileInputFiles", files=[str(file)], nodeId=node)
+
+    def press(self, key, code):
+        for kind in ("rawKeyDown", "char", "keyUp") if key == "Enter" else ("rawKeyDown", "keyUp"):
+            text = {"text": "\r"} if kind == "char" else {}
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **text)
+
+    def look(self, width, scheme):
+        "The size of the window and the colour scheme of its owner."
+        size = dict(width=width, height=700, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        scheme = {"name": "prefers-color-scheme", "value": scheme}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium, which shows the page")
+    with contextlib.closing(Browser(CHROMIUM, tmp_path_factory.mktemp("chromium"))) as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser):
+    "The browser with nothing said yet, wide and light."
+    browser.said.clear()
+    browser.look(1000, "light")
+    return browser
+
+
+SEEN = "[...document.images].map(i => i.complete && i.naturalWidth)"
+
+
+def test_a_form_finds_and_shows(page, way, url):
+    "A video is chosen and sent; the browser shows all pictures, blocks nothing, and goes on to a neighbour."
+    page.open(url)
+    page.choose(way / "videos" / "red" / "3.gif")
+    page.js("document.querySelector('#top-video').value = 4")
+    page.loading("Runtime.evaluate", expression="document.querySelector('[enctype] button').click()")
+    assert page.js("document.querySelector('h2#found').innerText") == "Nearest to 3.gif"
+    assert page.js("[...document.querySelectorAll('h3')].map(h => h.innerText)")[0] == "1. red/3.gif"
+    assert (widths := page.js(SEEN))[1:] and set(widths) == {796} and page.js("location.hash") == "#found"
+    page.loading("Runtime.evaluate", expression="document.querySelector('li a').click()")
+    assert page.js("document.querySelector('h2#found').innerText") == "Nearest to item 6"
+    assert not page.said, "blocked by the page's own policy?"
+
+
+def test_an_error_in_the_browser(page, way, url, tmp_path):
+    (tmp_path / "broken.gif").write_bytes(b"GIF89a")
+    (tmp_path / "large.gif").write_bytes(bytes(3_000_000))
+    for name, sentence in (("broken.gif", "expected an animated picture"), ("large.gif", "At most 1 MB")):
+        page.open(url)
+        page.choose(tmp_path / name)
+        page.loading("Runtime.evaluate", expression="document.querySelector('[enctype] button').click()")
+        assert sentence in page.js("document.querySelector('[role=alert]').innerText")
+        assert page.js("document.title").startswith("Error: ") and page.js("document.forms.length") == 2
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_screen(page, url, scheme):
+    "Nothing sticks out at 320 pixels; the short filmstrips are shown; the owner's colours are taken."
+    page.look(320, scheme)
+    page.open(f"{url}/?id=6")
+    assert page.js("document.documentElement.scrollWidth") == 320
+    page.js("document.images[0].scrollIntoView()")
+    assert (widths := page.js(SEEN)) and set(widths) == {396}
+    ground = [int(x) for x in re.findall(r"\d+", page.js("getComputedStyle(document.body).backgroundColor"))]
+    assert (np.mean(ground) > 128) == (scheme == "light")
+
+
+def test_the_keyboard_reaches_everything_and_shows_where_it_is(page, url):
+    page.open(f"{url}/?id=6&top=2")
+    reached = []
+    for _ in range(page.js("document.querySelectorAll('a, input, button').length")):
+        page.press("Tab", 9)
+        reached.append(page.js("document.activeElement.innerText || document.activeElement.id"))
+        assert page.js("getComputedStyle(document.activeElement).outlineStyle") == "solid", reached
+    wanted = "Skip to the search;video;top-video;Search by video;id;top-id;Search by id"
+    assert ";".join(reached[:7]) == wanted and len(set(reached)) == len(reached) == 10
+    page.open(url)
+    page.js("document.querySelector('#id').focus(); document.querySelector('#id').value = 4")
+    page.loading("Input.dispatchKeyEvent", type="char", key="Enter", text="\r", windowsVirtualKeyCode=13)
+    assert page.js("location.search") == "?id=4&top=10"
+
+
+def test_a_screen_reader_hears_what_things_are(page, url):
+    "Roles and names in the tree that a browser makes for it."
+    page.open(f"{url}/?id=6&top=2")
+    nodes = page.call("Accessibility.getFullAXTree")["nodes"]
+    heard = [(node["role"]["value"], node.get("name", {}).get("value")) for node in nodes if "role" in node]
+    for wanted in (
+        ("search", "What to search for"),
+        ("form", "By a video"),
+        ("button", "Video file"),
+        ("spinbutton", "Its id"),
+        ("heading", "Nearest to item 6"),
+        ("region", "Nearest to item 6"),
+        ("image", "Frames of red/3.gif"),
+        ("link", "Nearest to this one (red/3.gif)"),
+    ):
+        assert wanted in heard, [each for each in heard if each[0] == wanted[0]]
+    roles = [role for role, _ in heard]
+    assert {"main", "banner", "contentinfo", "status", "list"} <= set(roles)
+    assert all(name for role, name in heard if role in ("textbox", "spinbutton", "button", "link", "image"))
+
+
+def luminance(color):
+    parts = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ [
+        0.2126,
+        0.7152,
+        0.0722,
+    ]
+
+
+def test_contrast():
+    "At least 4.5 to 1 for every text on its ground, in both schemes (WCAG 2, 1.4.3)."
+    schemes = re.findall(r":root \{(.+?)\}", serving._template(), re.DOTALL)
+    assert len(schemes) == 2
+    for scheme in schemes:
+        colors = dict(re.findall(r"--([\w-]+): (#\w{6})", scheme))
+        pairs = [(text, ground) for text in ("text", "soft", "accent") for ground in ("ground", "card")]
+        for text, ground in [*pairs, ("on-accent", "accent"), ("wrong", "wrong-ground")]:
+            low, high = sorted(luminance(colors[name]) for name in (text, ground))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
