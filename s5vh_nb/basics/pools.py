@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
@@ -182,8 +183,9 @@ class RayPool(ThreadPoolExecutor):
             raise
         self.address = joined if address == "local" else address
         self.workers = min(workers or room, room)
-        self._make = self._ray.remote(**each, max_restarts=-1, max_task_retries=_AGAIN)(_Worker)
+        self._make = self._ray.remote(**each)(_Worker)
         self._actors, self._idle = [], queue.SimpleQueue()
+        self._lock, self._stopped = threading.Lock(), False
         self._call = self._sent = None
         super().__init__(self.workers)
 
@@ -208,20 +210,34 @@ class RayPool(ThreadPoolExecutor):
         actor.version.remote().future().add_done_callback(lambda ready: self._idle.put((actor, ready)))
 
     def _perform(self, sent, args: tuple):
-        "In a thread: the result of a call, made by the next worker that is idle."
+        "In a thread: the result of a call, made by an idle worker, or by others where that dies."
         errors = self._ray.exceptions
-        actor, ready = self._idle.get()
-        try:
-            self._check_ready(ready)
-            return self._ray.get(actor.perform.remote([sent], args))
-        except errors.RayTaskError as error:
-            raise error.cause from error
-        except (errors.RayActorError, errors.OutOfMemoryError) as error:
-            expected = "a worker of the cluster that lives until its call is done"
-            found = f"{1 + _AGAIN} that died ({type(error).__name__})"
-            raise WorkerDied(f"ray: expected {expected}, found {found}") from error
-        finally:
-            self._idle.put((actor, ready))
+        for _ in range(1 + _AGAIN):
+            actor, ready = self._idle.get()
+            try:
+                self._check_ready(ready)
+                return self._ray.get(actor.perform.remote([sent], args))
+            except errors.RayTaskError as error:
+                raise error.cause from error
+            except (errors.RayActorError, errors.OutOfMemoryError) as error:
+                ready, died = None, error
+                if not self._replace(actor):
+                    raise
+            finally:
+                if ready:
+                    self._idle.put((actor, ready))
+        expected = "a worker of the cluster that lives until its call is done"
+        found = f"{1 + _AGAIN} that died ({type(died).__name__})"
+        raise WorkerDied(f"ray: expected {expected}, found {found}")
+
+    def _replace(self, actor) -> bool:
+        "Start another worker, unless the pool is shut down."
+        with self._lock:
+            if not self._stopped:
+                self._actors.remove(actor)
+                self._ray.kill(actor)
+                self._add_worker()
+            return not self._stopped
 
     def _check_ready(self, ready: Future):
         ours, expected = s5vh_nb.__version__, f"s5vh_nb {s5vh_nb.__version__} on the machines of the cluster"
@@ -247,8 +263,10 @@ class RayPool(ThreadPoolExecutor):
             self._leave()
 
     def _stop_workers(self):
-        while self._actors:
-            self._ray.kill(self._actors.pop())
+        with self._lock:
+            self._stopped = True
+            while self._actors:
+                self._ray.kill(self._actors.pop())
 
     def _leave(self):
         if self._ours:
