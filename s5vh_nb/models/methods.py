@@ -27,7 +27,7 @@ from s5vh_nb.models.baselines import (
     multi_hot,
 )
 from .multiview import Method, OfViews
-from .supervised_pairs import DMVH, FOMH, MFKH, SAPMH
+from .supervised_pairs import DMVH, FDMH, FOMH, MFKH, SAPMH
 from .unsupervised_pairs import MFH
 
 # %% ../../nbs/lib/models/12_methods.ipynb #f1244f6b
@@ -36,6 +36,7 @@ RIVALS = {  # of DMMH, for pairs
     "mfkh": MFKH,
     "dmvh": DMVH,
     "fomh": FOMH,
+    "fdmh": FDMH,
     "sapmh": SAPMH,
 }
 METHODS = {  # by kind of items
