@@ -74,12 +74,10 @@ def no_slope(value, tensor, at):
 
 
 def test_fomh_solves_for_each_unknown():
-    rng, bits, alpha, beta, gamma = np.random.default_rng(0), 12, 1e-3, 0.1, 1e-2
-    phis, B, mu = (
-        [rng.normal(size=(200, 30)) for _ in range(2)],
-        np.sign(rng.normal(size=(200, bits))),
-        (0.3, 0.7),
-    )
+    rng, bits = np.random.default_rng(0), 12
+    alpha, beta = 1e-3, 0.1
+    mu, gamma = (0.3, 0.7), 1e-2
+    phis, B = [rng.normal(size=(200, 30)) for _ in range(2)], np.sign(rng.normal(size=(200, bits)))
     D, *Ws = tensors(rng, (200, bits), (30, bits), (30, bits))
     similar = torch.tensor(S)
 
@@ -95,7 +93,7 @@ def test_fomh_solves_for_each_unknown():
     assert np.isclose(supervised_pairs._fomh_objective(B, *arrays), value().item())
     no_slope(value, D, supervised_pairs._fomh_reals(B, LABELS, alpha, beta))
     sums = [phi.T @ phi for phi in phis], [phi.T @ B for phi in phis]
-    for W, found in zip(Ws, supervised_pairs._fomh_projections(*sums, mu, gamma)):
+    for W, found in zip(Ws, supervised_pairs._projections(*sums, np.array(mu) * gamma)):
         no_slope(value, W, found)
 
 
@@ -105,7 +103,7 @@ def test_fomh_sums_remember_all_batches():
     phi, B = rng.normal(size=(200, 30)), np.sign(rng.normal(size=(200, 12)))
     halves = slice(0, 100), slice(100, 200)
     sums = [sum(phi[half].T @ phi[half] for half in halves)], [sum(phi[half].T @ B[half] for half in halves)]
-    found = supervised_pairs._fomh_projections(*sums, [0.5], 1e-2)[0]
+    found = supervised_pairs._projections(*sums, [0.5 * 1e-2])[0]
     wide = np.concatenate([phi, np.sqrt(0.5 * 1e-2) * np.eye(30)])
     np.testing.assert_allclose(
         found, np.linalg.lstsq(wide, np.concatenate([B, np.zeros((30, 12))]))[0], atol=1e-9
@@ -137,12 +135,10 @@ def test_the_graph_by_its_definition():
 
 
 def test_sapmh_solves_for_each_unknown():
-    rng, bits, lam, theta, rho = np.random.default_rng(0), 12, 0.1, 1e-2, 1e-3
-    phis, B, mu = (
-        [rng.normal(size=(200, 30)) for _ in range(2)],
-        np.sign(rng.normal(size=(200, bits))),
-        (0.3, 0.7),
-    )
+    rng, bits = np.random.default_rng(0), 12
+    mu, lam = (0.3, 0.7), 0.1
+    theta, rho = 1e-2, 1e-3
+    phis, B = [rng.normal(size=(200, 30)) for _ in range(2)], np.sign(rng.normal(size=(200, bits)))
     H, W, *Us = tensors(rng, (200, 16), (16, bits), (16, 30), (16, 30))
     codes, similar = torch.tensor(B), torch.tensor(S)
 

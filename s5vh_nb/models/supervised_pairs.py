@@ -71,7 +71,8 @@ def _label_laplacian(
         distances[Y[rows] @ Y.T == 0] = np.inf
         here = np.arange(len(distances))
         distances[here, here + rows.start] = np.inf
-        nearest = np.argsort(distances, axis=1)[:, :neighbours]
+        last = min(neighbours, len(x)) - 1
+        nearest = np.argpartition(distances, last, axis=1)[:, : last + 1]
         joined = np.isfinite(np.take_along_axis(distances, nearest, 1))
         ends.append(np.stack([np.nonzero(joined)[0] + rows.start, nearest[joined]]))
     rows, columns = np.concatenate(ends, axis=1)
@@ -89,6 +90,14 @@ def _kernels_of_centres(views: list, anchors: int, seed: int) -> list:
 def _affine(kernels, views) -> list:
     "Centred kernels and a one, for each view."
     return [np.c_[kernel(x), np.ones(len(x))].astype(float) for kernel, x in zip(kernels, views)]
+
+
+def _projections(overlaps, products, penalties) -> list:
+    "For each view the best linear map, given sums of phi' phi and of phi' B, and a ridge penalty."
+    return [
+        np.linalg.solve(overlap + penalty * np.eye(len(overlap)), product)
+        for overlap, product, penalty in zip(overlaps, products, penalties)
+    ]
 
 
 def _combined(mu, matrices) -> np.ndarray:
@@ -113,14 +122,6 @@ def _weights(
     return found.x
 
 # %% ../../nbs/lib/models/10_supervised_pairs.ipynb #8f06a97b
-def _fomh_projections(overlaps, products, mu, gamma) -> list:
-    "The W of each view, given sums of phi' phi and of phi' B."
-    return [
-        np.linalg.solve(overlap + weight * gamma * np.eye(len(overlap)), product)
-        for overlap, product, weight in zip(overlaps, products, mu)
-    ]
-
-
 def _fomh_reals(B, Y, alpha, beta) -> np.ndarray:
     "D, given B."
     bits = B.shape[1]
@@ -151,7 +152,7 @@ def _fit_fomh(
         overlaps = [overlap + phi.T @ phi for overlap, phi in zip(overlaps, seen)]
         for _ in range(rounds):
             products = [before + phi.T @ B for before, phi in zip(past, seen)]
-            Ws = _fomh_projections(overlaps, products, mu, gamma)
+            Ws = _projections(overlaps, products, mu * gamma)
             projected = [phi @ W for phi, W in zip(seen, Ws)]
             A = 2 * _combined(1 / mu, projected) + 2 * alpha * bits * _alike(Y, D) + 2 * beta * D
             B = _lagrangian_codes(A, alpha * D.T @ D, Z, G, rho)
@@ -257,8 +258,8 @@ def _fit_dmvh(views, labels, bits, seed, anchors=300, neighbours=7, rounds=50, b
     Ks = [kernel.raw(x).astype(float) for kernel, x in zip(kernels, views)]
     mu, R = np.full(len(views), 1 / len(views)), np.eye(bits)
     B = _random_codes(len(labels), bits, np.random.default_rng(seed))
-    K, F, objective = _combined(mu, Ks), B, []
-    W = _dmvh_projection(K, F)
+    K, objective = _combined(mu, Ks), []
+    F, W = B, _dmvh_projection(K, B)
     while len(objective) < rounds and (len(objective) < 2 or objective[-2] - objective[-1] >= 1e-4):
         F = _dmvh_smooth(L, B, R, K @ W, F, beta, gamma)
         W = _dmvh_projection(K, F)
@@ -311,7 +312,8 @@ def _fit_sapmh(
     views, labels, bits, seed, anchors=500, width=128, theta=1e-4, rho=1e-6, lam=100.0, strength=0.01
 ) -> Fit:
     "SAPMH."
-    rng, n, Y = np.random.default_rng(seed), len(labels), labels.astype(float)
+    rng, n = np.random.default_rng(seed), len(labels)
+    Y = labels.astype(float)
     kernels = [KernelFeatures(x, anchors, rng) for x in views]
     phis = [kernel.raw(x).astype(float) for kernel, x in zip(kernels, views)]
     B, Z = (_random_codes(n, bits, rng) for _ in range(2))
@@ -377,15 +379,18 @@ def _fdmh_objective(V, mapped, mu, dictionaries, W, Q, B, Y, alpha, beta, lam) -
 
 def _fit_fdmh(views, labels, bits, seed, anchors=1000, rounds=50, alpha=1.0, beta=1.0, lam=1.0) -> Fit:
     "FDMH."
-    rng, n, Y = np.random.default_rng(seed), len(labels), labels.astype(float)
+    rng, n = np.random.default_rng(seed), len(labels)
+    Y = labels.astype(float)
     kernels = [KernelFeatures(x, min(anchors, n // 5), rng) for x in views]
     phis = _affine(kernels, views)
+    overlaps = [phi.T @ phi for phi in phis]
     B = _signs(Y @ rng.normal(size=(Y.shape[1], bits)))
-    V, d, mu, objective = B, np.ones(n), np.full(len(views), 1 / len(views)), []
+    V, d = B, np.ones(n)
+    mu, objective = np.full(len(views), 1 / len(views)), []
     while len(objective) < 2 or (
         len(objective) < rounds and objective[-2] - objective[-1] > 1e-6 * objective[-2]
     ):
-        dictionaries = [_ridge(phi, V, lam, m**2) for phi, m in zip(phis, mu)]
+        dictionaries = _projections(overlaps, [phi.T @ V for phi in phis], lam / mu**2)
         mapped = [phi @ dictionary for phi, dictionary in zip(phis, dictionaries)]
         mu = np.array([1 / np.square(V - part).sum() for part in mapped])
         mu /= mu.sum()
