@@ -138,13 +138,14 @@ def test_lsh_works_beyond_the_width():
     assert directions.shape == (5, 64) and len(np.unique(np.abs(directions), axis=1).T) == 64
 
 
-def test_only_the_supervised_baseline_uses_labels():
+def test_only_supervised_methods_use_labels():
     data = load("emoji")
     other = dataclasses.replace(data.train, labels=np.ascontiguousarray(data.train.labels[::-1]))
     for method in METHODS["pairs"]:
         hashers = [fit_baseline(method, split, 16, "pair") for split in (data.train, other)]
         codes = [hasher.encode(*data.query.arrays) for hasher in hashers]
-        assert np.array_equal(*codes) == (method != "supervised")
+        uses_labels = RIVALS[method].supervised if method in RIVALS else method == "supervised"
+        assert np.array_equal(*codes) != uses_labels
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,18 @@ from s5vh_nb.models.baselines import (
     multi_hot,
 )
 from .multiview import Method, OfViews
+from .supervised_pairs import DMVH, FDMH, FOMH, MFKH, SAPMH
 from .unsupervised_pairs import MFH
 
 # %% ../../nbs/lib/models/12_methods.ipynb #f1244f6b
-RIVALS = {"mfh": MFH}  # of DMMH, for pairs
+RIVALS = {  # of DMMH, for pairs
+    "mfh": MFH,
+    "mfkh": MFKH,
+    "dmvh": DMVH,
+    "fomh": FOMH,
+    "fdmh": FDMH,
+    "sapmh": SAPMH,
+}
 METHODS = {  # by kind of items
     "videos": ("itq", "lsh", "supervised"),
     "pairs": ("itq", "lsh", "cca-itq", "supervised", *RIVALS),

@@ -84,25 +84,36 @@ class KernelFeatures:
     ----------
     x : np.ndarray
         (n, width) training items
-    anchors : int
-        At most n
-    rng : np.random.Generator
+    anchors
+        How many of them, at most n, drawn by `rng`; or the anchors (anchors, width)
+    rng : np.random.Generator | None
     """
 
     def __init__(
         self,
         x: np.ndarray,  # (n, width) training items
-        anchors: int,  # At most n
-        rng: np.random.Generator,
+        anchors,  # How many of them, at most n, drawn by `rng`; or the anchors (anchors, width)
+        rng: np.random.Generator | None = None,
     ):
-        self.anchors = x[rng.choice(len(x), min(anchors, len(x)), replace=False)]
+        if np.ndim(anchors) == 0:
+            anchors = x[rng.choice(len(x), min(anchors, len(x)), replace=False)]
+        self.anchors = anchors
         distances = euclidean_distances(x, self.anchors)  # (n, anchors)
         self.sigma = distances.mean()
         self.mean = np.exp(-np.square(distances / self.sigma) / 2).mean(0)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
+        return self.raw(x) - self.mean
+
+    def raw(self, x: np.ndarray) -> np.ndarray:
+        """The kernels as they are, not centred.
+
+        Parameters
+        ----------
+        x : np.ndarray
+        """
         squares = euclidean_distances(x, self.anchors, squared=True)
-        return np.exp(-squares / (2 * self.sigma**2)) - self.mean
+        return np.exp(-squares / (2 * self.sigma**2))
 
 # %% ../../nbs/lib/models/08_multiview.ipynb #f28601ed
 def laplacian(
