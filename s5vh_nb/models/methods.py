@@ -27,10 +27,15 @@ from s5vh_nb.models.baselines import (
     multi_hot,
 )
 from .multiview import Method, OfViews
-from .unsupervised_pairs import MFH
+from .unsupervised_pairs import MAH, MFH, MVLH, MvDH
 
 # %% ../../nbs/lib/models/12_methods.ipynb #f1244f6b
-RIVALS = {"mfh": MFH}  # of DMMH, for pairs
+RIVALS = {  # of DMMH, for pairs
+    "mfh": MFH,
+    "mah": MAH,
+    "mvlh": MVLH,
+    "mvdh": MvDH,
+}
 METHODS = {  # by kind of items
     "videos": ("itq", "lsh", "supervised"),
     "pairs": ("itq", "lsh", "cca-itq", "supervised", *RIVALS),
