@@ -67,31 +67,32 @@ def test_mah_steps_follow_the_gradient():
     gamma, eta = 3.0, 0.7
     kernels = [rbf_kernel(v, gamma=1 / euclidean_distances(v).mean() ** 2).astype(float) for v in VIEWS]
     graphs = [neighbour_weights(v, 5) for v in VIEWS]
-    U, V = rng.random((2, 200, 6))
-    alpha = np.array([0.3, 0.7])
-    next_U, next_V, _ = unsupervised._mah_step(U, V, alpha, kernels, graphs, gamma, eta)
+    now = unsupervised._Mah(*rng.random((2, 200, 6)), np.array([0.3, 0.7]))
+    after = unsupervised._mah_step(now, kernels, graphs, gamma, eta)
+    entries = np.arange(10), np.arange(10) % 6
 
-    def slope(which, U, V):
+    def slope(now, name):
         "By differences, for ten of the entries."
-        entries = [(i, i % 6) for i in range(10)]
         out = []
-        for entry in entries:
+        for entry in zip(*entries):
             values = []
             for step in (1e-4, -1e-4):
-                moved = {"U": U.copy(), "V": V.copy()}
-                moved[which][entry] += step
-                arguments = (alpha, kernels, graphs, gamma, eta)
-                values.append(unsupervised._mah_objective(moved["U"], moved["V"], *arguments))
+                moved = now._asdict()[name].copy()
+                moved[entry] += step
+                moved = now._replace(**{name: moved})
+                values.append(unsupervised._mah_objective(moved, kernels, graphs, gamma, eta))
             out.append((values[0] - values[1]) / 2e-4)
-        return np.array(out), tuple(zip(*entries))
+        return np.array(out)
 
-    D = sum(a * np.diag(np.asarray(w.sum(1))) for a, w in zip(alpha, graphs))
-    found, entries = slope("V", U, V)
+    U, V = now.U, now.V
+    D = sum(a * np.diag(np.asarray(w.sum(1))) for a, w in zip(now.alpha, graphs))
     below = (V @ U.T @ U + gamma * D @ V)[entries]  # half of the gradient's positive part
-    np.testing.assert_allclose(next_V[entries], V[entries] * (1 - found / 2 / below), rtol=1e-5)
-    found, entries = slope("U", U, next_V)
-    below = (U @ next_V.T @ next_V + 2 * eta * U @ U.T @ U)[entries]
-    np.testing.assert_allclose(next_U[entries], U[entries] * (1 - found / 2 / below), rtol=1e-5)
+    expected = V[entries] * (1 - slope(now, "V") / 2 / below)
+    np.testing.assert_allclose(after.V[entries], expected, rtol=1e-5)
+    V = after.V
+    below = (U @ V.T @ V + 2 * eta * U @ U.T @ U)[entries]
+    expected = U[entries] * (1 - slope(now._replace(V=V), "U") / 2 / below)
+    np.testing.assert_allclose(after.U[entries], expected, rtol=1e-5)
 
 
 def test_one_sweep_after_another_ends_at_the_best_code_of_orthogonal_factors():
@@ -112,8 +113,9 @@ def test_mvdh_without_its_clusters_is_a_binary_factorisation():
     graph = unsupervised._anchor_graph(x, np.random.default_rng(0), 50)
     F = unsupervised._clusters(graph, 5, 0)
     codes, alone = random_codes(200, 12), random_codes(200, 12)
+    now = unsupervised._Mvdh([], F, np.full(2, 0.5))
     for _ in range(4):
-        unsupervised._mvdh_step(codes, F, np.full(2, 0.5), [x, x], graph, 0.0, 1e-3, 1e6, 1e-2, 100.0)
+        unsupervised._mvdh_step(codes, now, [x, x], graph, 0.0, 1e-3, 1e6, 1e-2, 100.0)
         unsupervised._improve(alone, [x], [unsupervised._factors(alone, x, 1e-2)], [1.0], 20)
     np.testing.assert_array_equal(codes, alone)
 
@@ -124,14 +126,15 @@ def test_mvdh_moves_its_clusters_as_the_dense_formula_does():
     graph = unsupervised._anchor_graph(np.concatenate(xs, axis=1), rng, 50)
     F = unsupervised._clusters(graph, 5, 0) + 0.01
     codes = random_codes(200, 12)
-    _, moved, theta = unsupervised._mvdh_step(codes, F, np.full(2, 0.5), xs, graph, **weights, weigh=100.0)
+    now = unsupervised._Mvdh([], F, np.full(2, 0.5))
+    after = unsupervised._mvdh_step(codes, now, xs, graph, **weights, weigh=100.0)
     L = np.eye(200) - (graph @ graph.T).toarray()
     inner = np.linalg.inv(codes.T @ codes + 1e-2 * np.eye(12))
     M = L + 0.2 / 0.3 * (np.eye(200) - codes @ inner @ codes.T)
     expected = F * 5 * F / (0.3 * M @ F + 5 * F @ F.T @ F)
     assert (expected > 0).all()
-    np.testing.assert_allclose(moved, expected, rtol=1e-6)
-    assert theta.sum() == pytest.approx(1) and (theta >= 0).all()
+    np.testing.assert_allclose(after.F, expected, rtol=1e-6)
+    assert after.theta.sum() == pytest.approx(1) and (after.theta >= 0).all()
 
 
 def test_a_small_training_set_has_fewer_anchors_and_clusters():

@@ -6,6 +6,8 @@
 __all__ = ['MFH', 'MAH', 'MVLH', 'MvDH']
 
 # %% ../../nbs/lib/models/09_unsupervised_pairs.ipynb #be88e189
+from typing import NamedTuple
+
 import numpy as np
 from scipy import sparse
 from scipy.linalg import eigh
@@ -52,26 +54,34 @@ MFH = Method(
 )
 
 # %% ../../nbs/lib/models/09_unsupervised_pairs.ipynb #66d96632
-def _mah_objective(U, V, alpha, kernels, graphs, gamma, eta) -> float:
+class _Mah(NamedTuple):
+    U: np.ndarray  # (n, k)
+    V: np.ndarray  # (n, k)
+    alpha: np.ndarray  # (2,)
+
+
+def _mah_objective(now: _Mah, kernels, graphs, gamma, eta) -> float:
     "The objective; `kernels` and `graphs` are lists of (n, n), the latter sparse."
-    K, W = (sum(a * x for a, x in zip(alpha, xs)) for xs in (kernels, graphs))
+    U, V = now.U, now.V
+    K, W = (sum(a * x for a, x in zip(now.alpha, xs)) for xs in (kernels, graphs))
     smooth = np.sum(V * (W.sum(1)[:, None] * V - W @ V))
     return np.square(K - V @ U.T).sum() + gamma * smooth + eta * np.square(U.T @ U - np.eye(U.shape[1])).sum()
 
 
-def _mah_step(U, V, alpha, kernels, graphs, gamma, eta) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "One iteration: the next U and V (n, k), and the weights (2,) of the views."
-    W = sum(a * w for a, w in zip(alpha, graphs))
-    mixed = sum(a * (K @ U) for a, K in zip(alpha, kernels))
+def _mah_step(now: _Mah, kernels, graphs, gamma, eta) -> _Mah:
+    "One iteration."
+    U, V = now.U, now.V
+    W = sum(a * w for a, w in zip(now.alpha, graphs))
+    mixed = sum(a * (K @ U) for a, K in zip(now.alpha, kernels))
     V = V * (mixed + gamma * (W @ V)) / np.maximum(V @ (U.T @ U) + gamma * W.sum(1)[:, None] * V, 1e-10)
-    mixed = sum(a * (K @ V) for a, K in zip(alpha, kernels))
+    mixed = sum(a * (K @ V) for a, K in zip(now.alpha, kernels))
     U = U * (mixed + 2 * eta * U) / np.maximum(U @ (V.T @ V) + 2 * eta * U @ (U.T @ U), 1e-10)
     smooth = [np.sum(V * (w.sum(1)[:, None] * V - w @ V)) for w in graphs]
     T = [np.sum(V * (K @ U)) - gamma / 2 * s for K, s in zip(kernels, smooth)]
     G = [[np.vdot(K, other) for other in kernels] for K in kernels]
     first = (G[1][1] - G[0][1] + T[0] - T[1]) / max(G[0][0] - 2 * G[0][1] + G[1][1], 1e-12)
     first = np.clip(first, 0, 1)
-    return U, V, np.array([first, 1 - first])
+    return _Mah(U, V, np.array([first, 1 - first]))
 
 
 def _logistic(
@@ -101,17 +111,18 @@ def _fit_mah(views, labels, bits, seed, gamma=10.0, eta=1.0, rounds=50, ridge=1e
 
     kernels, graphs = kernels_of(views), [neighbour_weights(view, 5) for view in views]
     rng = np.random.default_rng(seed)
-    U, V = rng.random((2, len(views[0]), bits))
-    alpha, objective = np.full(2, 0.5), []
+    now, objective = _Mah(*rng.random((2, len(views[0]), bits)), np.full(2, 0.5)), []
     for _ in range(rounds):
-        U, V, alpha = _mah_step(U, V, alpha, kernels, graphs, gamma, eta)
-        objective.append(_mah_objective(U, V, alpha, kernels, graphs, gamma, eta))
-    scale = np.sqrt(np.square(V).mean())
-    theta = _logistic(V / scale, V > np.median(V, axis=1, keepdims=True), ridge)
-    directions = np.linalg.pinv(U).T @ theta  # (n, k)
-    return Fit(
-        lambda views: sum(a * K for a, K in zip(alpha, kernels_of(views))) @ directions, tuple(objective)
-    )
+        now = _mah_step(now, kernels, graphs, gamma, eta)
+        objective.append(_mah_objective(now, kernels, graphs, gamma, eta))
+    scale = np.sqrt(np.square(now.V).mean())
+    theta = _logistic(now.V / scale, now.V > np.median(now.V, axis=1, keepdims=True), ridge)
+    directions = np.linalg.pinv(now.U).T @ theta  # (n, k)
+
+    def function(views):
+        return sum(a * K for a, K in zip(now.alpha, kernels_of(views))) @ directions
+
+    return Fit(function, tuple(objective))
 
 
 MAH = Method(
@@ -209,28 +220,32 @@ def _clusters(
     return member / np.sqrt(np.maximum(member.sum(0), 1))
 
 
-def _mvdh_step(
-    B, F, theta, xs, graph, alpha, beta, gamma, delta, weigh
-) -> tuple[list, np.ndarray, np.ndarray]:
-    "One iteration, B (n, k) in place: the next U_m and P in a list, F (n, c), and the views' weights (2,)."
-    parts, weights = [*xs, F], [*theta, alpha]
+class _Mvdh(NamedTuple):
+    factors: list  # U_m and last P, (k, width) each
+    F: np.ndarray  # (n, c)
+    theta: np.ndarray  # (2,)
+
+
+def _mvdh_step(B, now: _Mvdh, xs, graph, alpha, beta, gamma, delta, weigh) -> _Mvdh:
+    "One iteration; B (n, k) in place, `weigh` is lambda."
+    F, parts = now.F, [*xs, now.F]
     factors = [_factors(B, x, delta) for x in parts]
-    _improve(B, parts, factors, weights, sweeps=20)
+    _improve(B, parts, factors, [*now.theta, alpha], sweeps=20)
     rest = F - B @ _factors(B, F, delta)
     slope = beta * (F - graph @ (graph.T @ F)) + alpha * rest + gamma * F @ (F.T @ F)
     F = F * gamma * F / np.maximum(slope, 1e-10)
     factors[-1] = _factors(B, F, delta)
     errors = _errors(B, xs, factors, delta)
     first = np.clip(0.5 + (errors[1] - errors[0]) / (2 * weigh), 0, 1)
-    return factors, F, np.array([first, 1 - first])
+    return _Mvdh(factors, F, np.array([first, 1 - first]))
 
 
-def _mvdh_objective(B, F, theta, factors, xs, graph, alpha, beta, gamma, delta, weigh) -> float:
+def _mvdh_objective(B, now: _Mvdh, xs, graph, alpha, beta, gamma, delta, weigh) -> float:
     "The objective."
-    errors = _errors(B, [*xs, F], factors, delta)
-    smooth = np.square(F).sum() - np.square(graph.T @ F).sum()
-    apart = np.square(F.T @ F - np.eye(F.shape[1])).sum()
-    views = theta @ errors[:-1] + weigh / 2 * theta @ theta
+    errors = _errors(B, [*xs, now.F], now.factors, delta)
+    smooth = np.square(now.F).sum() - np.square(graph.T @ now.F).sum()
+    apart = np.square(now.F.T @ now.F - np.eye(now.F.shape[1])).sum()
+    views = now.theta @ errors[:-1] + weigh / 2 * now.theta @ now.theta
     return views + alpha * errors[-1] + beta * smooth + gamma / 2 * apart
 
 
@@ -246,11 +261,11 @@ def _fit_mvdh(
     B = np.where(rng.random((n, bits)) < 0.5, -1.0, 1.0)
     weigh = _errors(B, xs, [_factors(B, x, delta) for x in xs], delta).sum()  # lambda
     rest = xs, graph, alpha, beta, gamma, delta, weigh
-    theta, objective = np.full(2, 0.5), []
+    now, objective = _Mvdh([], F, np.full(2, 0.5)), []
     while len(objective) < rounds and not settled(objective):
-        factors, F, theta = _mvdh_step(B, F, theta, *rest)
-        objective.append(_mvdh_objective(B, F, theta, factors, *rest))
-    factors = factors[:-1]
+        now = _mvdh_step(B, now, *rest)
+        objective.append(_mvdh_objective(B, now, *rest))
+    factors, theta = now.factors[:-1], now.theta
     to_codes = np.linalg.pinv(np.concatenate([np.sqrt(w) * U for w, U in zip(theta, factors)], axis=1))
     parts = np.split(to_codes, [len(means[0])])
 
