@@ -68,8 +68,15 @@ def test_mah_steps_follow_the_gradient():
     kernels = [rbf_kernel(v, gamma=1 / euclidean_distances(v).mean() ** 2).astype(float) for v in VIEWS]
     graphs = [neighbour_weights(v, 5) for v in VIEWS]
     now = unsupervised._Mah(*rng.random((2, 200, 6)), np.array([0.3, 0.7]))
-    after = unsupervised._mah_step(now, kernels, graphs, gamma, eta)
+    G = np.array([[np.trace(K @ other) for other in kernels] for K in kernels])
+    after = unsupervised._mah_step(now, kernels, G, graphs, gamma, eta)
     entries = np.arange(10), np.arange(10) % 6
+    K, W = (0.3 * first + 0.7 * second for first, second in (kernels, [w.toarray() for w in graphs]))
+    D = np.diag(W.sum(1))
+
+    def objective(U, V):
+        smooth = np.trace(V.T @ (D - W) @ V)
+        return np.square(K - V @ U.T).sum() + gamma * smooth + eta * np.square(U.T @ U - np.eye(6)).sum()
 
     def slope(now, name):
         "By differences, for ten of the entries."
@@ -80,12 +87,11 @@ def test_mah_steps_follow_the_gradient():
                 moved = now._asdict()[name].copy()
                 moved[entry] += step
                 moved = now._replace(**{name: moved})
-                values.append(unsupervised._mah_objective(moved, kernels, graphs, gamma, eta))
+                values.append(objective(moved.U, moved.V))
             out.append((values[0] - values[1]) / 2e-4)
         return np.array(out)
 
     U, V = now.U, now.V
-    D = sum(a * np.diag(np.asarray(w.sum(1))) for a, w in zip(now.alpha, graphs))
     below = (V @ U.T @ U + gamma * D @ V)[entries]  # half of the gradient's positive part
     expected = V[entries] * (1 - slope(now, "V") / 2 / below)
     np.testing.assert_allclose(after.V[entries], expected, rtol=1e-5)

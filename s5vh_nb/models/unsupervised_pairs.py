@@ -58,17 +58,17 @@ class _Mah(NamedTuple):
     U: np.ndarray  # (n, k)
     V: np.ndarray  # (n, k)
     alpha: np.ndarray  # (2,)
+    objective: float = np.inf
 
 
-def _mah_objective(now: _Mah, kernels, graphs, gamma, eta) -> float:
-    "The objective; `kernels` and `graphs` are lists of (n, n), the latter sparse."
-    U, V = now.U, now.V
-    K, W = (sum(a * x for a, x in zip(now.alpha, xs)) for xs in (kernels, graphs))
-    smooth = np.sum(V * (W.sum(1)[:, None] * V - W @ V))
-    return np.square(K - V @ U.T).sum() + gamma * smooth + eta * np.square(U.T @ U - np.eye(U.shape[1])).sum()
-
-
-def _mah_step(now: _Mah, kernels, graphs, gamma, eta) -> _Mah:
+def _mah_step(
+    now: _Mah,
+    kernels: list,  # K_m, (n, n)
+    G: np.ndarray,  # (2, 2)
+    graphs: list,  # W_m, (n, n) sparse
+    gamma: float,
+    eta: float,
+) -> _Mah:
     "One iteration."
     U, V = now.U, now.V
     W = sum(a * w for a, w in zip(now.alpha, graphs))
@@ -77,11 +77,12 @@ def _mah_step(now: _Mah, kernels, graphs, gamma, eta) -> _Mah:
     mixed = sum(a * (K @ V) for a, K in zip(now.alpha, kernels))
     U = U * (mixed + 2 * eta * U) / np.maximum(U @ (V.T @ V) + 2 * eta * U @ (U.T @ U), 1e-10)
     smooth = [np.sum(V * (w.sum(1)[:, None] * V - w @ V)) for w in graphs]
-    T = [np.sum(V * (K @ U)) - gamma / 2 * s for K, s in zip(kernels, smooth)]
-    G = [[np.vdot(K, other) for other in kernels] for K in kernels]
-    first = (G[1][1] - G[0][1] + T[0] - T[1]) / max(G[0][0] - 2 * G[0][1] + G[1][1], 1e-12)
+    T = np.array([np.sum(V * (K @ U)) - gamma / 2 * s for K, s in zip(kernels, smooth)])
+    first = (G[1, 1] - G[0, 1] + T[0] - T[1]) / max(G[0, 0] - 2 * G[0, 1] + G[1, 1], 1e-12)
     first = np.clip(first, 0, 1)
-    return _Mah(U, V, np.array([first, 1 - first]))
+    alpha, UU = np.array([first, 1 - first]), U.T @ U
+    rest = np.sum(V.T @ V * UU) + eta * np.square(UU - np.eye(len(UU))).sum()
+    return _Mah(U, V, alpha, alpha @ G @ alpha - 2 * alpha @ T + rest)
 
 
 def _logistic(
@@ -111,10 +112,11 @@ def _fit_mah(views, labels, bits, seed, gamma=10.0, eta=1.0, rounds=50, ridge=1e
 
     kernels, graphs = kernels_of(views), [neighbour_weights(view, 5) for view in views]
     rng = np.random.default_rng(seed)
+    G = np.array([[np.vdot(K, other) for other in kernels] for K in kernels])
     now, objective = _Mah(*rng.random((2, len(views[0]), bits)), np.full(2, 0.5)), []
     for _ in range(rounds):
-        now = _mah_step(now, kernels, graphs, gamma, eta)
-        objective.append(_mah_objective(now, kernels, graphs, gamma, eta))
+        now = _mah_step(now, kernels, G, graphs, gamma, eta)
+        objective.append(now.objective)
     scale = np.sqrt(np.square(now.V).mean())
     theta = _logistic(now.V / scale, now.V > np.median(now.V, axis=1, keepdims=True), ridge)
     directions = np.linalg.pinv(now.U).T @ theta  # (n, k)
