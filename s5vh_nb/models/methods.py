@@ -28,11 +28,14 @@ from s5vh_nb.models.baselines import (
 )
 from .multiview import Method, OfViews
 from .supervised_pairs import DMVH, FDMH, FOMH, MFKH, SAPMH
-from .unsupervised_pairs import MFH
+from .unsupervised_pairs import MAH, MFH, MVLH, MvDH
 
 # %% ../../nbs/lib/models/12_methods.ipynb #f1244f6b
 RIVALS = {  # of DMMH, for pairs
     "mfh": MFH,
+    "mah": MAH,
+    "mvlh": MVLH,
+    "mvdh": MvDH,
     "mfkh": MFKH,
     "dmvh": DMVH,
     "fomh": FOMH,
