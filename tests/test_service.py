@@ -149,6 +149,41 @@ def test_answers_are_those_of_the_search(way, url):
     assert len(found(ask(f"{url}/search?id=0&top=100"))) == 35
 
 
+@contextlib.contextmanager
+def of_items(folder, metadata):
+    "The address of a service that takes ids of three items."
+    index = HashIndex(16)
+    index.add(np.array([[0, 0], [0, 1], [0, 3]], np.uint8), metadata=metadata)
+    index.save(folder / "items.index")
+    with serving.in_background(serving.Service(folder / "items.index", workers=1, device="cpu")) as url:
+        yield url
+
+
+def test_an_index_without_metadata(tmp_path):
+    with of_items(tmp_path, None) as url:
+        answer = ask(f"{url}/search?id=0&top=2")
+        assert found(answer) == [(0, 0), (1, 1)]
+        assert [row["about"] for row in json.loads(answer[2])["found"]] == [{}, {}]
+        assert "1. item 0" in ask(f"{url}/?id=0")[2].decode()
+        assert ask(f"{url}/strip/0")[0] == 404
+
+
+def test_numbers_of_the_metadata_are_exact(tmp_path):
+    numbers = [0.12345678901234568, 1e-12, float("nan")]
+    told = {
+        "x": numbers,
+        "f": np.array([0.1, 1, 2], np.float32),
+        "n": [2**53 + 1, 0, -1],
+        "yes": [True, False, True],
+        "text": ["a", "", "é"],
+    }
+    with of_items(tmp_path, told) as url:
+        rows = [row["about"] for row in json.loads(ask(f"{url}/search?id=0")[2])["found"]]
+    told["x"], told["f"] = [*numbers[:2], None], told["f"].tolist()
+    assert rows == [{name: values[i] for name, values in told.items()} for i in range(3)]
+    assert [type(rows[0][name]) for name in told] == [float, float, int, bool, str]
+
+
 def test_the_page_shows_texts_as_texts(way, url):
     "What was found, ties, links, pictures; markup in names and labels is none."
     status, headers, body = send(url, (way / "videos/red/0.gif").read_bytes(), name="<b>é&.gif", top="3")

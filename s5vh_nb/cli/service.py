@@ -16,6 +16,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import multiprocessing
 import re
 import shutil
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
@@ -247,6 +249,17 @@ def _is_emoji(about: dict) -> bool:
     return is_whole(about.get("emoji")) and 0 <= about["emoji"] < len(emoji_names())
 
 
+def _records(table: pd.DataFrame) -> list:
+    "Metadata as JSON holds them, a dictionary a row: floats exactly, but null where they are not finite."
+
+    def plain(value):
+        value = value.item() if isinstance(value, np.generic) else value
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    rows = table.to_dict("index").values()  # also of a table without columns
+    return [{name: plain(value) for name, value in row.items()} for row in rows]
+
+
 def _check_packages():
     "`ImportError` without the extra `serve`."
     for name in ("fastapi", "uvicorn", "python_multipart", "jinja2"):
@@ -427,12 +440,11 @@ class Service:
     def _search(self, codes: np.ndarray, top: int, query: str, **more) -> _Answer:
         found = self.index.search(codes, top)
         ids = found.ids[0][found.ids[0] >= 0]
-        about = json.loads(self.index.about(ids).to_json(orient="records"))
+        distances = found.distances[0][: len(ids)].tolist()
+        about = _records(self.index.about(ids))
         items = [
             {"rank": rank, "id": i, "distance": distance, "about": facts, "strip": self._strip_url(i, facts)}
-            for rank, (i, distance, facts) in enumerate(
-                zip(ids.tolist(), found.distances[0].tolist(), about), 1
-            )
+            for rank, (i, distance, facts) in enumerate(zip(ids.tolist(), distances, about, strict=True), 1)
         ]
         last = found.distances[0].max()
         return _Answer(query, items, int(found.ties[0] - (found.distances[0] == last).sum()), **more)
@@ -448,7 +460,7 @@ class Service:
 
     async def _draw(self, i: int) -> tuple[bytes, bytes]:
         rows = await asyncio.to_thread(self._of_item, self.index.about, i)
-        about = rows.to_dict("records")[0]
+        about = _records(rows)[0]
         if _is_emoji(about):
             return 2 * (_webp(emoji_picture(about["emoji"])),)
         file = self._file(about)
