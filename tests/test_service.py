@@ -236,6 +236,24 @@ def test_names_of_uploads_are_never_paths(way, url, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()) and sorted(way.rglob("*")) == before
 
 
+def test_names_of_half_characters(way, url):
+    "Some charsets can name what UTF-8 can't hold."
+    content, kind = (way / "videos/red/0.gif").read_bytes(), "multipart/form-data; boundary=edge; charset="
+    for charset, query in (("raw_unicode_escape", "?.gif"), ("utf-8", "\\ud800.gif")):
+        headers = {"Content-Type": kind + charset}
+        answer = send(f"{url}/search", content, name="\\ud800.gif", headers=headers)
+        assert found(answer)[0] == (0, 0) and json.loads(answer[2])["query"] == query
+        assert send(url, content, name="\\ud800.gif", headers=headers)[0] == 200
+
+
+def test_kinds_are_the_same_in_capitals(way, url):
+    content, headers = (
+        (way / "videos/red/0.gif").read_bytes(),
+        {"Content-Type": "Multipart/Form-Data; Boundary=edge"},
+    )
+    assert found(send(f"{url}/search", content, kind="Image/GIF", headers=headers))[0] == (0, 0)
+
+
 def test_health_and_description(url):
     facts = {"status": "ok", "items": 35, "bits": 32, "takes": "video", "workers": 2}
     assert json.loads(ask(f"{url}/health")[2]) == facts
@@ -369,11 +387,14 @@ def test_reading_stops_at_the_limit(url, headers, monkeypatch):
 
 def test_other_names_and_other_sites(way, url):
     "Under an unknown name nothing is told, not even the name of the index; forms of other sites are refused."
-    for place in ("/", "/search?id=1", "/strip/1", "/health", "/?top=x", "/nothing"):
-        status, _, body = ask(url + place, headers={"Host": "evil.example"})
-        assert status in (421, 404) and b"videos.index" not in body, place
-    assert b"videos.index" not in ask(f"{url}/openapi.json", headers={"Host": "evil.example"})[2]
     content = (way / "videos/red/0.gif").read_bytes()
+    for place in ("", "search?id=1", "strip/1", "health", "?top=x", "nothing", "openapi.json", "search/"):
+        for answer in (
+            ask(f"{url}/{place}", headers={"Host": "evil.example"}),
+            send(f"{url}/{place}", content, headers={"Host": "evil.example"}),
+        ):
+            assert answer[0] == 421 and "not as evil.example" in json.loads(answer[2])["error"], place
+            assert b"videos.index" not in answer[2]
     for headers, status in (
         ({"Origin": "https://evil.example"}, 403),
         ({"Origin": "null"}, 403),
@@ -548,7 +569,14 @@ def test_commands_name_what_is_wrong(way, captions, monkeypatch, capsys):
             ("videos.index --model nowhere", "nowhere/config.json: expected"),
             ("videos.index --videos nowhere", "nowhere: expected a folder of videos"),
             ("videos.index --workers 0", "workers: expected at least 1"),
-            ("videos.index --seconds 0", "megabytes, seconds: expected more than 0"),
+            (
+                "videos.index --seconds 0",
+                "megabytes, seconds: expected finite numbers above 0, found 64, 0.0",
+            ),
+            ("videos.index --seconds inf", "expected finite numbers above 0, found 64, inf"),
+            ("videos.index --megabytes nan", "expected finite numbers above 0, found nan, 60"),
+            ("videos.index --megabytes inf", "expected finite numbers above 0, found inf, 60"),
+            ("videos.index --megabytes -1", "expected finite numbers above 0, found -1.0, 60"),
             (f"videos.index --port {port}", f"127.0.0.1, port {port}: expected an address of this machine"),
             ("videos.index --port 70000", "port: expected a number from 0"),
             ("videos.index --host 192.0.2.1", "192.0.2.1, port 0: expected an address of this machine"),

@@ -303,7 +303,8 @@ class Service:
     ):
         _check_packages()
         check(is_whole(workers) and workers > 0, "workers", "at least 1", workers)
-        check(megabytes > 0 and seconds > 0, "megabytes, seconds", "more than 0", f"{megabytes}, {seconds}")
+        bounded = 0 < megabytes < math.inf and 0 < seconds < math.inf
+        check(bounded, "megabytes, seconds", "finite numbers above 0", f"{megabytes}, {seconds}")
         self.name, self.index = Path(index).name, open_index(index)
         self.size = len(self.index)
         check(self.size > 0, index, "at least one item", "none")
@@ -512,14 +513,18 @@ def _page(service: Service) -> Callable:
     return page
 
 # %% ../../nbs/lib/cli/03_service.ipynb #e1605653
-def _check_sender(host: str, origin: str | None, site: str | None, names: tuple):
-    "`_Refused` for a host name that is not known, or a form of another site."
+def _check_host(host: str, names: tuple):
+    "`_Refused` for a host name that is not known."
     name = None
     with contextlib.suppress(ValueError):
         name = urllib.parse.urlsplit(f"//{host}").hostname
     if name not in names:
         known = f"This service is known as {' or '.join(names)}, not as {name}."
         raise _Refused(421, f"{known} Whoever starts it can add a name with --name.")
+
+
+def _check_origin(host: str, origin: str | None, site: str | None):
+    "`_Refused` for a form of another site."
     alike = site in ("same-origin", "none") if site else origin in (None, f"http://{host}", f"https://{host}")
     if not alike:
         raise _Refused(
@@ -543,7 +548,7 @@ async def _form(request, most: int) -> dict:
     from starlette.formparsers import MultiPartException, MultiPartParser
     from starlette.requests import ClientDisconnect
 
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise _Refused(415, "A video is sent as a form (multipart/form-data) with the field `video`.")
 
     async def pieces():
@@ -576,11 +581,10 @@ async def _answer_form(service: Service, request) -> _Answer:
         if not getattr(video, "filename", None):
             raise _Refused(422, "No video was sent. Please choose a file first.")
         kind = video.content_type or "application/octet-stream"
-        if not re.match(r"video/|image/(gif|webp|png)|application/octet-stream", kind):
+        if not re.match(r"video/|image/(gif|webp|png)|application/octet-stream", kind.lower()):
             raise _Refused(415, f"A video or an animated picture is needed, not {kind[:60]}.")
-        return await service.search_video(
-            video.file, video.filename[:100], _whole(str(form.get("top", "10")))
-        )
+        name = video.filename[:100].encode("utf-8", "replace").decode()  # some charsets give half characters
+        return await service.search_video(video.file, name, _whole(str(form.get("top", "10"))))
 
 
 async def _answer(service: Service, id: int | None, caption: str | None, top: int) -> _Answer | None:
@@ -595,6 +599,23 @@ async def _answer(service: Service, id: int | None, caption: str | None, top: in
         )
 
 # %% ../../nbs/lib/cli/03_service.ipynb #47f3315d
+def _for_known(app: Callable, names: tuple) -> Callable:
+    "An application that answers under known host names only, whatever is asked for."
+    from starlette.datastructures import Headers
+    from starlette.responses import JSONResponse
+
+    async def checked(scope, receive, send):
+        answer = app
+        try:
+            if scope["type"] == "http":
+                _check_host(Headers(scope=scope).get("host", ""), names)
+        except _Refused as error:
+            answer = JSONResponse({"error": error.sentence}, error.status)
+        await answer(scope, receive, send)
+
+    return checked
+
+
 def _tell_errors(app, page: Callable):
     "Every error as a sentence: on the page, or as JSON."
     from fastapi.exceptions import RequestValidationError
@@ -602,7 +623,7 @@ def _tell_errors(app, page: Callable):
     from starlette.responses import JSONResponse
 
     def told(request, status: int, sentence: str):
-        if request.url.path == "/" and status != 421:  # who is not known sees nothing of the page
+        if request.url.path == "/":
             return page(request, error=sentence, status=status)
         return JSONResponse({"error": sentence}, status)
 
@@ -665,11 +686,6 @@ def _make_app(
         yield
         service.close()
 
-    def sender(request: Request):
-        told = [request.headers.get(name) for name in ("origin", "sec-fetch-site")]
-        form = request.method == "POST"
-        _check_sender(request.headers.get("host", ""), *(told if form else (None, None)), names)
-
     async def asked(
         id: Annotated[int | None, Query(ge=0, lt=2**63)] = None,
         caption: Annotated[str | None, Query(min_length=1, max_length=1000)] = None,
@@ -678,6 +694,7 @@ def _make_app(
         return await _answer(service, id, caption, top)
 
     async def sent(request: Request) -> _Answer:
+        _check_origin(*(request.headers.get(name) for name in ("host", "origin", "sec-fetch-site")))
         return await _answer_form(service, request)
 
     app = FastAPI(
@@ -685,8 +702,8 @@ def _make_app(
         docs_url=None,
         redoc_url=None,
         lifespan=life,
-        dependencies=[Depends(sender)],
     )
+    app.add_middleware(_for_known, names=names)
     page = _page(service)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a form that can't be read is answered
 
