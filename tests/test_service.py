@@ -315,9 +315,15 @@ def test_captions(captions):
 
 REFUSED = {  # status and part of the sentence: address, form
     (422, "not for both"): ("/search?id=1&caption=a", None),
-    (422, "id: Input should be a valid integer"): ("/search?id=x", None),
-    (422, "top: Input should be less than or equal to 100, found '101'"): ("/search?id=1&top=101", None),
-    (422, "id: Input should be greater than or equal to 0"): ("/strip/-1", None),
+    (422, f"id: a whole number from 0 to {2**63 - 1} is needed, not 'x'."): ("/search?id=x", None),
+    (422, f"id: a whole number from 0 to {2**63 - 1} is needed, not '{2**63}'."): (
+        f"/search?id={2**63}",
+        None,
+    ),
+    (422, "top: a whole number from 1 to 100 is needed, not '101'."): ("/search?id=1&top=101", None),
+    (422, f"id: a whole number from 0 to {2**63 - 1} is needed, not '-1'."): ("/strip/-1", None),
+    (422, "short: true or false is needed, not 'x'."): ("/strip/1?short=x", None),
+    (422, "caption: a text of 1 to 1000 characters is needed, not ''."): ("/search?caption=", None),
     (422, "takes a video or the id of an item, not a caption"): ("/search?caption=cat", None),
     (404, "There is no item 35 among the 35 items"): ("/search?id=35", None),
     (404, f"There is no item {2**63 - 1}"): (f"/strip/{2**63 - 1}", None),
@@ -507,6 +513,7 @@ def process(way):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
     with subprocess.Popen(words, cwd=way, **pipes) as made:
         try:
+            assert made.stdout.readline().startswith("videos.index: it is opened")
             yield made, re.search(r"http://\S+", made.stdout.readline())[0]
         finally:
             made.kill()
@@ -552,6 +559,24 @@ def test_a_hundred_at_once(way):
         assert not [each for each in forks if each.is_running()]
 
 
+def test_ctrl_c_while_it_starts(way):
+    "As of a terminal, for all its processes: the command ends, and says nothing."
+    words = [sys.executable, "-c", "from s5vh_nb.cli.command import main; exit(main())"]
+    words += ["serve", "videos.index", "--port", "0"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+    with subprocess.Popen(words, cwd=way, start_new_session=True, **pipes) as made:
+        try:
+            assert made.stdout.readline().startswith("videos.index: it is opened")
+            forks = psutil.Process(made.pid).children
+            wait_for(lambda: any("torch" in file.path for each in forks() for file in each.memory_maps()))
+            server = forks()
+            os.killpg(made.pid, signal.SIGINT)
+            assert made.communicate(timeout=60)[0] == "" and made.returncode == 0
+            assert psutil.wait_procs(server, 10)[1] == []
+        finally:
+            made.kill()
+
+
 def test_commands_name_what_is_wrong(way, captions, monkeypatch, capsys):
     monkeypatch.chdir(way)
     HashIndex(32).save("empty.index")
@@ -577,7 +602,11 @@ def test_commands_name_what_is_wrong(way, captions, monkeypatch, capsys):
             ("videos.index --megabytes nan", "expected finite numbers above 0, found nan, 60"),
             ("videos.index --megabytes inf", "expected finite numbers above 0, found inf, 60"),
             ("videos.index --megabytes -1", "expected finite numbers above 0, found -1.0, 60"),
-            (f"videos.index --port {port}", f"127.0.0.1, port {port}: expected an address of this machine"),
+            (
+                f"videos.index --port {port}",
+                f"127.0.0.1, port {port}: expected an address of this machine, and a port that is free, "
+                "found: Address already in use\n",
+            ),
             ("videos.index --port 70000", "port: expected a number from 0"),
             ("videos.index --host 192.0.2.1", "192.0.2.1, port 0: expected an address of this machine"),
         ):

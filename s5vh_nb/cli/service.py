@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -29,6 +30,7 @@ import urllib.parse
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Annotated
 
@@ -93,13 +95,12 @@ def _tried(call: Callable, *given):
 
 def _work(pipe, folder: str | None, weights: str | None, device: Device, threads: int):
     "The life of a worker: say what its model takes, then do jobs until nobody is there to ask."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service, which then lets its workers go
     tqdm.set_lock(threading.RLock())  # tqdm's own is shared by processes and would outlive a killed one
     torch.set_num_threads(threads)
     model = None if folder is None else _tried(open_model, folder, weights, device)
     kind = "caption" if isinstance(model, CaptionModel) else "video"
-    pipe.send(model if isinstance(model, Exception) else model and (kind, model.network.bits))
     with contextlib.suppress(EOFError, OSError):
+        pipe.send(model if isinstance(model, Exception) else model and (kind, model.network.bits))
         while True:
             job, *given = pipe.recv()
             pipe.send(_tried(_encode, model, *given) if job == "encode" else _tried(_strips, *given))
@@ -164,9 +165,9 @@ class _Workers:
         self._context = multiprocessing.get_context(start)
         self._context.set_forkserver_preload([__name__])  # a new worker is there at once
         self._given = (*given, max(1, torch.get_num_threads() // count))
-        self._all = [self._start() for _ in range(count)]
-        self._free, self._threads = asyncio.Queue(), ThreadPoolExecutor(count)
+        self._all, self._free, self._threads = [], asyncio.Queue(), ThreadPoolExecutor(count)
         try:
+            self._all += (self._start() for _ in range(count))
             self.takes = [worker.takes() for worker in self._all][0]
         except BaseException as error:
             self.close()
@@ -177,7 +178,13 @@ class _Workers:
             self._free.put_nowait(slot)
 
     def _start(self) -> _Worker:
-        return _Worker(self._context, *self._given)
+        "A new one, which never hears of Ctrl-C: the service then lets its workers go."
+        resource_tracker.ensure_running()  # it would undo the following
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes inherit it
+        try:
+            return _Worker(self._context, *self._given)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     async def run(self, *job):
         """What a worker answers; a job whose worker dies is tried once more, then `_Died`.
@@ -599,6 +606,16 @@ async def _answer(service: Service, id: int | None, caption: str | None, top: in
         )
 
 # %% ../../nbs/lib/cli/03_service.ipynb #47f3315d
+_LARGEST = 2**63 - 1  # id
+_LONGEST = 1000  # caption, in characters
+_WANTED = {  # of the parameters of an address
+    "id": f"a whole number from 0 to {_LARGEST}",
+    "caption": f"a text of 1 to {_LONGEST} characters",
+    "top": f"a whole number from 1 to {_MOST}",
+    "short": "true or false",
+}
+
+
 def _for_known(app: Callable, names: tuple) -> Callable:
     "An application that answers under known host names only, whatever is asked for."
     from starlette.datastructures import Headers
@@ -632,7 +649,8 @@ def _tell_errors(app, page: Callable):
 
     def not_valid(request, error):
         first = error.errors()[0]
-        return told(request, 422, f"{first['loc'][-1]}: {first['msg']}, found {str(first['input'])[:60]!r}.")
+        name, found = first["loc"][-1], str(first["input"])[:60]
+        return told(request, 422, f"{name}: {_WANTED[name]} is needed, not {found!r}.")
 
     def no_route(request, error):
         said = {
@@ -687,8 +705,8 @@ def _make_app(
         service.close()
 
     async def asked(
-        id: Annotated[int | None, Query(ge=0, lt=2**63)] = None,
-        caption: Annotated[str | None, Query(min_length=1, max_length=1000)] = None,
+        id: Annotated[int | None, Query(ge=0, le=_LARGEST)] = None,
+        caption: Annotated[str | None, Query(min_length=1, max_length=_LONGEST)] = None,
         top: Annotated[int, Query(ge=1, le=_MOST)] = 10,
     ) -> _Answer | None:
         return await _answer(service, id, caption, top)
@@ -726,7 +744,7 @@ def _make_app(
         return answer.as_json()
 
     @app.get("/strip/{id}", response_class=Response)
-    async def strip(id: Annotated[int, PathPart(ge=0, lt=2**63)], short: bool = False):
+    async def strip(id: Annotated[int, PathPart(ge=0, le=_LARGEST)], short: bool = False):
         async with service.limit():
             return Response((await service.strips(id))[short], media_type="image/webp")
 
@@ -748,7 +766,9 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         expected = "an address of this machine, and a port that is free"
-        raise OSError(f"{host}, port {port}: expected {expected}, found: {error.strerror}") from error
+        unknown = isinstance(error, socket.gaierror)  # its numbers are not those of the system
+        said = error.strerror if unknown else os.strerror(error.errno)
+        raise OSError(f"{host}, port {port}: expected {expected}, found: {said}") from error
 
 
 def _server(service: Service, host: str, listening: socket.socket, names: tuple = ()):
@@ -786,9 +806,10 @@ def serve(
         Of `Service`
     """
     with _listen(host, port) as listening:
-        service = Service(index, **options)
-        server, address = _server(service, host, listening, names)
-        with contextlib.suppress(KeyboardInterrupt), contextlib.closing(service):
+        with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as ended:
+            print(f"{Path(index).name}: it is opened and workers start, for up to half a minute", flush=True)
+            service = ended.enter_context(contextlib.closing(Service(index, **options)))
+            server, address = _server(service, host, listening, names)
             if host not in _LOOPBACK:
                 said = "can be reached from other machines: whoever opens this page may search and send files"
                 print(f"s5vh-nb: {host} {said}; there is no password", file=sys.stderr)
