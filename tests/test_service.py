@@ -33,7 +33,7 @@ from s5vh_nb.datasets.extract import EXTRACTION, make_extractor
 from s5vh_nb.models.dmmh import DMMH
 from s5vh_nb.models.plus import Plus
 from s5vh_nb.search.index import HashIndex
-from s5vh_nb.search.queries import VOCABULARY, Search, VideoModel, encode_pairs
+from s5vh_nb.search.queries import VOCABULARY, CaptionModel, Search, VideoModel, encode_pairs
 from s5vh_nb.search.videos import filmstrip
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
@@ -283,7 +283,7 @@ def captions(tmp_path_factory):
     return folder
 
 
-def test_captions(captions):
+def test_captions(captions, capsys):
     "The bundled emoji, found by words and shown as drawings; unknown words are said."
     search = Search.open(captions / "model", captions / "emoji.index", device="cpu")
     service = serving.Service(captions / "emoji.index", captions / "model", workers=1, device="cpu")
@@ -296,18 +296,28 @@ def test_captions(captions):
         assert first["strip"] == f"/strip/{first['id']}" and {"name", "words", "label"} <= set(first["about"])
         assert Image.open(io.BytesIO(ask(url + first["strip"])[2])).size == (64, 64)
         page = ask(f"{url}/?{asked}")[2].decode()
-        assert (
-            "Drawings by OpenMoji" in page
-            and "does not know them" in page
-            and "did you mean sunglasses?" in page
-            and 'type="file"' not in page
-        )
+        assert "Drawings by OpenMoji" in page and 'type="file"' not in page
+        said = "Left out, since the model does not know them: sunglasess (did you mean sunglasses?), qqq."
+        assert f"<p>{said}</p>" in page and "at least two letters or digits" in page
+        words = ["--model", str(captions / "model"), "--caption", "happy CAT, sunglasess & qqq"]
+        assert main(["search", str(captions / "emoji.index"), *words]) == 0
+        assert capsys.readouterr().out.splitlines()[0] == said
         assert (
             'value="happy CAT, sunglasess &amp; qqq"' in page and f"Drawing: {first['about']['name']}" in page
         )
         status, _, body = ask(f"{url}/search?caption=qqq")
         assert status == 422 and "at least one of the 1613 words" in json.loads(body)["error"]
         assert send(f"{url}/search", b"GIF89a")[0] == 422
+
+
+def test_suggestions_are_few(captions, monkeypatch):
+    "Each takes some milliseconds."
+    asked, model = [], CaptionModel.open(captions / "model", device="cpu")
+    monkeypatch.setattr("difflib.get_close_matches", lambda word, *given: asked.append(word) or ["cat"])
+    words = [f"qq{i}" for i in range(140)]
+    assert model.unknown(" ".join(words)) == dict.fromkeys(words) | dict.fromkeys(words[:5], "cat")
+    model.encode(" ".join(["cat", *words]))
+    assert asked == words[:5]
 
 
 # Refusals

@@ -46,7 +46,7 @@ from ..basics.files import user_path
 from ..datasets.emoji import emoji_names
 from ..datasets.pictures import emoji_picture
 from ..search.milvus import open_index
-from ..search.queries import CaptionModel, open_model
+from ..search.queries import CaptionModel, open_model, say_left_out
 from ..search.videos import filmstrip
 
 # %% ../../nbs/lib/cli/03_service.ipynb #7db24405
@@ -515,7 +515,9 @@ def _page(service: Service) -> Callable:
     def page(request, answer: _Answer | None = None, error: str = "", status: int = 200):
         strips = answer and answer.strips and [_data_url(picture) for picture in answer.strips]
         shown = dict(answer=answer, strips=strips, error=error, given=request.query_params)
-        return HTMLResponse(template.render(service=service, most=_MOST, **shown), status)
+        return HTMLResponse(
+            template.render(service=service, most=_MOST, say_left_out=say_left_out, **shown), status
+        )
 
     return page
 
