@@ -1,5 +1,6 @@
 "The search service: answers, refusals, limits, workers that die, a hundred searches at once, a browser."
 
+import asyncio
 import concurrent.futures
 import contextlib
 import fcntl
@@ -497,6 +498,41 @@ def test_what_takes_too_long_is_stopped(way, lone):
     service.seconds = 60
     assert found(send(f"{url}/search", content))[0] == (0, 0)
     assert worker_of(service) is not old and not old.is_alive()
+
+
+def test_who_waits_in_vain_hears_that_it_is_busy(way, lone):
+    "It is not the video that takes long."
+    service, url = lone
+    content, worker = (way / "videos/red/0.gif").read_bytes(), worker_of(service)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        os.kill(worker.pid, signal.SIGSTOP)
+        first = pool.submit(send, f"{url}/search", content)
+        wait_for(service.workers._free.empty)
+        service.seconds = 0.2
+        for answer in (send(f"{url}/search", content), ask(f"{url}/strip/0")):
+            assert answer[0] == 503 and "is busy, and did not come to this within 0.2" in answer[2].decode()
+        os.kill(worker.pid, signal.SIGCONT)
+        assert found(first.result(60))[0] == (0, 0) and worker_of(service) is worker
+    assert not service.workers.waiting
+
+
+def test_few_uploads_are_read_at_once(way, lone, monkeypatch):
+    "The others wait unread, and not too many of them."
+    service, url = lone
+    content, worker, read = (way / "videos/red/0.gif").read_bytes(), worker_of(service), []
+    form = serving._form
+    monkeypatch.setattr(serving, "_form", lambda *given: read.append(1) or form(*given))
+    monkeypatch.setattr(serving, "_WAITING", 3)
+    monkeypatch.setattr(service, "_uploads", asyncio.Semaphore(2))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        os.kill(worker.pid, signal.SIGSTOP)
+        jobs = [pool.submit(send, f"{url}/search", content) for _ in range(4)]
+        wait_for(lambda: len(service.workers.waiting) == 3)  # two for a place, one for the worker
+        status, _, body = send(f"{url}/search", content)
+        assert status == 503 and "too many requests wait" in json.loads(body)["error"] and len(read) == 2
+        os.kill(worker.pid, signal.SIGCONT)
+        assert [found(job.result(60))[0] for job in jobs] == 4 * [(0, 0)]
+    assert len(read) == 4 and not service.workers.waiting
 
 
 def test_an_error_of_our_own_is_told_as_one(url, service, monkeypatch):

@@ -166,6 +166,7 @@ class _Workers:
         self._context.set_forkserver_preload([__name__])  # a new worker is there at once
         self._given = (*given, max(1, torch.get_num_threads() // count))
         self._all, self._free, self._threads = [], asyncio.Queue(), ThreadPoolExecutor(count)
+        self.waiting = set()  # tasks that got nothing yet
         try:
             self._all += (self._start() for _ in range(count))
             self.takes = [worker.takes() for worker in self._all][0]
@@ -186,6 +187,19 @@ class _Workers:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+    async def wait(self, place):
+        """What is waited for. A task that is stopped before stays in `waiting`.
+
+        Parameters
+        ----------
+        place
+        """
+        task = asyncio.current_task()
+        self.waiting.add(task)
+        got = await place
+        self.waiting.discard(task)
+        return got
+
     async def run(self, *job):
         """What a worker answers; a job whose worker dies is tried once more, then `_Died`.
 
@@ -194,7 +208,7 @@ class _Workers:
         *job
         """
         for again in (True, False):
-            slot = await self._free.get()
+            slot = await self.wait(self._free.get())
             try:
                 if not self._all[slot].alive():
                     self._all[slot] = self._start()
@@ -222,6 +236,8 @@ class _Workers:
 
 # %% ../../nbs/lib/cli/03_service.ipynb #5904bef7
 _MOST = 100  # items that can be asked for
+_UPLOADS = 8  # that are read or kept at a time; each lies on the disk up to twice
+_WAITING = 200  # requests that may wait before an upload
 _KEPT = 500  # filmstrips in memory, some 20 kB each
 
 
@@ -321,7 +337,7 @@ class Service:
         self.bytes, self.seconds = int(megabytes * 1e6), seconds
         self.workers = _Workers(workers, model, weights, device)
         self.takes, bits = self.workers.takes or (None, self.index.bits)
-        self._kept = collections.OrderedDict()
+        self._kept, self._uploads = collections.OrderedDict(), asyncio.Semaphore(_UPLOADS)
         if bits != self.index.bits:
             self.close()
             raise ValueError(
@@ -335,10 +351,14 @@ class Service:
     @contextlib.asynccontextmanager
     async def limit(self):
         "What is done here takes no longer than it may; `_Refused` where it would, and where workers died."
+        task = asyncio.current_task()
         try:
             async with asyncio.timeout(self.seconds):
                 yield
         except TimeoutError as error:
+            if task in self.workers.waiting:
+                said = f"This service is busy, and did not come to this within {self.seconds:g} seconds."
+                raise _Refused(503, f"{said} Please try again later.") from error
             said = (
                 f"This took longer than {self.seconds:g} seconds and was stopped. A shorter video may help."
             )
@@ -346,6 +366,25 @@ class Service:
         except _Died as error:
             said = "Two workers broke off on this request. Please try again, or with another file."
             raise _Refused(503, said) from error
+        finally:
+            self.workers.waiting.discard(task)
+
+    @contextlib.asynccontextmanager
+    async def upload(self, request):
+        """An upload is read and kept only here; `_Refused` where too many requests wait already.
+
+        Parameters
+        ----------
+        request
+        """
+        if len(self.workers.waiting) >= _WAITING:
+            await _throw_away(request.stream())
+            raise _Refused(503, "This service is busy: too many requests wait. Please try again later.")
+        await self.workers.wait(self._uploads.acquire())
+        try:
+            yield
+        finally:
+            self._uploads.release()
 
     def health(self) -> dict:
         "What is served."
@@ -584,7 +623,7 @@ def _whole(text: str) -> int:
 
 async def _answer_form(service: Service, request) -> _Answer:
     "What is nearest to the video of a form."
-    async with service.limit():
+    async with service.limit(), service.upload(request):
         form = await _form(request, service.bytes)
         video = form.get("video")
         if not getattr(video, "filename", None):
