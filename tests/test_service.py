@@ -8,12 +8,14 @@ import io
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -548,6 +550,16 @@ def test_an_error_of_our_own_is_told_as_one(url, service, monkeypatch):
 
 
 @contextlib.contextmanager
+def ending(made, seconds=120):
+    "A process that ends at last, so that nobody reads from it for ever."
+    (timer := threading.Timer(seconds, made.kill)).start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
 def process(way):
     "A service in a process of its own, and its address."
     options = dict(model="model", videos="videos", device="cpu", port=0)
@@ -557,7 +569,7 @@ def process(way):
         f"from s5vh_nb.cli.service import serve; serve('videos.index', **{options})",
     ]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
-    with subprocess.Popen(words, cwd=way, **pipes) as made:
+    with subprocess.Popen(words, cwd=way, **pipes) as made, ending(made):
         try:
             assert made.stdout.readline().startswith("videos.index: it is opened")
             yield made, re.search(r"http://\S+", made.stdout.readline())[0]
@@ -610,7 +622,7 @@ def test_ctrl_c_while_it_starts(way):
     words = [sys.executable, "-c", "from s5vh_nb.cli.command import main; exit(main())"]
     words += ["serve", "videos.index", "--port", "0"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
-    with subprocess.Popen(words, cwd=way, start_new_session=True, **pipes) as made:
+    with subprocess.Popen(words, cwd=way, start_new_session=True, **pipes) as made, ending(made):
         try:
             assert made.stdout.readline().startswith("videos.index: it is opened")
             forks = psutil.Process(made.pid).children
@@ -667,6 +679,8 @@ def test_another_address_is_said_to_be_open(way, monkeypatch, capsys):
     from uvicorn import Server
 
     monkeypatch.setattr(Server, "run", lambda self, sockets: self.config.load())
+    known, make = [], serving._make_app
+    monkeypatch.setattr(serving, "_make_app", lambda *given: known.append(given[1]) or make(*given))
     assert (
         main(
             [
@@ -683,9 +697,21 @@ def test_another_address_is_said_to_be_open(way, monkeypatch, capsys):
         == 0
     )
     said = capsys.readouterr()
-    assert "0.0.0.0 can be reached from other machines" in said.err and "http://0.0.0.0:" in said.out
-    assert main(["serve", str(way / "videos.index"), "--port", "0"]) == 0
-    assert not capsys.readouterr().err
+    assert "0.0.0.0 can be reached from other machines" in said.err and "with --name" in said.err
+    assert f"http://{socket.gethostname()}:" in said.out
+    assert main(["serve", str(way / "videos.index"), "--host", "127.0.0.2", "--port", "0"]) == 0
+    said = capsys.readouterr()
+    assert not said.err and "http://127.0.0.2:" in said.out
+    loopback = {"localhost", "127.0.0.1", "::1"}
+    assert set(known[0]) == loopback | {"0.0.0.0", "found.example", socket.gethostname().lower()}
+    assert set(known[1]) == loopback | {"127.0.0.2"}
+
+
+def test_what_is_reached_from_here_only():
+    for host in ("localhost", "127.0.0.1", "127.0.0.2", "::1", "0:0:0:0:0:0:0:1"):
+        assert serving._only_here(host), host
+    for host in ("0.0.0.0", "::", "192.0.2.1", "localhost.example", "127.example"):
+        assert not serving._only_here(host), host
 
 
 # The page in a browser
@@ -723,9 +749,11 @@ class Browser:
         os.close(self._in)
         os.close(self._out)
 
-    def _listen(self):
-        "The next message, after what it tells was noted."
+    def _listen(self, end):
+        "The next message, after what it tells was noted; it must come until a time."
         while b"\0" not in self._rest:
+            ready = select.select([self._in], [], [], max(0, end - time.monotonic()))[0]
+            assert ready, "Chromium says nothing"
             piece = os.read(self._in, 2**20)
             assert piece, "Chromium is gone"
             self._rest += piece
@@ -741,8 +769,9 @@ class Browser:
         self._number += 1
         message = {"id": self._number, "method": method, "params": params, **self._session}
         os.write(self._out, json.dumps(message).encode() + b"\0")
-        while (answer := self._listen()).get("id") != self._number:
-            pass
+        end = time.monotonic() + 60
+        while (answer := self._listen(end)).get("id") != self._number:
+            assert time.monotonic() < end
         assert "error" not in answer, answer
         return answer["result"]
 
@@ -754,8 +783,10 @@ class Browser:
         "A command after which a new page is loaded."
         self._loaded = False
         self.call(method, **params)
+        end = time.monotonic() + 60
         while not self._loaded:
-            self._listen()
+            self._listen(end)
+            assert time.monotonic() < end
 
     def open(self, url):
         self.loading("Page.navigate", url=url)

@@ -14,6 +14,7 @@ import hashlib
 import importlib.resources
 import importlib.util
 import io
+import ipaddress
 import json
 import logging
 import math
@@ -798,6 +799,14 @@ def _make_app(
 
 # %% ../../nbs/lib/cli/03_service.ipynb #e5357e2c
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_ANY = ("0.0.0.0", "::")  # all addresses of this machine, none that a browser can open
+
+
+def _only_here(host: str) -> bool:
+    "Whether an address is reached from this machine only."
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -816,10 +825,11 @@ def _server(service: Service, host: str, listening: socket.socket, names: tuple 
     "The server, and its address for a browser."
     import uvicorn
 
-    more = () if host in _LOOPBACK else (host, socket.gethostname())
-    names = (*_LOOPBACK, *(name.lower() for name in (*more, *names)))
+    more = (host,) if _only_here(host) else (host, socket.gethostname())
+    names = tuple(dict.fromkeys(name.lower() for name in (*_LOOPBACK, *more, *names)))
     limits = dict(limit_concurrency=500, timeout_graceful_shutdown=5)
-    app, shown = _make_app(service, names), f"[{host}]" if ":" in host else host
+    shown = socket.gethostname() if host in _ANY else f"[{host}]" if ":" in host else host
+    app = _make_app(service, names)
     config = uvicorn.Config(app, log_level="warning", headers=_headers(), server_header=False, **limits)
     return uvicorn.Server(config), f"http://{shown}:{listening.getsockname()[1]}"
 
@@ -851,9 +861,12 @@ def serve(
             print(f"{Path(index).name}: it is opened and workers start, for up to half a minute", flush=True)
             service = ended.enter_context(contextlib.closing(Service(index, **options)))
             server, address = _server(service, host, listening, names)
-            if host not in _LOOPBACK:
+            if not _only_here(host):
                 said = "can be reached from other machines: whoever opens this page may search and send files"
                 print(f"s5vh-nb: {host} {said}; there is no password", file=sys.stderr)
+            if host in _ANY:
+                said = "with --name, name the addresses that browsers use, such as the IP address of this machine"
+                print(f"s5vh-nb: {said}", file=sys.stderr)
             print(f"{service.name}: {address} (Ctrl-C ends it)", flush=True)
             server.run(sockets=[listening])
 
