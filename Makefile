@@ -36,7 +36,7 @@ test: test-python test-lib test-artefacts  ## every check: pytest, all lib and l
 	@echo "make test: all well"
 
 test-python: $(READY)
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -rs tests
 
 test-lib: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/lib --n_workers 2 --timing

@@ -158,7 +158,7 @@ def torchrun(processes, *words):
     "The finished call."
     words = ["--standalone", "--nproc-per-node", str(processes), *map(str, words)]
     command = [sys.executable, "-m", "torch.distributed.run", *words]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,10 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
+from s5vh_nb.basics.files import only_run
 from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.cli.command import main
 from s5vh_nb.datasets.decode import read_clip
@@ -244,6 +246,14 @@ def test_a_folder_with_something_else_is_left_alone(way, capsys):
     assert "which differs in data (fingerprint" in capsys.readouterr().err
 
 
+def test_two_trainings_in_one_folder_are_refused(way, capsys):
+    (way / "held").mkdir()
+    with only_run(way / "held"):
+        run("train features held --epochs 1", 2)
+    assert "held: expected no other run that writes to this folder" in capsys.readouterr().err
+    assert not list((way / "held").iterdir())
+
+
 def test_commands_name_what_is_wrong(way, capsys):
     shutil.copytree("model", "bare")
     (way / "bare" / EXTRACTION).unlink()
@@ -256,6 +266,12 @@ def test_commands_name_what_is_wrong(way, capsys):
     (way / "empty.mp4").touch()
     np.save("short.npy", np.zeros((3, 2), np.uint8))
     run("index short.npy short.index")
+    shutil.copytree("model", "twin")
+    network = load_network("twin")
+    with torch.no_grad():
+        network.gain += 1
+    network.save_pretrained("twin")
+    run("encode twin features twin.npz --device cpu")
     search = "search videos.index new.mp4 --model"
     for line, message in (
         (f"{search} bare", "extraction.json: expected a file that names the frame extractor"),
@@ -270,6 +286,14 @@ def test_commands_name_what_is_wrong(way, capsys):
         (
             "search short.index new.mp4 --model model",
             "index: expected codes of 64 bits, as the model gives, found 16",
+        ),
+        (
+            "search videos.index new.mp4 --model twin",
+            f"codes of the model given, whose fingerprint is {network.fingerprint}, found those of",
+        ),
+        (
+            "index twin.npz videos.index",
+            f"videos.index: expected codes of the model {network.fingerprint}, as in twin.npz, found",
         ),
         (
             "encode model spoken-digits a.npz",

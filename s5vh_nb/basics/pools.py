@@ -240,7 +240,8 @@ class RayPool(ThreadPoolExecutor):
             return not self._stopped
 
     def _check_ready(self, ready: Future):
-        ours, expected = s5vh_nb.__version__, f"s5vh_nb {s5vh_nb.__version__} on the machines of the cluster"
+        ours, folder = s5vh_nb.__version__, os.getcwd()
+        expected = f"s5vh_nb {ours}, and the folder {folder}, on the machines of the cluster"
         try:
             theirs = ready.result()
         except self._ray.exceptions.RayError as error:

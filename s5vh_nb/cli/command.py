@@ -115,6 +115,7 @@ def _index(args):
     read = _read_codes(args.codes)
     given = {"codes": read.pop("codes"), "ids": read.pop("ids", None)}
     told = args.bits or int(read.pop("bits", 0))  # 0: nothing tells
+    model = str(read.pop("model", ""))
     bits = told or 8 * given["codes"].shape[1]
     given["metadata"] = read or None
     milvus = is_milvus(args.index)
@@ -133,8 +134,12 @@ def _index(args):
         place = user_path(args.index)
         place.parent.mkdir(parents=True, exist_ok=True)
         with only_run(place.parent, wait=True):
-            index = HashIndex.load(place) if place.exists() else HashIndex(bits)
+            index = HashIndex.load(place) if place.exists() else HashIndex(bits, model)
             check(told in (0, index.bits), args.index, f"codes of {told} bits", index.bits)
+            same = index.model == model or not (index.model and model)
+            check(
+                same, args.index, f"codes of the model {model}, as in {args.codes}", f"those of {index.model}"
+            )
             ids = index.add(**given)
             if args.recall:
                 print(index.choose(args.recall).round(3).to_string(index=False))

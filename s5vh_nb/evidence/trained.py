@@ -6,14 +6,15 @@
 __all__ = ['RECORD', 'model_card', 'train_into']
 
 # %% ../../nbs/lib/evidence/15_trained.ipynb #00a80e6d
+import contextlib
 import json
 from pathlib import Path
 
 from ..basics.checks import check
 from ..basics.config import DMMHConfig, TrainConfig
 from ..basics.devices import Device, pick_device
-from ..basics.files import check_writable, user_path, write_text
-from ..basics.parallel import all_devices, from_first
+from ..basics.files import check_writable, only_run, user_path, write_text
+from ..basics.parallel import all_devices, from_first, is_first
 from ..datasets.extract import EXTRACTION, read_settings
 from ..datasets.splits import Dataset
 from .identity import differences, method_name
@@ -177,8 +178,8 @@ def train_into(
     """Train, score where labels tell items apart, and write the model with its card; the record.
 
     It continues a run that was stopped, and does nothing where this run is done. `ValueError` where the
-    folder holds another model, and for the errors of `train`. Of several processes, see `basics.parallel`,
-    the first one scores and writes; a run may be continued by any number of them.
+    folder holds another model, `OSError` where another run writes to it, and the errors of `train`. Of
+    several processes, see `basics.parallel`, the first one scores and writes; any number of them may go on.
 
     Parameters
     ----------
@@ -194,8 +195,13 @@ def train_into(
     """
     out, device = user_path(out), pick_device(device)
     config = resolve(config, data)
-    if record := from_first(lambda: _existing(out, config, data)):
-        return record
-    run = train(config, data, device=device, checkpoint=out / _CHECKPOINT, resume=True, progress=progress)
-    devices = all_devices(device, device_name(device))
-    return from_first(lambda: _finish(out, run, data, devices))
+    with contextlib.ExitStack() as alone:
+        if is_first():
+            out.mkdir(parents=True, exist_ok=True)
+            alone.enter_context(only_run(out))
+        if record := from_first(lambda: _existing(out, config, data)):
+            return record
+        options = dict(checkpoint=out / _CHECKPOINT, resume=True, progress=progress)
+        run = train(config, data, device=device, **options)
+        devices = all_devices(device, device_name(device))
+        return from_first(lambda: _finish(out, run, data, devices))

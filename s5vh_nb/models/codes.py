@@ -7,6 +7,7 @@ __all__ = ['sign_ste', 'relax', 'pack', 'unpack', 'check_array', 'check_largest'
 
 # %% ../../nbs/lib/models/00_codes.ipynb #3bb39ecf
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -224,6 +225,15 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
     def bits(self) -> int:
         "k, the length of its codes."
         return self.config.bits
+
+    @property
+    def fingerprint(self) -> str:
+        "16 hex digits that tell this network's codes from those of others: of configuration and weights."
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name, values in self.state_dict().items():
+            digest.update(name.encode())
+            digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
 
     def h(
         self,

@@ -472,14 +472,17 @@ class HashIndex:
     ----------
     bits : int
         k, length of the codes
+    model : str
+        Fingerprint of the network that gives the codes; empty: nothing tells
     """
 
     def __init__(
         self,
         bits: int,  # k, length of the codes
+        model: str = "",  # Fingerprint of the network that gives the codes; empty: nothing tells
     ):
         check_bits(bits)
-        self.bits = bits
+        self.bits, self.model = bits, model
         self.ids, self.metadata = np.empty(0, np.int64), pd.DataFrame()
         self._words = _as_words(np.empty((0, -(-bits // 8)), np.uint8))
         self._use("exact", 0, None)
@@ -720,7 +723,7 @@ class HashIndex:
         path : str | Path
             The file to create or replace
         """
-        about = {"bits": self.bits, "kind": self.kind, "effort": self.effort}
+        about = {"bits": self.bits, "model": self.model, "kind": self.kind, "effort": self.effort}
         table = {name: column.tolist() for name, column in self.metadata.items()}
         text = json.dumps(table, ensure_ascii=False).encode()
         arrays = {"words": self._words, "ids": self.ids, "metadata": np.frombuffer(text, np.uint8)}
@@ -747,7 +750,7 @@ class HashIndex:
             Leave codes and ids in the file and read what a search needs
         """
         arrays, about = _read(user_path(path), mmap)
-        index = cls(about["bits"])
+        index = cls(about["bits"], about.get("model", ""))
         index._words, index.ids = arrays["words"], arrays["ids"]
         index.metadata = as_table(json.loads(arrays["metadata"].tobytes()), len(index))
         if "structure" in arrays:

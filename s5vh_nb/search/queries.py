@@ -127,10 +127,10 @@ def encode_pairs(
     device: Device = None,  # See `pick_device`
     progress: bool = True,  # Show a bar
 ) -> dict:
-    """Database and queries, as arrays by name: `codes` (n, k/8), `bits`, and metadata (n,) each.
+    """Database and queries, as arrays by name: `codes` (n, k/8), `bits`, `model`, and metadata (n,) each.
 
-    Metadata are `label`, `split`, the `words` where they are known, and of emoji `name` and `emoji`, its
-    number. `ValueError` for videos, and for features of another width.
+    `model` is the network's fingerprint. Metadata are `label`, `split`, the `words` where they are known,
+    and of emoji `name` and `emoji`, its number. `ValueError` for videos, and for features of another width.
 
     Parameters
     ----------
@@ -163,7 +163,8 @@ def encode_pairs(
     if data.name == "emoji":
         numbers = np.concatenate([split.ids for split in splits.values()])
         told = {"name": emoji_names()[numbers], **told, "emoji": numbers}
-    return {"codes": np.concatenate(codes), "bits": np.array(network.bits), **told}
+    about = {"bits": np.array(network.bits), "model": np.array(network.fingerprint)}
+    return {"codes": np.concatenate(codes), **about, **told}
 
 # %% ../../nbs/lib/search/05_queries.ipynb #31a4b3a8
 def open_model(
@@ -202,8 +203,12 @@ class Search:
     index: HashIndex | MilvusIndex
 
     def __post_init__(self):
-        bits = self.model.network.bits
-        check(self.index.bits == bits, "index", f"codes of {bits} bits, as the model gives", self.index.bits)
+        network = self.model.network
+        expected = f"codes of {network.bits} bits, as the model gives"
+        check(self.index.bits == network.bits, "index", expected, self.index.bits)
+        made_by = getattr(self.index, "model", "")  # Milvus does not keep it
+        expected = f"codes of the model given, whose fingerprint is {network.fingerprint}"
+        check(made_by in ("", network.fingerprint), "index", expected, f"those of {made_by}")
 
     @classmethod
     def open(

@@ -161,11 +161,11 @@ def encode_videos(
     ray: str | None = None,  # Address of a Ray cluster that does the work, see `RayPool`; None: this process
     progress: bool = True,  # Show a bar
 ) -> dict:
-    """Database and queries, as arrays by name: `codes` (n, k/8), `bits`, and metadata (n,) each.
+    """Database and queries, as arrays by name: `codes` (n, k/8), `bits`, `model`, and metadata (n,) each.
 
-    Metadata are `label`, `split`, and the `path` of own videos. `ValueError` for pairs, and for features of
-    another width or of another extractor. A cluster gives the same codes; features in files are read by its
-    workers, others are sent once to each machine.
+    `model` is the network's fingerprint. Metadata are `label`, `split`, and the `path` of own videos.
+    `ValueError` for pairs, and for features of another width or of another extractor. A cluster gives the
+    same codes; features in files are read by its workers, others are sent once to each machine.
 
     Parameters
     ----------
@@ -197,7 +197,7 @@ def encode_videos(
         rows = np.concatenate([split.ids for split in parts.values()])
         told = {"path": read_manifest(data.folder).path.iloc[rows].tolist()} | told
     told = {name: np.array(texts, dtype=str) for name, texts in told.items()}
-    return {"codes": codes, "bits": np.array(network.bits), **told}
+    return {"codes": codes, "bits": np.array(network.bits), "model": np.array(network.fingerprint), **told}
 
 # %% ../../nbs/lib/search/04_videos.ipynb #133f9bc2
 @dataclass(frozen=True)
