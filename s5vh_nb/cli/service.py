@@ -865,7 +865,7 @@ def serve(
                 said = "can be reached from other machines: whoever opens this page may search and send files"
                 print(f"s5vh-nb: {host} {said}; there is no password", file=sys.stderr)
             if host in _ANY:
-                said = "with --name, name the addresses that browsers use, such as the IP address of this machine"
+                said = "name the addresses that browsers use, such as the IP of this machine, with --name"
                 print(f"s5vh-nb: {said}", file=sys.stderr)
             print(f"{service.name}: {address} (Ctrl-C ends it)", flush=True)
             server.run(sockets=[listening])
