@@ -280,7 +280,7 @@ def captions(tmp_path_factory):
     DMMH(DMMHConfig(**widths, bits=32, width=16, layers=1, cnn_width=8)).save_pretrained(folder / "model")
     (folder / "model" / VOCABULARY).write_text(json.dumps(data.vocabulary), encoding="utf-8")
     arrays = encode_pairs(folder / "model", data, "cpu", progress=False)
-    index = HashIndex(int(arrays.pop("bits")))
+    index = HashIndex(int(arrays.pop("bits")), str(arrays.pop("model")))
     index.add(arrays.pop("codes"), metadata=arrays)
     index.save(folder / "emoji.index")
     return folder

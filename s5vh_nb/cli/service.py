@@ -166,7 +166,8 @@ class _Workers:
         self._context = multiprocessing.get_context(start)
         self._context.set_forkserver_preload([__name__])  # a new worker is there at once
         self._given = (*given, max(1, torch.get_num_threads() // count))
-        self._all, self._free, self._threads = [], asyncio.Queue(), ThreadPoolExecutor(count)
+        self._free, self._threads = asyncio.Queue(), ThreadPoolExecutor(count)
+        self._all = []
         self.waiting = set()  # tasks that got nothing yet
         try:
             self._all += (self._start() for _ in range(count))
