@@ -1,5 +1,6 @@
 "The search service: answers, refusals, limits, workers that die, a hundred searches at once, a browser."
 
+import asyncio
 import concurrent.futures
 import contextlib
 import fcntl
@@ -7,12 +8,14 @@ import io
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -33,7 +36,7 @@ from s5vh_nb.datasets.extract import EXTRACTION, make_extractor
 from s5vh_nb.models.dmmh import DMMH
 from s5vh_nb.models.plus import Plus
 from s5vh_nb.search.index import HashIndex
-from s5vh_nb.search.queries import VOCABULARY, Search, VideoModel, encode_pairs
+from s5vh_nb.search.queries import VOCABULARY, CaptionModel, Search, VideoModel, encode_pairs
 from s5vh_nb.search.videos import filmstrip
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
@@ -149,6 +152,41 @@ def test_answers_are_those_of_the_search(way, url):
     assert len(found(ask(f"{url}/search?id=0&top=100"))) == 35
 
 
+@contextlib.contextmanager
+def of_items(folder, metadata):
+    "The address of a service that takes ids of three items."
+    index = HashIndex(16)
+    index.add(np.array([[0, 0], [0, 1], [0, 3]], np.uint8), metadata=metadata)
+    index.save(folder / "items.index")
+    with serving.in_background(serving.Service(folder / "items.index", workers=1, device="cpu")) as url:
+        yield url
+
+
+def test_an_index_without_metadata(tmp_path):
+    with of_items(tmp_path, None) as url:
+        answer = ask(f"{url}/search?id=0&top=2")
+        assert found(answer) == [(0, 0), (1, 1)]
+        assert [row["about"] for row in json.loads(answer[2])["found"]] == [{}, {}]
+        assert "1. item 0" in ask(f"{url}/?id=0")[2].decode()
+        assert ask(f"{url}/strip/0")[0] == 404
+
+
+def test_numbers_of_the_metadata_are_exact(tmp_path):
+    numbers = [0.12345678901234568, 1e-12, float("nan")]
+    told = {
+        "x": numbers,
+        "f": np.array([0.1, 1, 2], np.float32),
+        "n": [2**53 + 1, 0, -1],
+        "yes": [True, False, True],
+        "text": ["a", "", "é"],
+    }
+    with of_items(tmp_path, told) as url:
+        rows = [row["about"] for row in json.loads(ask(f"{url}/search?id=0")[2])["found"]]
+    told["x"], told["f"] = [*numbers[:2], None], told["f"].tolist()
+    assert rows == [{name: values[i] for name, values in told.items()} for i in range(3)]
+    assert [type(rows[0][name]) for name in told] == [float, float, int, bool, str]
+
+
 def test_the_page_shows_texts_as_texts(way, url):
     "What was found, ties, links, pictures; markup in names and labels is none."
     status, headers, body = send(url, (way / "videos/red/0.gif").read_bytes(), name="<b>é&.gif", top="3")
@@ -201,6 +239,24 @@ def test_names_of_uploads_are_never_paths(way, url, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()) and sorted(way.rglob("*")) == before
 
 
+def test_names_of_half_characters(way, url):
+    "Some charsets can name what UTF-8 can't hold."
+    content, kind = (way / "videos/red/0.gif").read_bytes(), "multipart/form-data; boundary=edge; charset="
+    for charset, query in (("raw_unicode_escape", "?.gif"), ("utf-8", "\\ud800.gif")):
+        headers = {"Content-Type": kind + charset}
+        answer = send(f"{url}/search", content, name="\\ud800.gif", headers=headers)
+        assert found(answer)[0] == (0, 0) and json.loads(answer[2])["query"] == query
+        assert send(url, content, name="\\ud800.gif", headers=headers)[0] == 200
+
+
+def test_kinds_are_the_same_in_capitals(way, url):
+    content, headers = (
+        (way / "videos/red/0.gif").read_bytes(),
+        {"Content-Type": "Multipart/Form-Data; Boundary=edge"},
+    )
+    assert found(send(f"{url}/search", content, kind="Image/GIF", headers=headers))[0] == (0, 0)
+
+
 def test_health_and_description(url):
     facts = {"status": "ok", "items": 35, "bits": 32, "takes": "video", "workers": 2}
     assert json.loads(ask(f"{url}/health")[2]) == facts
@@ -224,13 +280,13 @@ def captions(tmp_path_factory):
     DMMH(DMMHConfig(**widths, bits=32, width=16, layers=1, cnn_width=8)).save_pretrained(folder / "model")
     (folder / "model" / VOCABULARY).write_text(json.dumps(data.vocabulary), encoding="utf-8")
     arrays = encode_pairs(folder / "model", data, "cpu", progress=False)
-    index = HashIndex(int(arrays.pop("bits")))
+    index = HashIndex(int(arrays.pop("bits")), str(arrays.pop("model")))
     index.add(arrays.pop("codes"), metadata=arrays)
     index.save(folder / "emoji.index")
     return folder
 
 
-def test_captions(captions):
+def test_captions(captions, capsys):
     "The bundled emoji, found by words and shown as drawings; unknown words are said."
     search = Search.open(captions / "model", captions / "emoji.index", device="cpu")
     service = serving.Service(captions / "emoji.index", captions / "model", workers=1, device="cpu")
@@ -243,12 +299,12 @@ def test_captions(captions):
         assert first["strip"] == f"/strip/{first['id']}" and {"name", "words", "label"} <= set(first["about"])
         assert Image.open(io.BytesIO(ask(url + first["strip"])[2])).size == (64, 64)
         page = ask(f"{url}/?{asked}")[2].decode()
-        assert (
-            "Drawings by OpenMoji" in page
-            and "does not know them" in page
-            and "did you mean sunglasses?" in page
-            and 'type="file"' not in page
-        )
+        assert "Drawings by OpenMoji" in page and 'type="file"' not in page
+        said = "Left out, since the model does not know them: sunglasess (did you mean sunglasses?), qqq."
+        assert f"<p>{said}</p>" in page and "at least two letters or digits" in page
+        words = ["--model", str(captions / "model"), "--caption", "happy CAT, sunglasess & qqq"]
+        assert main(["search", str(captions / "emoji.index"), *words]) == 0
+        assert capsys.readouterr().out.splitlines()[0] == said
         assert (
             'value="happy CAT, sunglasess &amp; qqq"' in page and f"Drawing: {first['about']['name']}" in page
         )
@@ -257,14 +313,30 @@ def test_captions(captions):
         assert send(f"{url}/search", b"GIF89a")[0] == 422
 
 
+def test_suggestions_are_few(captions, monkeypatch):
+    "Each takes some milliseconds."
+    asked, model = [], CaptionModel.open(captions / "model", device="cpu")
+    monkeypatch.setattr("difflib.get_close_matches", lambda word, *given: asked.append(word) or ["cat"])
+    words = [f"qq{i}" for i in range(140)]
+    assert model.unknown(" ".join(words)) == dict.fromkeys(words) | dict.fromkeys(words[:5], "cat")
+    model.encode(" ".join(["cat", *words]))
+    assert asked == words[:5]
+
+
 # Refusals
 
 
 REFUSED = {  # status and part of the sentence: address, form
     (422, "not for both"): ("/search?id=1&caption=a", None),
-    (422, "id: Input should be a valid integer"): ("/search?id=x", None),
-    (422, "top: Input should be less than or equal to 100, found '101'"): ("/search?id=1&top=101", None),
-    (422, "id: Input should be greater than or equal to 0"): ("/strip/-1", None),
+    (422, f"id: a whole number from 0 to {2**63 - 1} is needed, not 'x'."): ("/search?id=x", None),
+    (422, f"id: a whole number from 0 to {2**63 - 1} is needed, not '{2**63}'."): (
+        f"/search?id={2**63}",
+        None,
+    ),
+    (422, "top: a whole number from 1 to 100 is needed, not '101'."): ("/search?id=1&top=101", None),
+    (422, f"id: a whole number from 0 to {2**63 - 1} is needed, not '-1'."): ("/strip/-1", None),
+    (422, "short: true or false is needed, not 'x'."): ("/strip/1?short=x", None),
+    (422, "caption: a text of 1 to 1000 characters is needed, not ''."): ("/search?caption=", None),
     (422, "takes a video or the id of an item, not a caption"): ("/search?caption=cat", None),
     (404, "There is no item 35 among the 35 items"): ("/search?id=35", None),
     (404, f"There is no item {2**63 - 1}"): (f"/strip/{2**63 - 1}", None),
@@ -334,11 +406,14 @@ def test_reading_stops_at_the_limit(url, headers, monkeypatch):
 
 def test_other_names_and_other_sites(way, url):
     "Under an unknown name nothing is told, not even the name of the index; forms of other sites are refused."
-    for place in ("/", "/search?id=1", "/strip/1", "/health", "/?top=x", "/nothing"):
-        status, _, body = ask(url + place, headers={"Host": "evil.example"})
-        assert status in (421, 404) and b"videos.index" not in body, place
-    assert b"videos.index" not in ask(f"{url}/openapi.json", headers={"Host": "evil.example"})[2]
     content = (way / "videos/red/0.gif").read_bytes()
+    for place in ("", "search?id=1", "strip/1", "health", "?top=x", "nothing", "openapi.json", "search/"):
+        for answer in (
+            ask(f"{url}/{place}", headers={"Host": "evil.example"}),
+            send(f"{url}/{place}", content, headers={"Host": "evil.example"}),
+        ):
+            assert answer[0] == 421 and "not as evil.example" in json.loads(answer[2])["error"], place
+            assert b"videos.index" not in answer[2]
     for headers, status in (
         ({"Origin": "https://evil.example"}, 403),
         ({"Origin": "null"}, 403),
@@ -427,6 +502,41 @@ def test_what_takes_too_long_is_stopped(way, lone):
     assert worker_of(service) is not old and not old.is_alive()
 
 
+def test_who_waits_in_vain_hears_that_it_is_busy(way, lone):
+    "It is not the video that takes long."
+    service, url = lone
+    content, worker = (way / "videos/red/0.gif").read_bytes(), worker_of(service)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        os.kill(worker.pid, signal.SIGSTOP)
+        first = pool.submit(send, f"{url}/search", content)
+        wait_for(service.workers._free.empty)
+        service.seconds = 0.2
+        for answer in (send(f"{url}/search", content), ask(f"{url}/strip/0")):
+            assert answer[0] == 503 and "is busy, and did not come to this within 0.2" in answer[2].decode()
+        os.kill(worker.pid, signal.SIGCONT)
+        assert found(first.result(60))[0] == (0, 0) and worker_of(service) is worker
+    assert not service.workers.waiting
+
+
+def test_few_uploads_are_read_at_once(way, lone, monkeypatch):
+    "The others wait unread, and not too many of them."
+    service, url = lone
+    content, worker, read = (way / "videos/red/0.gif").read_bytes(), worker_of(service), []
+    form = serving._form
+    monkeypatch.setattr(serving, "_form", lambda *given: read.append(1) or form(*given))
+    monkeypatch.setattr(serving, "_WAITING", 3)
+    monkeypatch.setattr(service, "_uploads", asyncio.Semaphore(2))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        os.kill(worker.pid, signal.SIGSTOP)
+        jobs = [pool.submit(send, f"{url}/search", content) for _ in range(4)]
+        wait_for(lambda: len(service.workers.waiting) == 3)  # two for a place, one for the worker
+        status, _, body = send(f"{url}/search", content)
+        assert status == 503 and "too many requests wait" in json.loads(body)["error"] and len(read) == 2
+        os.kill(worker.pid, signal.SIGCONT)
+        assert [found(job.result(60))[0] for job in jobs] == 4 * [(0, 0)]
+    assert len(read) == 4 and not service.workers.waiting
+
+
 def test_an_error_of_our_own_is_told_as_one(url, service, monkeypatch):
     def failing(*given):
         raise KeyError("secret")
@@ -440,6 +550,16 @@ def test_an_error_of_our_own_is_told_as_one(url, service, monkeypatch):
 
 
 @contextlib.contextmanager
+def ending(made, seconds=120):
+    "A process that ends at last, so that nobody reads from it for ever."
+    (timer := threading.Timer(seconds, made.kill)).start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
 def process(way):
     "A service in a process of its own, and its address."
     options = dict(model="model", videos="videos", device="cpu", port=0)
@@ -449,8 +569,9 @@ def process(way):
         f"from s5vh_nb.cli.service import serve; serve('videos.index', **{options})",
     ]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
-    with subprocess.Popen(words, cwd=way, **pipes) as made:
+    with subprocess.Popen(words, cwd=way, **pipes) as made, ending(made):
         try:
+            assert made.stdout.readline().startswith("videos.index: it is opened")
             yield made, re.search(r"http://\S+", made.stdout.readline())[0]
         finally:
             made.kill()
@@ -496,6 +617,24 @@ def test_a_hundred_at_once(way):
         assert not [each for each in forks if each.is_running()]
 
 
+def test_ctrl_c_while_it_starts(way):
+    "As of a terminal, for all its processes: the command ends, and says nothing."
+    words = [sys.executable, "-c", "from s5vh_nb.cli.command import main; exit(main())"]
+    words += ["serve", "videos.index", "--port", "0"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+    with subprocess.Popen(words, cwd=way, start_new_session=True, **pipes) as made, ending(made):
+        try:
+            assert made.stdout.readline().startswith("videos.index: it is opened")
+            forks = psutil.Process(made.pid).children
+            wait_for(lambda: any("torch" in file.path for each in forks() for file in each.memory_maps()))
+            server = forks()
+            os.killpg(made.pid, signal.SIGINT)
+            assert made.communicate(timeout=60)[0] == "" and made.returncode == 0
+            assert psutil.wait_procs(server, 10)[1] == []
+        finally:
+            made.kill()
+
+
 def test_commands_name_what_is_wrong(way, captions, monkeypatch, capsys):
     monkeypatch.chdir(way)
     HashIndex(32).save("empty.index")
@@ -513,8 +652,19 @@ def test_commands_name_what_is_wrong(way, captions, monkeypatch, capsys):
             ("videos.index --model nowhere", "nowhere/config.json: expected"),
             ("videos.index --videos nowhere", "nowhere: expected a folder of videos"),
             ("videos.index --workers 0", "workers: expected at least 1"),
-            ("videos.index --seconds 0", "megabytes, seconds: expected more than 0"),
-            (f"videos.index --port {port}", f"127.0.0.1, port {port}: expected an address of this machine"),
+            (
+                "videos.index --seconds 0",
+                "megabytes, seconds: expected finite numbers above 0, found 64, 0.0",
+            ),
+            ("videos.index --seconds inf", "expected finite numbers above 0, found 64, inf"),
+            ("videos.index --megabytes nan", "expected finite numbers above 0, found nan, 60"),
+            ("videos.index --megabytes inf", "expected finite numbers above 0, found inf, 60"),
+            ("videos.index --megabytes -1", "expected finite numbers above 0, found -1.0, 60"),
+            (
+                f"videos.index --port {port}",
+                f"127.0.0.1, port {port}: expected an address of this machine, and a port that is free, "
+                "found: Address already in use\n",
+            ),
             ("videos.index --port 70000", "port: expected a number from 0"),
             ("videos.index --host 192.0.2.1", "192.0.2.1, port 0: expected an address of this machine"),
         ):
@@ -529,6 +679,8 @@ def test_another_address_is_said_to_be_open(way, monkeypatch, capsys):
     from uvicorn import Server
 
     monkeypatch.setattr(Server, "run", lambda self, sockets: self.config.load())
+    known, make = [], serving._make_app
+    monkeypatch.setattr(serving, "_make_app", lambda *given: known.append(given[1]) or make(*given))
     assert (
         main(
             [
@@ -545,9 +697,21 @@ def test_another_address_is_said_to_be_open(way, monkeypatch, capsys):
         == 0
     )
     said = capsys.readouterr()
-    assert "0.0.0.0 can be reached from other machines" in said.err and "http://0.0.0.0:" in said.out
-    assert main(["serve", str(way / "videos.index"), "--port", "0"]) == 0
-    assert not capsys.readouterr().err
+    assert "0.0.0.0 can be reached from other machines" in said.err and "with --name" in said.err
+    assert f"http://{socket.gethostname()}:" in said.out
+    assert main(["serve", str(way / "videos.index"), "--host", "127.0.0.2", "--port", "0"]) == 0
+    said = capsys.readouterr()
+    assert not said.err and "http://127.0.0.2:" in said.out
+    loopback = {"localhost", "127.0.0.1", "::1"}
+    assert set(known[0]) == loopback | {"0.0.0.0", "found.example", socket.gethostname().lower()}
+    assert set(known[1]) == loopback | {"127.0.0.2"}
+
+
+def test_what_is_reached_from_here_only():
+    for host in ("localhost", "127.0.0.1", "127.0.0.2", "::1", "0:0:0:0:0:0:0:1"):
+        assert serving._only_here(host), host
+    for host in ("0.0.0.0", "::", "192.0.2.1", "localhost.example", "127.example"):
+        assert not serving._only_here(host), host
 
 
 # The page in a browser
@@ -585,9 +749,11 @@ class Browser:
         os.close(self._in)
         os.close(self._out)
 
-    def _listen(self):
-        "The next message, after what it tells was noted."
+    def _listen(self, end):
+        "The next message, after what it tells was noted; it must come until a time."
         while b"\0" not in self._rest:
+            ready = select.select([self._in], [], [], max(0, end - time.monotonic()))[0]
+            assert ready, "Chromium says nothing"
             piece = os.read(self._in, 2**20)
             assert piece, "Chromium is gone"
             self._rest += piece
@@ -603,8 +769,9 @@ class Browser:
         self._number += 1
         message = {"id": self._number, "method": method, "params": params, **self._session}
         os.write(self._out, json.dumps(message).encode() + b"\0")
-        while (answer := self._listen()).get("id") != self._number:
-            pass
+        end = time.monotonic() + 60
+        while (answer := self._listen(end)).get("id") != self._number:
+            assert time.monotonic() < end
         assert "error" not in answer, answer
         return answer["result"]
 
@@ -616,8 +783,10 @@ class Browser:
         "A command after which a new page is loaded."
         self._loaded = False
         self.call(method, **params)
+        end = time.monotonic() + 60
         while not self._loaded:
-            self._listen()
+            self._listen(end)
+            assert time.monotonic() < end
 
     def open(self, url):
         self.loading("Page.navigate", url=url)

@@ -36,7 +36,7 @@ from ..evidence.store import NO_TRAINING, RAY
 from ..evidence.trained import train_into
 from ..search.index import HashIndex, check_codes
 from ..search.milvus import MilvusIndex, is_milvus, open_index
-from ..search.queries import CaptionModel, Search, encode_pairs
+from ..search.queries import CaptionModel, Search, encode_pairs, say_left_out
 from ..search.videos import encode_videos, filmstrips, found_table, open_set
 
 # %% ../../nbs/lib/cli/04_command.ipynb #36174484
@@ -180,8 +180,8 @@ def _ask_model(args, rest: tuple) -> tuple:
     check(takes == (args.video is None), "query", expected, args.video or repr(args.caption))
     if takes:
         check(args.filmstrip is None, "--filmstrip", "a VIDEO to search for", "a caption")
-        for word in search.model.unknown(args.caption):
-            print(f"left out, since the model does not know it: {word}")
+        if left_out := search.model.unknown(args.caption):
+            print(say_left_out(left_out))
     return search.index, search.search(args.video or args.caption, *rest)
 
 

@@ -14,9 +14,12 @@ import hashlib
 import importlib.resources
 import importlib.util
 import io
+import ipaddress
 import json
 import logging
+import math
 import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -28,10 +31,12 @@ import urllib.parse
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
@@ -42,7 +47,7 @@ from ..basics.files import user_path
 from ..datasets.emoji import emoji_names
 from ..datasets.pictures import emoji_picture
 from ..search.milvus import open_index
-from ..search.queries import CaptionModel, open_model
+from ..search.queries import CaptionModel, open_model, say_left_out
 from ..search.videos import filmstrip
 
 # %% ../../nbs/lib/cli/03_service.ipynb #7db24405
@@ -91,13 +96,12 @@ def _tried(call: Callable, *given):
 
 def _work(pipe, folder: str | None, weights: str | None, device: Device, threads: int):
     "The life of a worker: say what its model takes, then do jobs until nobody is there to ask."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service, which then lets its workers go
     tqdm.set_lock(threading.RLock())  # tqdm's own is shared by processes and would outlive a killed one
     torch.set_num_threads(threads)
     model = None if folder is None else _tried(open_model, folder, weights, device)
     kind = "caption" if isinstance(model, CaptionModel) else "video"
-    pipe.send(model if isinstance(model, Exception) else model and (kind, model.network.bits))
     with contextlib.suppress(EOFError, OSError):
+        pipe.send(model if isinstance(model, Exception) else model and (kind, model.network.bits))
         while True:
             job, *given = pipe.recv()
             pipe.send(_tried(_encode, model, *given) if job == "encode" else _tried(_strips, *given))
@@ -162,9 +166,11 @@ class _Workers:
         self._context = multiprocessing.get_context(start)
         self._context.set_forkserver_preload([__name__])  # a new worker is there at once
         self._given = (*given, max(1, torch.get_num_threads() // count))
-        self._all = [self._start() for _ in range(count)]
         self._free, self._threads = asyncio.Queue(), ThreadPoolExecutor(count)
+        self._all = []
+        self.waiting = set()  # tasks that got nothing yet
         try:
+            self._all += (self._start() for _ in range(count))
             self.takes = [worker.takes() for worker in self._all][0]
         except BaseException as error:
             self.close()
@@ -175,7 +181,26 @@ class _Workers:
             self._free.put_nowait(slot)
 
     def _start(self) -> _Worker:
-        return _Worker(self._context, *self._given)
+        "A new one, which never hears of Ctrl-C: the service then lets its workers go."
+        resource_tracker.ensure_running()  # it would undo the following
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes inherit it
+        try:
+            return _Worker(self._context, *self._given)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    async def wait(self, place):
+        """What is waited for. A task that is stopped before stays in `waiting`.
+
+        Parameters
+        ----------
+        place
+        """
+        task = asyncio.current_task()
+        self.waiting.add(task)
+        got = await place
+        self.waiting.discard(task)
+        return got
 
     async def run(self, *job):
         """What a worker answers; a job whose worker dies is tried once more, then `_Died`.
@@ -185,7 +210,7 @@ class _Workers:
         *job
         """
         for again in (True, False):
-            slot = await self._free.get()
+            slot = await self.wait(self._free.get())
             try:
                 if not self._all[slot].alive():
                     self._all[slot] = self._start()
@@ -213,6 +238,8 @@ class _Workers:
 
 # %% ../../nbs/lib/cli/03_service.ipynb #5904bef7
 _MOST = 100  # items that can be asked for
+_UPLOADS = 8  # that are read or kept at a time; each lies on the disk up to twice
+_WAITING = 200  # requests that may wait before an upload
 _KEPT = 500  # filmstrips in memory, some 20 kB each
 
 
@@ -245,6 +272,17 @@ class _Answer:
 def _is_emoji(about: dict) -> bool:
     "Whether the metadata of an item tell which of the bundled drawings it is."
     return is_whole(about.get("emoji")) and 0 <= about["emoji"] < len(emoji_names())
+
+
+def _records(table: pd.DataFrame) -> list:
+    "Metadata as JSON holds them, a dictionary a row: floats exactly, but null where they are not finite."
+
+    def plain(value):
+        value = value.item() if isinstance(value, np.generic) else value
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    rows = table.to_dict("index").values()  # also of a table without columns
+    return [{name: plain(value) for name, value in row.items()} for row in rows]
 
 
 def _check_packages():
@@ -290,7 +328,8 @@ class Service:
     ):
         _check_packages()
         check(is_whole(workers) and workers > 0, "workers", "at least 1", workers)
-        check(megabytes > 0 and seconds > 0, "megabytes, seconds", "more than 0", f"{megabytes}, {seconds}")
+        bounded = 0 < megabytes < math.inf and 0 < seconds < math.inf
+        check(bounded, "megabytes, seconds", "finite numbers above 0", f"{megabytes}, {seconds}")
         self.name, self.index = Path(index).name, open_index(index)
         self.size = len(self.index)
         check(self.size > 0, index, "at least one item", "none")
@@ -300,7 +339,7 @@ class Service:
         self.bytes, self.seconds = int(megabytes * 1e6), seconds
         self.workers = _Workers(workers, model, weights, device)
         self.takes, bits = self.workers.takes or (None, self.index.bits)
-        self._kept = collections.OrderedDict()
+        self._kept, self._uploads = collections.OrderedDict(), asyncio.Semaphore(_UPLOADS)
         if bits != self.index.bits:
             self.close()
             raise ValueError(
@@ -314,10 +353,14 @@ class Service:
     @contextlib.asynccontextmanager
     async def limit(self):
         "What is done here takes no longer than it may; `_Refused` where it would, and where workers died."
+        task = asyncio.current_task()
         try:
             async with asyncio.timeout(self.seconds):
                 yield
         except TimeoutError as error:
+            if task in self.workers.waiting:
+                said = f"This service is busy, and did not come to this within {self.seconds:g} seconds."
+                raise _Refused(503, f"{said} Please try again later.") from error
             said = (
                 f"This took longer than {self.seconds:g} seconds and was stopped. A shorter video may help."
             )
@@ -325,6 +368,25 @@ class Service:
         except _Died as error:
             said = "Two workers broke off on this request. Please try again, or with another file."
             raise _Refused(503, said) from error
+        finally:
+            self.workers.waiting.discard(task)
+
+    @contextlib.asynccontextmanager
+    async def upload(self, request):
+        """An upload is read and kept only here; `_Refused` where too many requests wait already.
+
+        Parameters
+        ----------
+        request
+        """
+        if len(self.workers.waiting) >= _WAITING:
+            await _throw_away(request.stream())
+            raise _Refused(503, "This service is busy: too many requests wait. Please try again later.")
+        await self.workers.wait(self._uploads.acquire())
+        try:
+            yield
+        finally:
+            self._uploads.release()
 
     def health(self) -> dict:
         "What is served."
@@ -427,12 +489,11 @@ class Service:
     def _search(self, codes: np.ndarray, top: int, query: str, **more) -> _Answer:
         found = self.index.search(codes, top)
         ids = found.ids[0][found.ids[0] >= 0]
-        about = json.loads(self.index.about(ids).to_json(orient="records"))
+        distances = found.distances[0][: len(ids)].tolist()
+        about = _records(self.index.about(ids))
         items = [
             {"rank": rank, "id": i, "distance": distance, "about": facts, "strip": self._strip_url(i, facts)}
-            for rank, (i, distance, facts) in enumerate(
-                zip(ids.tolist(), found.distances[0].tolist(), about), 1
-            )
+            for rank, (i, distance, facts) in enumerate(zip(ids.tolist(), distances, about, strict=True), 1)
         ]
         last = found.distances[0].max()
         return _Answer(query, items, int(found.ties[0] - (found.distances[0] == last).sum()), **more)
@@ -448,7 +509,7 @@ class Service:
 
     async def _draw(self, i: int) -> tuple[bytes, bytes]:
         rows = await asyncio.to_thread(self._of_item, self.index.about, i)
-        about = rows.to_dict("records")[0]
+        about = _records(rows)[0]
         if _is_emoji(about):
             return 2 * (_webp(emoji_picture(about["emoji"])),)
         file = self._file(about)
@@ -495,19 +556,25 @@ def _page(service: Service) -> Callable:
     def page(request, answer: _Answer | None = None, error: str = "", status: int = 200):
         strips = answer and answer.strips and [_data_url(picture) for picture in answer.strips]
         shown = dict(answer=answer, strips=strips, error=error, given=request.query_params)
-        return HTMLResponse(template.render(service=service, most=_MOST, **shown), status)
+        return HTMLResponse(
+            template.render(service=service, most=_MOST, say_left_out=say_left_out, **shown), status
+        )
 
     return page
 
 # %% ../../nbs/lib/cli/03_service.ipynb #e1605653
-def _check_sender(host: str, origin: str | None, site: str | None, names: tuple):
-    "`_Refused` for a host name that is not known, or a form of another site."
+def _check_host(host: str, names: tuple):
+    "`_Refused` for a host name that is not known."
     name = None
     with contextlib.suppress(ValueError):
         name = urllib.parse.urlsplit(f"//{host}").hostname
     if name not in names:
         known = f"This service is known as {' or '.join(names)}, not as {name}."
         raise _Refused(421, f"{known} Whoever starts it can add a name with --name.")
+
+
+def _check_origin(host: str, origin: str | None, site: str | None):
+    "`_Refused` for a form of another site."
     alike = site in ("same-origin", "none") if site else origin in (None, f"http://{host}", f"https://{host}")
     if not alike:
         raise _Refused(
@@ -531,7 +598,7 @@ async def _form(request, most: int) -> dict:
     from starlette.formparsers import MultiPartException, MultiPartParser
     from starlette.requests import ClientDisconnect
 
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise _Refused(415, "A video is sent as a form (multipart/form-data) with the field `video`.")
 
     async def pieces():
@@ -558,17 +625,16 @@ def _whole(text: str) -> int:
 
 async def _answer_form(service: Service, request) -> _Answer:
     "What is nearest to the video of a form."
-    async with service.limit():
+    async with service.limit(), service.upload(request):
         form = await _form(request, service.bytes)
         video = form.get("video")
         if not getattr(video, "filename", None):
             raise _Refused(422, "No video was sent. Please choose a file first.")
         kind = video.content_type or "application/octet-stream"
-        if not re.match(r"video/|image/(gif|webp|png)|application/octet-stream", kind):
+        if not re.match(r"video/|image/(gif|webp|png)|application/octet-stream", kind.lower()):
             raise _Refused(415, f"A video or an animated picture is needed, not {kind[:60]}.")
-        return await service.search_video(
-            video.file, video.filename[:100], _whole(str(form.get("top", "10")))
-        )
+        name = video.filename[:100].encode("utf-8", "replace").decode()  # some charsets give half characters
+        return await service.search_video(video.file, name, _whole(str(form.get("top", "10"))))
 
 
 async def _answer(service: Service, id: int | None, caption: str | None, top: int) -> _Answer | None:
@@ -583,6 +649,33 @@ async def _answer(service: Service, id: int | None, caption: str | None, top: in
         )
 
 # %% ../../nbs/lib/cli/03_service.ipynb #47f3315d
+_LARGEST = 2**63 - 1  # id
+_LONGEST = 1000  # caption, in characters
+_WANTED = {  # of the parameters of an address
+    "id": f"a whole number from 0 to {_LARGEST}",
+    "caption": f"a text of 1 to {_LONGEST} characters",
+    "top": f"a whole number from 1 to {_MOST}",
+    "short": "true or false",
+}
+
+
+def _for_known(app: Callable, names: tuple) -> Callable:
+    "An application that answers under known host names only, whatever is asked for."
+    from starlette.datastructures import Headers
+    from starlette.responses import JSONResponse
+
+    async def checked(scope, receive, send):
+        answer = app
+        try:
+            if scope["type"] == "http":
+                _check_host(Headers(scope=scope).get("host", ""), names)
+        except _Refused as error:
+            answer = JSONResponse({"error": error.sentence}, error.status)
+        await answer(scope, receive, send)
+
+    return checked
+
+
 def _tell_errors(app, page: Callable):
     "Every error as a sentence: on the page, or as JSON."
     from fastapi.exceptions import RequestValidationError
@@ -590,7 +683,7 @@ def _tell_errors(app, page: Callable):
     from starlette.responses import JSONResponse
 
     def told(request, status: int, sentence: str):
-        if request.url.path == "/" and status != 421:  # who is not known sees nothing of the page
+        if request.url.path == "/":
             return page(request, error=sentence, status=status)
         return JSONResponse({"error": sentence}, status)
 
@@ -599,7 +692,8 @@ def _tell_errors(app, page: Callable):
 
     def not_valid(request, error):
         first = error.errors()[0]
-        return told(request, 422, f"{first['loc'][-1]}: {first['msg']}, found {str(first['input'])[:60]!r}.")
+        name, found = first["loc"][-1], str(first["input"])[:60]
+        return told(request, 422, f"{name}: {_WANTED[name]} is needed, not {found!r}.")
 
     def no_route(request, error):
         said = {
@@ -653,19 +747,15 @@ def _make_app(
         yield
         service.close()
 
-    def sender(request: Request):
-        told = [request.headers.get(name) for name in ("origin", "sec-fetch-site")]
-        form = request.method == "POST"
-        _check_sender(request.headers.get("host", ""), *(told if form else (None, None)), names)
-
     async def asked(
-        id: Annotated[int | None, Query(ge=0, lt=2**63)] = None,
-        caption: Annotated[str | None, Query(min_length=1, max_length=1000)] = None,
+        id: Annotated[int | None, Query(ge=0, le=_LARGEST)] = None,
+        caption: Annotated[str | None, Query(min_length=1, max_length=_LONGEST)] = None,
         top: Annotated[int, Query(ge=1, le=_MOST)] = 10,
     ) -> _Answer | None:
         return await _answer(service, id, caption, top)
 
     async def sent(request: Request) -> _Answer:
+        _check_origin(*(request.headers.get(name) for name in ("host", "origin", "sec-fetch-site")))
         return await _answer_form(service, request)
 
     app = FastAPI(
@@ -673,8 +763,8 @@ def _make_app(
         docs_url=None,
         redoc_url=None,
         lifespan=life,
-        dependencies=[Depends(sender)],
     )
+    app.add_middleware(_for_known, names=names)
     page = _page(service)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a form that can't be read is answered
 
@@ -697,7 +787,7 @@ def _make_app(
         return answer.as_json()
 
     @app.get("/strip/{id}", response_class=Response)
-    async def strip(id: Annotated[int, PathPart(ge=0, lt=2**63)], short: bool = False):
+    async def strip(id: Annotated[int, PathPart(ge=0, le=_LARGEST)], short: bool = False):
         async with service.limit():
             return Response((await service.strips(id))[short], media_type="image/webp")
 
@@ -710,6 +800,14 @@ def _make_app(
 
 # %% ../../nbs/lib/cli/03_service.ipynb #e5357e2c
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_ANY = ("0.0.0.0", "::")  # all addresses of this machine, none that a browser can open
+
+
+def _only_here(host: str) -> bool:
+    "Whether an address is reached from this machine only."
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -719,17 +817,20 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         expected = "an address of this machine, and a port that is free"
-        raise OSError(f"{host}, port {port}: expected {expected}, found: {error.strerror}") from error
+        unknown = isinstance(error, socket.gaierror)  # its numbers are not those of the system
+        said = error.strerror if unknown else os.strerror(error.errno)
+        raise OSError(f"{host}, port {port}: expected {expected}, found: {said}") from error
 
 
 def _server(service: Service, host: str, listening: socket.socket, names: tuple = ()):
     "The server, and its address for a browser."
     import uvicorn
 
-    more = () if host in _LOOPBACK else (host, socket.gethostname())
-    names = (*_LOOPBACK, *(name.lower() for name in (*more, *names)))
+    more = (host,) if _only_here(host) else (host, socket.gethostname())
+    names = tuple(dict.fromkeys(name.lower() for name in (*_LOOPBACK, *more, *names)))
     limits = dict(limit_concurrency=500, timeout_graceful_shutdown=5)
-    app, shown = _make_app(service, names), f"[{host}]" if ":" in host else host
+    shown = socket.gethostname() if host in _ANY else f"[{host}]" if ":" in host else host
+    app = _make_app(service, names)
     config = uvicorn.Config(app, log_level="warning", headers=_headers(), server_header=False, **limits)
     return uvicorn.Server(config), f"http://{shown}:{listening.getsockname()[1]}"
 
@@ -757,12 +858,16 @@ def serve(
         Of `Service`
     """
     with _listen(host, port) as listening:
-        service = Service(index, **options)
-        server, address = _server(service, host, listening, names)
-        with contextlib.suppress(KeyboardInterrupt), contextlib.closing(service):
-            if host not in _LOOPBACK:
+        with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as ended:
+            print(f"{Path(index).name}: it is opened and workers start, for up to half a minute", flush=True)
+            service = ended.enter_context(contextlib.closing(Service(index, **options)))
+            server, address = _server(service, host, listening, names)
+            if not _only_here(host):
                 said = "can be reached from other machines: whoever opens this page may search and send files"
                 print(f"s5vh-nb: {host} {said}; there is no password", file=sys.stderr)
+            if host in _ANY:
+                said = "name the addresses that browsers use, such as the IP of this machine, with --name"
+                print(f"s5vh-nb: {said}", file=sys.stderr)
             print(f"{service.name}: {address} (Ctrl-C ends it)", flush=True)
             server.run(sockets=[listening])
 
