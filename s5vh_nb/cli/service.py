@@ -47,7 +47,7 @@ from ..basics.files import user_path
 from ..datasets.emoji import emoji_names
 from ..datasets.pictures import emoji_picture
 from ..search.milvus import open_index
-from ..search.queries import CaptionModel, open_model, say_left_out
+from ..search.queries import CaptionModel, check_fits, open_model, say_left_out
 from ..search.videos import filmstrip
 
 # %% ../../nbs/lib/cli/03_service.ipynb #7db24405
@@ -99,9 +99,11 @@ def _work(pipe, folder: str | None, weights: str | None, device: Device, threads
     tqdm.set_lock(threading.RLock())  # tqdm's own is shared by processes and would outlive a killed one
     torch.set_num_threads(threads)
     model = None if folder is None else _tried(open_model, folder, weights, device)
-    kind = "caption" if isinstance(model, CaptionModel) else "video"
+    kind, told = "caption" if isinstance(model, CaptionModel) else "video", model
+    if model and not isinstance(model, Exception):
+        told = kind, model.network.bits, model.network.fingerprint
     with contextlib.suppress(EOFError, OSError):
-        pipe.send(model if isinstance(model, Exception) else model and (kind, model.network.bits))
+        pipe.send(told)
         while True:
             job, *given = pipe.recv()
             pipe.send(_tried(_encode, model, *given) if job == "encode" else _tried(_strips, *given))
@@ -129,7 +131,7 @@ class _Worker:
         self._process.join()
 
     def takes(self) -> tuple | None:
-        "What its model takes, and the length of the codes; to be called before the first job."
+        "What its model takes, the bits of its codes, its fingerprint; to be called before the first job."
         self._ready = True
         return self._receive()
 
@@ -338,13 +340,14 @@ class Service:
         check(folder, f"{videos}", "a folder of videos", "none", NotADirectoryError)
         self.bytes, self.seconds = int(megabytes * 1e6), seconds
         self.workers = _Workers(workers, model, weights, device)
-        self.takes, bits = self.workers.takes or (None, self.index.bits)
+        self.takes, *told = self.workers.takes or (None,)
         self._kept, self._uploads = collections.OrderedDict(), asyncio.Semaphore(_UPLOADS)
-        if bits != self.index.bits:
+        try:
+            if told:
+                check_fits(self.index, *told, where=f"{index}")
+        except ValueError:
             self.close()
-            raise ValueError(
-                f"{index}: expected codes of {bits} bits, as the model gives, found {self.index.bits}"
-            )
+            raise
 
     def close(self):
         "End the workers; may be called again."
