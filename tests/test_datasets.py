@@ -707,7 +707,7 @@ NO_SUCH_FILE = "nowhere: expected train_feats.h5, here or in activitynet/"
             "UCF-101",
             None,
             ValueError,
-            "dataset: expected one of spoken-digits, spoken-pairs, moving-digits, animated-emoji, emoji",
+            "dataset: expected one of spoken-digits, spoken-pairs, moving-digits, animated-emoji",
         ),
         ("", None, ValueError, "dataset: expected one of"),
         (None, None, ValueError, "dataset: expected one of"),

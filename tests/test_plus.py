@@ -174,7 +174,7 @@ def test_what_is_known_before_training(lengths):
         "flat",
         1,
     )
-    z = (centred - centred.mean(0)) @ itq.directions
+    z = (centred - centred.mean(0)) @ itq.function.directions
     found = run.model.linear(torch.as_tensor(x, dtype=torch.float32)).numpy()
     np.testing.assert_allclose(found, z / np.sqrt((z**2).mean()), atol=1e-3)
     z = z / np.linalg.norm(z, axis=1, keepdims=True)

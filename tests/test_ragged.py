@@ -360,7 +360,7 @@ def test_baselines_of_own_frames(method):
     for view, vectors in (("mean", means[:, None]), ("flat", x)):  # the same as whole videos
         whole = Split({"frames": np.ascontiguousarray(vectors)}, data.train.labels, "whole")
         hasher, expected = fit_baseline(method, data.train, 4, view), fit_baseline(method, whole, 4, view)
-        np.testing.assert_allclose(hasher.mean, expected.mean, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(hasher.function.mean, expected.function.mean, rtol=1e-4, atol=1e-6)
         codes = expected.encode(whole.frames)
         for given in ((x, lengths), (noisy, lengths.tolist())):
             found = hasher.encode(given[0], lengths=given[1])

@@ -15,6 +15,7 @@ import time
 import nbformat
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from s5vh_nb.basics import pools
@@ -94,7 +95,12 @@ def test_features_are_those_of_one_process(cluster, videos, tmp_path, extractor,
     if extractor == "random":
         pytest.importorskip("efficientnet_lite_pytorch", reason="the extra video is not installed")
     given = dict(extractor=extractor, t=t, device="cpu", progress=False)
-    here = extract_features(videos, tmp_path / "here", **given)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker has
+    try:
+        here = extract_features(videos, tmp_path / "here", **given)
+    finally:
+        torch.set_num_threads(threads)
     there = extract_features(videos, tmp_path / "there", ray=cluster, **given)
     assert contents(there.folder) == contents(here.folder)
     assert (there.videos, there.new, there.unreadable) == (12, 13, here.unreadable)
