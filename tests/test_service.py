@@ -457,7 +457,7 @@ def wait_for(ready):
     end = time.monotonic() + 60
     while not (result := ready()):
         assert time.monotonic() < end
-        time.sleep(0.001)
+        time.sleep(0.02)
     return result
 
 
