@@ -6,11 +6,9 @@
 __all__ = ['RIVALS', 'METHODS', 'fit_baseline']
 
 # %% ../../nbs/lib/models/12_methods.ipynb #cc237011
-import pkgutil
-
 import numpy as np
 
-from ..basics.checks import check, known
+from ..basics.checks import check, known, named_object
 from ..basics.config import check_bits
 from ..datasets.splits import Split
 from s5vh_nb.models.baselines import (
@@ -64,14 +62,7 @@ def _rival(
     name: str,  # A key of RIVALS, or MODULE:NAME
 ) -> Method | None:
     "A method for pairs; None where it is a baseline. `ValueError` where a module has no such method."
-    if ":" not in name:
-        return RIVALS.get(name)
-    try:
-        found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        found = error
-    check(isinstance(found, Method), "method", f"MODULE:NAME of a `Method`, for {name}", found)
-    return found
+    return named_object(name, "method", Method) if ":" in name else RIVALS.get(name)
 
 
 def fit_baseline(
@@ -108,9 +99,10 @@ def fit_baseline(
     where, expected = f"{train.source}: labels", "labels to learn from"
     check(not needs_labels or train.labels is not None, where, expected, None)
     x, keep = fit_matrix(train, view, seed)
-    lift, scale = None, 1.0
+    lift, scale, means = None, 1.0, ()
     di = train.arrays[0].shape[1]
     if train.kind == "pairs":
+        means = tuple(np.split(x.mean(0), [di]))
         scale = balance(x, di)  # (di + dt,)
         x *= scale
     elif method == "itq" and x.shape[1] < bits:
@@ -127,8 +119,8 @@ def fit_baseline(
         labels = multi_hot(train.labels[keep]) if rival.supervised else None
         fitted = rival.fit(np.split(x, [di], axis=1), labels, bits, seed)
         function = OfViews(scale, di, fitted.function)
-        return Hasher(rival.name, view, shapes, bits, function, objective=fitted.objective)
+        return Hasher(rival.name, view, shapes, bits, function, objective=fitted.objective, means=means)
     mean, directions = fits[method]()
     name = _NAMES[method] + " (Nystroem-lifted)" * (lift is not None) + _VIEW_NAMES[view]
     function = Linear(mean / scale, (directions.T * scale).T, lift)
-    return Hasher(name, view, shapes, bits, function, train.lengths is not None)
+    return Hasher(name, view, shapes, bits, function, train.lengths is not None, means=means)
