@@ -46,14 +46,30 @@ class BitDilation(nn.Module):
     Parameters
     ----------
     m : int
+        Width of a token
     bits : int
+        k
     """
 
-    def __init__(self, m: int, bits: int):
+    def __init__(
+        self,
+        m: int,  # Width of a token
+        bits: int,  # k
+    ):
         super().__init__()
         self.bits, self.linear = bits, nn.Linear(m, bits * m)
 
-    def forward(self, v: Tensor) -> Tensor:
+    def forward(
+        self,
+        v: Tensor,  # (b, m)
+    ) -> Tensor:
+        """The tokens (b, k, m).
+
+        Parameters
+        ----------
+        v : Tensor
+            (b, m)
+        """
         return self.linear(v).unflatten(1, (self.bits, -1))
 
 
@@ -160,16 +176,33 @@ class BitCNN(nn.Module):
     ----------
     tokens : int
     m : int
+        Width of a token
     hidden : int
+        Width of what becomes of it
     """
 
-    def __init__(self, tokens: int, m: int, hidden: int):
+    def __init__(
+        self,
+        tokens: int,
+        m: int,  # Width of a token
+        hidden: int,  # Width of what becomes of it
+    ):
         super().__init__()
         self.tokens = tokens
         self.conv = nn.Conv1d(tokens * m, tokens * hidden, 1, groups=tokens)
         self.norm = nn.BatchNorm1d(tokens * hidden)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,  # (b, tokens, m)
+    ) -> Tensor:
+        """The hidden numbers (b, tokens, hidden), in (-1, 1).
+
+        Parameters
+        ----------
+        z : Tensor
+            (b, tokens, m)
+        """
         wide = self.conv(z.flatten(1)[..., None])  # (b, tokens*hidden, 1)
         return torch.tanh(self.norm(wide))[..., 0].unflatten(1, (self.tokens, -1))
 
@@ -183,14 +216,31 @@ class BitHash(nn.Module):
     ----------
     tokens : int
     m : int
+        Width of a token
     bits : int
+        All of them, a multiple of `tokens`
     """
 
-    def __init__(self, tokens: int, m: int, bits: int):
+    def __init__(
+        self,
+        tokens: int,
+        m: int,  # Width of a token
+        bits: int,  # All of them, a multiple of `tokens`
+    ):
         super().__init__()
         self.conv = nn.Conv1d(tokens * m, bits, 1, groups=tokens)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,  # (b, tokens, m)
+    ) -> Tensor:
+        """The relaxed bits (b, k).
+
+        Parameters
+        ----------
+        z : Tensor
+            (b, tokens, m)
+        """
         return torch.tanh(self.conv(z.flatten(1)[..., None]))[..., 0]
 
 # %% ../../nbs/lib/models/05_dmmh.ipynb #27c7b85c
