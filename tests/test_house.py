@@ -638,6 +638,8 @@ def uses(tree, module=""):
             first, _, rest = ast.unparse(node).partition(".")
             whole = f"{aliases.get(first, first)}.{rest}"
             found.add((module_of(whole), whole.removeprefix(f"{module_of(whole)}.").split(".")[0]))
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"s5vh_nb[\w.]*:\w+", str(node.value)):
+            found.add(tuple(node.value.split(":")))  # as a configuration names the class that it is for
     return found
 
 

@@ -161,8 +161,7 @@ def batch(data, config, double=True):
     "A network, an objective whose labels have moved, and the first batch of an epoch."
     torch.manual_seed(0)
     model, objective = S5VH(replace(config, **data.widths).model), SLGObjective(config, len(data.train))
-    means = training.time_means(data.train.frames, lengths=data.train.lengths)
-    objective.fit(means, progress=False)
+    objective.fit(model, data, progress=False)
     x = torch.from_numpy(data.train.frames)
     plan = training._plan_epoch(N, LONGEST, 16, 1, 0, lengths=torch.from_numpy(LENGTHS))
     rows, order, lengths = plan.draws[0]

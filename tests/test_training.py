@@ -23,7 +23,7 @@ from s5vh_nb.datasets.pair_files import write_official_pairs
 from s5vh_nb.datasets.rows import HDF5Rows
 from s5vh_nb.datasets.synthetic import synthetic_like, synthetic_pairs
 from s5vh_nb.datasets.video_files import write_official
-from s5vh_nb.learning import training
+from s5vh_nb.learning import objectives, training
 from s5vh_nb.learning.checkpoints import new_run
 from s5vh_nb.learning.training import fit_objective, is_evaluation_epoch
 from s5vh_nb.models.dmmh import DMMH
@@ -229,7 +229,7 @@ def test_features_larger_than_memory_are_read_in_batches(files, name, changes, m
     monkeypatch.setattr(training, "to_tensor", None)
     part = HDF5Rows.part
     monkeypatch.setattr(HDF5Rows, "part", lambda self, *at: read.append(part(self, *at)) or read[-1])
-    monkeypatch.setattr(training, "time_means", functools.partial(training.time_means, block=16))
+    monkeypatch.setattr(objectives, "time_means", functools.partial(objectives.time_means, block=16))
     read_in_batches = train(config, lazy)
     assert torch.equal(read_in_batches.weights, fitting.weights)
     assert read_in_batches.history == fitting.history

@@ -23,7 +23,7 @@ from ..basics.config import VARIANTS
 from ..basics.files import atomic_write, check_writable, find_root, only_run, user_path
 from ..basics.parallel import is_first, joined
 from ..basics.pools import RayPool
-from ..basics.profiles import PROFILES, train_config
+from ..basics.profiles import PROFILES, PUBLISHED, train_config
 from .artefacts import Artefact, artefacts, select
 from .execute import environment, execute, executed_path, last_words
 from .parameters import parameters_for, parse_pairs
@@ -348,8 +348,10 @@ def _add_train(commands):
     )
     train.add_argument("data", metavar="DATA", help=_DATA)
     train.add_argument("out", metavar="OUT", help="folder for the model")
-    help = "plus; S5VH: paper, released, conmh, ssth; DMMH, of pairs: paper (default: %(default)s)"
-    train.add_argument("--variant", choices=list(VARIANTS), default="plus", metavar="NAME", help=help)
+    published = ", ".join(name for names in PUBLISHED.values() for name in names)
+    help = f"plus; of videos {', '.join(name for name in VARIANTS if name != 'plus')}; of pairs paper; "
+    help += f"rivals as published: {published}; or MODULE:NAME of your own `Variant` (default: %(default)s)"
+    train.add_argument("--variant", default="plus", metavar="NAME", help=help)
     help = "bits of a code (default: %(default)s)"
     train.add_argument("--bits", type=int, default=64, metavar="K", help=help)
     help = "of the random numbers (default: %(default)s)"

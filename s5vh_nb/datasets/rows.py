@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'RowStore', 'row_blocks', 'PickedRows', 'check_lengths', 'own_frames', 'zeros_after', 'RaggedRows',
-           'check_finite', 'open_hdf5', 'hdf5_keys', 'hdf5_array', 'HDF5Rows', 'rows_of', 'to_tensor', 'write_rows']
+           'check_finite', 'open_hdf5', 'hdf5_keys', 'hdf5_array', 'HDF5Rows', 'rows_of', 'to_tensor', 'time_means',
+           'write_rows']
 
 # %% ../../nbs/lib/datasets/00_rows.ipynb #78e9c7a2
 import contextlib
@@ -441,6 +442,36 @@ def to_tensor(
     for rows in tqdm(row_blocks(features), desc="features", leave=False, disable=features.nbytes < 2**30):
         out[rows] = rows_of(features, rows, device)  # (block, ...)
     return out
+
+
+def time_means(
+    features,  # (n, t, d) array or `RowStore`
+    device: str | torch.device = "cpu",  # Where to compute
+    block: int = 1024,  # Videos at a time
+    lengths: np.ndarray | None = None,  # (n,) how many frames of each count, the first ones; None: all
+) -> torch.Tensor:
+    """Means over time of the features as they were given, float32 (n, d) on the CPU.
+
+    Parameters
+    ----------
+    features
+        (n, t, d) array or `RowStore`
+    device : str | torch.device
+        Where to compute
+    block : int
+        Videos at a time
+    lengths : np.ndarray | None
+        (n,) how many frames of each count, the first ones; None: all
+    """
+
+    def means(rows):
+        x = rows_of(features, rows, device).float()  # (block, t, d)
+        if lengths is None:
+            return x.mean(1)
+        return zeros_after(x, lengths[rows]).sum(1) / as_tensor(lengths[rows]).to(device)[:, None]
+
+    blocks = (slice(i, min(i + block, len(features))) for i in range(0, len(features), block))
+    return torch.cat([means(rows).cpu() for rows in blocks])
 
 
 def write_rows(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..basics.checks import check
-from ..basics.config import KINDS, BaselineConfig, TrainConfig, TransferConfig, from_dict, to_dict
+from ..basics.config import BaselineConfig, TrainConfig, TransferConfig, from_dict, is_kind, to_dict
 
 # %% ../../nbs/lib/evidence/00_identity.ipynb #aedb883b
 SCHEMA = 3  # raised whenever a default of a configuration changes, or what a record holds
@@ -93,7 +93,7 @@ def restored(
     where : str
         The file it came from, for messages
     """
-    return from_dict(config, where) if config.get("kind") in KINDS else config
+    return from_dict(config, where) if is_kind(config.get("kind")) else config
 
 # %% ../../nbs/lib/evidence/00_identity.ipynb #6a6c26b0
 def method_name(config: Config) -> str:

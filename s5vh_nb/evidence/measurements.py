@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..basics.checks import known
 from ..basics.config import replace, to_dict
+from ..datasets.rows import time_means
 from .archive import from_fractions, to_fractions
 from .experiments import CENTER_KINDS
 from .identity import find_value
@@ -28,7 +29,6 @@ from ..learning.admm import ADMM
 from ..learning.centers import hash_centers
 from ..learning.objectives import SLGObjective
 from ..learning.resolve import centers_from_file
-from ..learning.training import time_means
 from ..models.s5vh import S5VH, positions
 from ..search.scores import average_precision
 

@@ -17,43 +17,14 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ..basics.checks import check
-from s5vh_nb.basics.config import (
-    DMMHConfig,
-    MetricConfig,
-    NeighbourConfig,
-    PairNeighbourConfig,
-    PlusConfig,
-    S5VHConfig,
-    SLGConfig,
-    TrainConfig,
-    from_dict,
-    replace,
-    to_dict,
-)
+from ..basics.config import TrainConfig, from_dict, replace, to_dict
 from ..basics.files import atomic_write, user_path
 from ..basics.parallel import from_first, is_first, n_processes
 from ..datasets.splits import Dataset
-from s5vh_nb.learning.objectives import (
-    MetricObjective,
-    NeighbourObjective,
-    PairNeighbourObjective,
-    SLGObjective,
-)
-from ..models.dmmh import DMMH
-from ..models.plus import Plus
-from ..models.s5vh import S5VH
+from .objectives import Objective, objective_class
+from ..models.codes import HashNetwork, network_class
 
 # %% ../../nbs/lib/learning/06_checkpoints.ipynb #b71f9ef6
-# a part of the configuration -> what it configures
-_NETWORKS = {S5VHConfig: S5VH, PlusConfig: Plus, DMMHConfig: DMMH}
-_OBJECTIVES = {
-    SLGConfig: SLGObjective,
-    NeighbourConfig: NeighbourObjective,
-    PairNeighbourConfig: PairNeighbourObjective,
-    MetricConfig: MetricObjective,
-}
-
-
 @dataclass(repr=False)
 class TrainedRun:
     """A training run, finished or under way.
@@ -63,8 +34,8 @@ class TrainedRun:
     config : TrainConfig
     fingerprint : str
         Of the data it learns from
-    model : S5VH | Plus | DMMH
-    objective : nn.Module
+    model : HashNetwork
+    objective : Objective
     trainable : list
         (parameter, view of the gradient of `weights` that belongs to it)
     weights : nn.Parameter
@@ -81,8 +52,8 @@ class TrainedRun:
 
     config: TrainConfig
     fingerprint: str  # Of the data it learns from
-    model: S5VH | Plus | DMMH
-    objective: nn.Module
+    model: HashNetwork
+    objective: Objective
     trainable: list  # (parameter, view of the gradient of `weights` that belongs to it)
     weights: nn.Parameter  # All trainable parameters in one vector (w,); they are views of it
     optimizer: torch.optim.Optimizer
@@ -117,8 +88,8 @@ def new_run(
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        model = _NETWORKS[type(config.model)](config.model).to(device)
-        objective = _OBJECTIVES[type(config.objective)](config, len(data.train)).to(device)
+        model = network_class(config.model)(config.model).to(device)
+        objective = objective_class(config)(config, len(data.train)).to(device)
     for p in objective.unused(model):
         p.requires_grad_(False)  # without gradient and without weight decay
     parameters = [p for p in (*model.parameters(), *objective.parameters()) if p.requires_grad]
@@ -136,7 +107,7 @@ def new_run(
 # %% ../../nbs/lib/learning/06_checkpoints.ipynb #b96a0982
 def start_from(
     run: TrainedRun,  # Before its first step
-    network: S5VH | Plus | DMMH,  # Whose weights it takes
+    network: HashNetwork,  # Whose weights it takes
 ):
     """Give the run the weights of another network; `ValueError` names those that don't fit.
 
@@ -144,7 +115,7 @@ def start_from(
     ----------
     run : TrainedRun
         Before its first step
-    network : S5VH | Plus | DMMH
+    network : HashNetwork
         Whose weights it takes
     """
     expected = f"a {type(run.model).__name__}"

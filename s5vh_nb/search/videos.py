@@ -7,7 +7,6 @@ __all__ = ['open_set', 'load_network', 'label_texts', 'encode_videos', 'VideoMod
 
 # %% ../../nbs/lib/search/04_videos.ipynb #75cb2f22
 import contextlib
-import dataclasses
 import functools
 import io
 import json
@@ -20,7 +19,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from ..basics.checks import check
-from ..basics.config import DMMHConfig, PlusConfig, S5VHConfig
+from ..basics.config import NetworkConfig, check_config, from_dict
 from ..basics.devices import Device
 from ..basics.files import user_path
 from ..basics.pools import RayPool, in_order
@@ -29,10 +28,7 @@ from ..datasets.decode import View, read_clip
 from ..datasets.extract import EXTRACTION, Extractor, make_extractor, read_settings
 from ..datasets.splits import Dataset, Split
 from ..datasets.video_files import read_manifest
-from ..models.codes import HashNetwork
-from ..models.dmmh import DMMH
-from ..models.plus import Plus
-from ..models.s5vh import S5VH
+from ..models.codes import HashNetwork, network_class
 from .index import Found, HashIndex
 from .milvus import MilvusIndex
 
@@ -51,14 +47,11 @@ def open_set(
     return load("own-videos", given) if own else load(given)
 
 
-_NETWORKS = {S5VHConfig: S5VH, PlusConfig: Plus, DMMHConfig: DMMH}
-
-
 def load_network(
     folder: str | Path,  # That `save_pretrained` wrote
     device: Device = None,  # See `pick_device`
 ) -> HashNetwork:
-    """S5VH, Plus or DMMH, as was saved there; `FileNotFoundError` or `ValueError` names the file at fault.
+    """The network that was saved there; `FileNotFoundError` or `ValueError` names the file at fault.
 
     Parameters
     ----------
@@ -72,14 +65,12 @@ def load_network(
         path.is_file(), f"{path}", "the configuration of a saved network", "no such file", FileNotFoundError
     )
     try:
-        found = set(json.loads(path.read_text(encoding="utf-8")))
+        config = from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: expected the configuration of a network, found: {error}") from error
-    fields = {cls: {field.name for field in dataclasses.fields(cls)} for cls in _NETWORKS}
-    fitting = [cls for cls, names in fields.items() if found == names]
-    check(fitting, f"{path}", "the fields of S5VHConfig, PlusConfig or DMMHConfig", sorted(found))
+    check_config(config, str(path), NetworkConfig)
     with contextlib.redirect_stdout(io.StringIO()):  # the Hub's mixin prints
-        return _NETWORKS[fitting[0]].from_pretrained(user_path(folder), map_location=device)
+        return network_class(config).from_pretrained(user_path(folder), map_location=device)
 
 # %% ../../nbs/lib/search/04_videos.ipynb #74c0dba2
 def label_texts(
@@ -183,7 +174,7 @@ def encode_videos(
     check(data.kind == "videos", data.name, "a set of videos", f"one of {data.kind}")
     encoder = _Encoder(str(model), data, "cpu" if ray else device, progress)
     network = encoder.network
-    check(not isinstance(network, DMMH), f"{model}", "a model of videos", "one of pairs")
+    check(network.config.items == "videos", f"{model}", "a model of videos", "one of pairs")
     _check_features(model, network, data)
     parts = {"database": data.database} | ({} if data.query is data.database else {"query": data.query})
     pieces = _pieces(parts)
