@@ -489,6 +489,8 @@ class MetricConfig(ObjectiveConfig):
     ----------
     objective : ClassVar[str]
     networks : ClassVar[tuple]
+    all_centers : ClassVar[tuple]
+        what `centers` may be
     n_classes : int
         labels
     similarity : float
@@ -509,6 +511,7 @@ class MetricConfig(ObjectiveConfig):
 
     objective: ClassVar[str] = "s5vh_nb.learning.objectives:MetricObjective"
     networks: ClassVar[tuple] = (DMMHConfig,)
+    all_centers: ClassVar[tuple] = ("semantic", "hadamard", "random")  # what `centers` may be
     n_classes: int = 24  # labels
     similarity: float = 1.0  # weight of MSE(hn hn^T, S)
     classification: float = 1.0  # weight of MSE(sigmoid(Linear(h)), Y)
@@ -537,7 +540,7 @@ class MetricConfig(ObjectiveConfig):
             "at least one weight above 0",
             "none",
         )
-        known(self.centers, ("semantic", "hadamard", "random"), "centers")
+        known(self.centers, self.all_centers, "centers")
         check(0 < self.labelled <= 1, "labelled", "a share in (0, 1]", self.labelled)
         known(self.propagation, ("paths", "none"), "propagation")
 
