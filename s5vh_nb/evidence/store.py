@@ -33,16 +33,12 @@ from s5vh_nb.evidence.runs import (
     encode_splits,
     history_arrays,
     learn,
+    learns_from_both,
     training_digest,
 )
 from .scoring import query_parts
 
 # %% ../../nbs/lib/evidence/07_store.ipynb #95f03deb
-def _takes_one_modality(config: Config) -> bool:
-    "Whether the queries are encoded by one modality, too: the network learns from both."
-    return isinstance(config, TrainConfig) and getattr(config.model, "modality", None) == "both"
-
-
 class Subject:
     """A run under measurement: its configuration, data, hash function and codes.
 
@@ -69,7 +65,7 @@ class Subject:
         "The packed codes of the run by split, as they were kept or made anew."
         record = self.store.find(self.config)
         kept = record and self.store.archive.codes(record)
-        return kept or encode_splits(self.hasher, self.data, _takes_one_modality(self.config))
+        return kept or encode_splits(self.hasher, self.data, learns_from_both(self.config, self.data))
 
 # %% ../../nbs/lib/evidence/07_store.ipynb #3911af66
 NO_TRAINING = "S5VH_NB_NO_TRAINING"  # set by `s5vh-nb report`: notebooks draw from the records there are
@@ -199,7 +195,7 @@ class Store:
         config = complete(config, data)
         self._check_may_train([run_name(config, label)])
         learnt = self._learn(config, data, label)
-        made = encode_and_score(learnt.hasher, data, self.device, _takes_one_modality(config))
+        made = encode_and_score(learnt.hasher, data, self.device, learns_from_both(config, data))
         arrays, columns = history_arrays(learnt.history)
         return self._save(
             config,

@@ -19,7 +19,7 @@ from ..datasets.extract import EXTRACTION, read_settings
 from ..datasets.splits import Dataset
 from .identity import differences, method_name
 from .records import RunRecord, device_name, from_line, to_line
-from .runs import encode_and_score
+from .runs import encode_and_score, learns_from_both
 from .scoring import PROTOCOLS
 from ..learning.resolve import resolve
 from ..learning.training import TrainedRun, train
@@ -141,8 +141,7 @@ def _finish(out: Path, run: TrainedRun, data: Dataset, devices: str) -> RunRecor
     config = run.config
     scored = {"metrics": {}, "seconds": {}}
     if data.n_classes > 1 and PROTOCOLS[data.kind].columns(len(data.database)):
-        both = getattr(config.model, "modality", "") == "both"
-        scored = encode_and_score(run.model, data, run.device, both)
+        scored = encode_and_score(run.model, data, run.device, learns_from_both(config, data))
     sizes = {role: len(split) for role, split in data.splits.items()}
     notes = {"notes": "; ".join(data.notes)} if data.notes else {}
     record = RunRecord(

@@ -340,6 +340,8 @@ class Hasher:
         Training videos differed in length; the longest had the t of `shapes`
     objective : tuple
         What the fit minimises, after each iteration, where it has iterations
+    means : tuple
+        of pairs: each input's mean over the training items, which stands for a missing one
     """
 
     name: str  # Its name in tables, e.g. "ITQ (Nystroem-lifted), time mean"
@@ -349,6 +351,8 @@ class Hasher:
     function: Callable  # Vectors (b, width) of the view to real numbers (b, k) whose signs are the code
     ragged: bool = False  # Training videos differed in length; the longest had the t of `shapes`
     objective: tuple = ()  # What the fit minimises, after each iteration, where it has iterations
+    # of pairs: each input's mean over the training items, which stands for a missing one
+    means: tuple = ()
 
     def __repr__(self):
         inputs = " and ".join(f"{name} {shape}" for name, shape in self.shapes.items())
@@ -356,7 +360,7 @@ class Hasher:
 
     def encode(
         self,
-        *arrays,  # (n, ...) features of any kind, one per input: `split.arrays`
+        *arrays,  # (n, ...) features of any kind, one per input: `split.arrays`; of pairs None where missing
         lengths=None,  # (n,) how many frames of each video count, the first ones; None: all
     ) -> np.ndarray:
         """Packed codes, uint8 (n, k/8); `TypeError` unless arrays, `ValueError` for other shapes and NaN.
@@ -364,10 +368,16 @@ class Hasher:
         Parameters
         ----------
         *arrays
-            (n, ...) features of any kind, one per input: `split.arrays`
+            (n, ...) features of any kind, one per input: `split.arrays`; of pairs None where missing
         lengths
             (n,) how many frames of each video count, the first ones; None: all
         """
+        given = [x for x in arrays if x is not None]
+        if self.means and given:
+            arrays = [
+                np.broadcast_to(mean, (len(given[0]), *mean.shape)) if x is None else x
+                for x, mean in zip(arrays, self.means)
+            ]
         self._check_inputs(arrays, self.view != "pair" and (self.ragged or lengths is not None))
         if lengths is not None:
             check(self.view != "pair", "lengths", "None for pairs", type(lengths).__name__)

@@ -27,7 +27,7 @@ from s5vh_nb.models.baselines import (
     multi_hot,
 )
 from .multiview import Method, OfViews
-from .supervised_pairs import DMVH, FDMH, FOMH, MFKH, SAPMH
+from .supervised_pairs import DCMVH, DMVH, FDMH, FOMH, MFKH, SAPMH
 from .unsupervised_pairs import MAH, MFH, MVLH, MvDH
 
 # %% ../../nbs/lib/models/12_methods.ipynb #f1244f6b
@@ -41,6 +41,7 @@ RIVALS = {  # of DMMH, for pairs
     "fomh": FOMH,
     "fdmh": FDMH,
     "sapmh": SAPMH,
+    "dcmvh": DCMVH,
 }
 METHODS = {  # by kind of items
     "videos": ("itq", "lsh", "supervised"),
@@ -108,9 +109,10 @@ def fit_baseline(
     where, expected = f"{train.source}: labels", "labels to learn from"
     check(not needs_labels or train.labels is not None, where, expected, None)
     x, keep = fit_matrix(train, view, seed)
-    lift, scale = None, 1.0
+    lift, scale, means = None, 1.0, ()
     di = train.arrays[0].shape[1]
     if train.kind == "pairs":
+        means = tuple(np.split(x.mean(0), [di]))
         scale = balance(x, di)  # (di + dt,)
         x *= scale
     elif method == "itq" and x.shape[1] < bits:
@@ -127,8 +129,8 @@ def fit_baseline(
         labels = multi_hot(train.labels[keep]) if rival.supervised else None
         fitted = rival.fit(np.split(x, [di], axis=1), labels, bits, seed)
         function = OfViews(scale, di, fitted.function)
-        return Hasher(rival.name, view, shapes, bits, function, objective=fitted.objective)
+        return Hasher(rival.name, view, shapes, bits, function, objective=fitted.objective, means=means)
     mean, directions = fits[method]()
     name = _NAMES[method] + " (Nystroem-lifted)" * (lift is not None) + _VIEW_NAMES[view]
     function = Linear(mean / scale, (directions.T * scale).T, lift)
-    return Hasher(name, view, shapes, bits, function, train.lengths is not None)
+    return Hasher(name, view, shapes, bits, function, train.lengths is not None, means=means)

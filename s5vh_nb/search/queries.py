@@ -19,7 +19,7 @@ from ..basics.files import user_path
 from ..datasets.emoji import emoji_names
 from ..datasets.features import bag_of_words, words_of
 from ..datasets.splits import Dataset
-from ..models.dmmh import DMMH
+from ..models.codes import HashNetwork
 from .index import Found, HashIndex
 from .milvus import MilvusIndex, open_index
 from .videos import VideoModel, label_texts, load_network
@@ -35,12 +35,12 @@ class CaptionModel:
 
     Parameters
     ----------
-    network : DMMH
+    network : HashNetwork
     vocabulary : tuple
         A word for each column of the text
     """
 
-    network: DMMH
+    network: HashNetwork
     vocabulary: tuple  # A word for each column of the text
 
     @classmethod
@@ -59,8 +59,8 @@ class CaptionModel:
             See `pick_device`
         """
         network, path = load_network(folder, device), user_path(folder) / VOCABULARY
-        takes = network.config.modality != "image"
-        check(takes, f"{folder}", "a model of texts", f"one of {network.config.modality!r}")
+        modality = getattr(network.config, "modality", "both")
+        check(modality != "image", f"{folder}", "a model of texts", f"one of {modality!r}")
         expected = f"the {network.config.dt} words of the text, which few sets keep"
         check(path.is_file(), f"{path}", expected, "no such file", FileNotFoundError)
         try:
@@ -145,7 +145,7 @@ def encode_pairs(
     """
     check(data.kind == "pairs", data.name, "a set of pairs", f"one of {data.kind}")
     network = load_network(model, device)
-    check(isinstance(network, DMMH), f"{model}", "a model of pairs", "one of videos")
+    check(network.config.items == "pairs", f"{model}", "a model of pairs", "one of videos")
     wanted = {name: getattr(network.config, name) for name in ("di", "dt")}
     found = {name: data.widths[name] for name in wanted}
     check(found == wanted, f"{data.name}: widths", f"{wanted}, as {model} takes", found)
@@ -183,7 +183,7 @@ def open_model(
     device : Device
         See `pick_device`
     """
-    if not isinstance(load_network(folder, "cpu"), DMMH):
+    if load_network(folder, "cpu").config.items == "videos":
         return VideoModel.open(folder, weights, device)
     check(weights is None, "weights of the extractor", f"none, as {folder} takes captions", weights)
     return CaptionModel.open(folder, device)
