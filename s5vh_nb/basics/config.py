@@ -97,7 +97,7 @@ def check_config(
 class NetworkConfig:
     """Shape of a network; a subclass is a frozen dataclass, and `bits` is one of its fields.
 
-    A field `d`, of pairs `di`, `dt` or `n_classes`, is read from the data (`learning.resolve`).
+    A field `d` or `frames`, of pairs `di`, `dt` or `n_classes`, is read from the data (`learning.resolve`).
     """
 
     network: ClassVar[str]  # MODULE:NAME of the class that it configures

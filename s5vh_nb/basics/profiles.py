@@ -6,10 +6,9 @@
 __all__ = ['DATASETS', 'PROFILES', 'PUBLISHED', 'Variant', 'train_config']
 
 # %% ../../nbs/lib/basics/04_profiles.ipynb #61ed3bae
-import pkgutil
 from dataclasses import dataclass, field
 
-from .checks import check, known
+from .checks import check, known, named_object
 from s5vh_nb.basics.config import (
     PAIR_VARIANTS,
     VARIANTS,
@@ -104,11 +103,7 @@ def _published(name: str, kind: str, dataset: str) -> Variant | None:
     where = PUBLISHED[kind].get(name, name)
     if ":" not in where:
         return None
-    try:
-        found = pkgutil.resolve_name(where)
-    except (ImportError, AttributeError, ValueError) as error:
-        found = error
-    check(isinstance(found, Variant), "variant", f"MODULE:NAME of a `Variant`, for {name}", found)
+    found = named_object(where, "variant", Variant)
     items = found.changes["model"].items
     check(items == kind, "variant", f"one for {kind}, as in {dataset}", f"{name}, for {items}")
     return found

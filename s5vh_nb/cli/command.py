@@ -585,6 +585,7 @@ def main(
     argv : list | None
         The command's words; None takes those of the shell
     """
+    sys.path.insert(0, "")  # a file of this folder can be named as MODULE:NAME
     args = _parser().parse_args(argv)
     try:
         return _dispatch(args)

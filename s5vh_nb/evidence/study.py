@@ -6,6 +6,7 @@
 __all__ = ['Study', 'open_study']
 
 # %% ../../nbs/lib/evidence/10_study.ipynb #c43cb3e0
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,14 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython import get_ipython
 
-from ..basics.checks import check, known, parse_list
+from ..basics.checks import check, known, named_object, parse_list
 from ..basics.devices import Device
-from ..basics.profiles import PROFILES
+from ..basics.profiles import PROFILES, Variant
 from ..datasets.catalog import DATA_ROOT, available, entry_of, is_there
 from .experiments import EXPERIMENTS, Experiment, Fitted, config_of
 from .report import folder_of, save_figure, save_table, style
 from .store import Store
+from ..models.multiview import Method
 
 # %% ../../nbs/lib/evidence/10_study.ipynb #d402a1bd
 @dataclass
@@ -238,6 +240,14 @@ def _check_injected(
                 known(name, _assigned(cells[:number]), "parameter of this notebook")
 
 
+def _own_row(name: str) -> tuple:  # Name, row
+    "The row of a method of another file; `ValueError` where there is none."
+    found = named_object(name, "methods", Method, Variant)
+    if isinstance(found, Method):
+        return found.name, Fitted(name)
+    return name.partition(":")[2], dict(variant=name)
+
+
 def open_study(
     name: str,  # e.g. "s5vh/losses"; "dmmh/ablations/mixers" for a second experiment of one notebook
     profile: str,  # "smoke", "quick", "full" or "paper"
@@ -248,6 +258,7 @@ def open_study(
     data_root: str | None = None,  # Folder of files that are not bundled; None: that of the environment
     root: Path | None = None,  # The project's folder; None finds it
     may_train: bool | None = None,  # None: unless `s5vh-nb report` forbids it
+    methods=None,  # MODULE:NAME of a `Method` or a `Variant` of your own, or several: more rows
 ) -> Study:
     """The experiment as these parameters ask for it; sets the style of figures; errors name the parameter.
 
@@ -270,10 +281,14 @@ def open_study(
         The project's folder; None finds it
     may_train : bool | None
         None: unless `s5vh-nb report` forbids it
+    methods
+        MODULE:NAME of a `Method` or a `Variant` of your own, or several: more rows
     """
     if shell := get_ipython():
         _check_injected(shell.user_ns["In"])
     experiment = EXPERIMENTS[known(name, EXPERIMENTS, "experiment")]
+    own = dict(map(_own_row, [methods] if isinstance(methods, str) else methods or []))
+    experiment = dataclasses.replace(experiment, rows=experiment.rows | own)
     known(profile, PROFILES, "profile")
     artefact = "/".join(name.split("/")[:2])
     options = dict(root=root, data_root=data_root, device=device, may_train=may_train)

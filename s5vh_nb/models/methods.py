@@ -6,11 +6,9 @@
 __all__ = ['RIVALS', 'METHODS', 'fit_baseline']
 
 # %% ../../nbs/lib/models/12_methods.ipynb #cc237011
-import pkgutil
-
 import numpy as np
 
-from ..basics.checks import check, known
+from ..basics.checks import check, known, named_object
 from ..basics.config import check_bits
 from ..datasets.splits import Split
 from s5vh_nb.models.baselines import (
@@ -65,14 +63,7 @@ def _rival(
     name: str,  # A key of RIVALS, or MODULE:NAME
 ) -> Method | None:
     "A method for pairs; None where it is a baseline. `ValueError` where a module has no such method."
-    if ":" not in name:
-        return RIVALS.get(name)
-    try:
-        found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        found = error
-    check(isinstance(found, Method), "method", f"MODULE:NAME of a `Method`, for {name}", found)
-    return found
+    return named_object(name, "method", Method) if ":" in name else RIVALS.get(name)
 
 
 def fit_baseline(
