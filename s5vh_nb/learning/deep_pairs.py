@@ -202,7 +202,7 @@ class BSTHObjective(MetricObjective):
 
     def _centers(self, train: Split, classes: np.ndarray, progress: bool) -> np.ndarray:
         "B, from prototypes."
-        labels = torch.as_tensor(classes, dtype=torch.float32)  # (n, c)
+        labels = self.labels.cpu()  # (n, c)
         shares = _cooccurrence(labels)
         with torch.random.fork_rng([]):
             torch.manual_seed(self.seed)
