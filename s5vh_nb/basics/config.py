@@ -710,8 +710,8 @@ VARIANTS = {
         refresh_with_norm=False,
         start="released",
     ),
-    "conmh": dict(mixer="Transformer", directions="forward", beta=0.0, drop_path=0.0),
-    "ssth": dict(mixer="LSTM", directions="forward", alpha=0.0, beta=0.0, drop_path=0.0),
+    "conmh-style": dict(mixer="Transformer", directions="forward", beta=0.0, drop_path=0.0),
+    "ssth-style": dict(mixer="LSTM", directions="forward", alpha=0.0, beta=0.0, drop_path=0.0),
     "plus": dict(
         model=PlusConfig(), objective=NeighbourConfig(), epochs=40, batch=256, lr=2e-3, weight_decay=1e-2
     ),

@@ -537,13 +537,13 @@ class SSTHConfig(NetworkConfig):
     bits : int
         k, of any length, also the width of all states
     steps : int
-        that have a norm of their own: the frames of a training video, or more
+        that have a norm of their own: at least the frames of a training video
     """
 
     network: ClassVar[str] = "s5vh_nb.learning.video_rivals:SSTHNetwork"
     d: int = 4096  # width of a frame feature
     bits: int = 64  # k, of any length, also the width of all states
-    steps: int = 25  # that have a norm of their own: the frames of a training video, or more
+    steps: int = 25  # that have a norm of their own: at least the frames of a training video
 
     def __post_init__(self):
         super().__post_init__()
