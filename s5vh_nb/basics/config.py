@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'PAIR_VARIANTS', 'check_bits', 'bits_of', 'check_config', 'NetworkConfig', 'ObjectiveConfig', 'S5VHConfig',
            'SLGConfig', 'PlusConfig', 'NeighbourConfig', 'DMMHConfig', 'MetricConfig', 'PairNeighbourConfig',
-           'TrainConfig', 'replace', 'BaselineConfig', 'TransferConfig', 'is_kind', 'to_dict', 'from_dict']
+           'TrainConfig', 'replace', 'BaselineConfig', 'TransferConfig', 'kind_of', 'is_kind', 'to_dict', 'from_dict']
 
 # %% ../../nbs/lib/basics/03_config.ipynb #51369f0d
 import dataclasses
@@ -489,6 +489,8 @@ class MetricConfig(ObjectiveConfig):
     ----------
     objective : ClassVar[str]
     networks : ClassVar[tuple]
+    all_centers : ClassVar[tuple]
+        what `centers` may be
     n_classes : int
         labels
     similarity : float
@@ -509,6 +511,7 @@ class MetricConfig(ObjectiveConfig):
 
     objective: ClassVar[str] = "s5vh_nb.learning.objectives:MetricObjective"
     networks: ClassVar[tuple] = (DMMHConfig,)
+    all_centers: ClassVar[tuple] = ("semantic", "hadamard", "random")  # what `centers` may be
     n_classes: int = 24  # labels
     similarity: float = 1.0  # weight of MSE(hn hn^T, S)
     classification: float = 1.0  # weight of MSE(sigmoid(Linear(h)), Y)
@@ -537,7 +540,7 @@ class MetricConfig(ObjectiveConfig):
             "at least one weight above 0",
             "none",
         )
-        known(self.centers, ("semantic", "hadamard", "random"), "centers")
+        known(self.centers, self.all_centers, "centers")
         check(0 < self.labelled <= 1, "labelled", "a share in (0, 1]", self.labelled)
         known(self.propagation, ("paths", "none"), "propagation")
 
@@ -707,8 +710,8 @@ VARIANTS = {
         refresh_with_norm=False,
         start="released",
     ),
-    "conmh": dict(mixer="Transformer", directions="forward", beta=0.0, drop_path=0.0),
-    "ssth": dict(mixer="LSTM", directions="forward", alpha=0.0, beta=0.0, drop_path=0.0),
+    "conmh-style": dict(mixer="Transformer", directions="forward", beta=0.0, drop_path=0.0),
+    "ssth-style": dict(mixer="LSTM", directions="forward", alpha=0.0, beta=0.0, drop_path=0.0),
     "plus": dict(
         model=PlusConfig(), objective=NeighbourConfig(), epochs=40, batch=256, lr=2e-3, weight_decay=1e-2
     ),
@@ -799,6 +802,17 @@ _KINDS = {
 }
 
 
+def kind_of(config) -> str:
+    """The name of its class, with its module where that is not this one.
+
+    Parameters
+    ----------
+    config
+    """
+    cls = type(config)
+    return cls.__name__ if _KINDS.get(cls.__name__) is cls else f"{cls.__module__}:{cls.__name__}"
+
+
 def is_kind(name) -> bool:
     """Whether `name` is a `kind` that `to_dict` may have written.
 
@@ -835,10 +849,8 @@ def to_dict(config) -> dict:
     """
     check_config(config, "config")
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    cls = type(config)
-    own = _KINDS.get(cls.__name__) is cls
     return {
-        "kind": cls.__name__ if own else f"{cls.__module__}:{cls.__name__}",
+        "kind": kind_of(config),
         **{k: to_dict(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()},
     }
 
