@@ -34,8 +34,10 @@ CPU = torch.device("cpu")
 N, T, D = 30, 7, 4
 BATCH = 9  # two processes have 4 and 5 items, three have 3 each
 NETWORK = dict(bits=8, m=8, depth=2, batch=BATCH, epochs=3, evaluate_every=1)
-S5VH = dict(NETWORK, decoder_m=8, decoder_depth=2, n_centers=4, pca=3, warmup=1, beta=1.0)
+S5VH_SIZES = dict(NETWORK, decoder_m=8, decoder_depth=2)
+S5VH = dict(S5VH_SIZES, n_centers=4, pca=3, warmup=1, beta=1.0)
 PAIRS = dict(bits=8, width=8, image_hidden=12, text_hidden=12, batch=BATCH, epochs=3, evaluate_every=1)
+RIVALS = "s5vh_nb.learning.video_rivals"
 RAGGED = np.random.default_rng(2).integers(3, T + 1, N)
 
 
@@ -66,6 +68,8 @@ CASES = {  # what is trained -> data, profile, variant, changes
     "S5VH, ragged": (functools.partial(videos, RAGGED), "quick", "released", S5VH),
     "Plus": (videos, "quick", "plus", dict(NETWORK, time_steps=T, dropout=0.3)),
     "Plus, ragged": (functools.partial(videos, RAGGED), "quick", "plus", dict(NETWORK, time_steps=5)),
+    "ConMH": (videos, "quick", f"{RIVALS}:CONMH", dict(S5VH_SIZES, heads=3, decoder_heads=3)),
+    "SSTH": (videos, "quick", f"{RIVALS}:SSTH", dict(bits=8, batch=BATCH, epochs=3, evaluate_every=1)),
     "Plus, pairs": (pairs, "quick", "plus", dict(PAIRS, dropout=0.3)),
     "DMMH": (pairs, "quick", "paper", dict(PAIRS, layers=1, cnn_width=4, dropout=0.3, alignment=0.5)),
 }

@@ -10,7 +10,7 @@ from s5vh_nb.models import supervised_pairs
 from s5vh_nb.models.baselines import balance, fit_matrix
 from s5vh_nb.models.methods import RIVALS, fit_baseline
 
-NAMES = ("fomh", "mfkh", "dmvh", "sapmh", "fdmh")
+NAMES = ("fomh", "mfkh", "dmvh", "sapmh", "fdmh", "dcmvh")
 DATA = synthetic_pairs("mirflickr25k")
 PAIRS = DATA.train.take(slice(200))
 X, _ = fit_matrix(PAIRS, "pair", 0)

@@ -120,7 +120,7 @@ LEADS = {
 def test_a_lead_at_few_bits_must_be_a_lead(cells, pretend, ours, rival, found):
     for bits, quality in ours.items():
         pretend(network(bits), quality)
-        for name in ("conmh", "ssth"):
+        for name in ("conmh-style", "ssth-style"):
             pretend(network(bits, **VARIANTS[name]), rival[bits])
         for view in ("flat", "mean"):
             pretend(BaselineConfig(view=view, bits=bits), rival[bits])

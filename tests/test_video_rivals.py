@@ -4,6 +4,7 @@ Networks and losses are rebuilt here from the public code's description, with no
 video list at a time, layer by layer and step by step, in float64. Weights and draws are given from outside.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,11 +12,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from s5vh_nb.basics.config import SLGConfig, TrainConfig, from_dict, to_dict
 from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.datasets.splits import Dataset, Split
 from s5vh_nb.learning.checkpoints import new_run
+from s5vh_nb.learning.objectives import SLGObjective, objective_class
 from s5vh_nb.learning.training import step, train
-from s5vh_nb.learning.video_rivals import ConMH, _links
+from s5vh_nb.learning.video_rivals import (
+    BTH,
+    CONMH,
+    SSTH,
+    BTHConfig,
+    BTHLoss,
+    BTHNetwork,
+    BTHObjective,
+    ConMH,
+    ConMHConfig,
+    SSTHConfig,
+    SSTHLoss,
+    SSTHNetwork,
+    SSTHObjective,
+    _links,
+)
+from s5vh_nb.models.codes import network_class
 
 T, D, BATCH, BITS = 8, 7, 6, 16
 MODULE = "s5vh_nb.learning.video_rivals"
@@ -97,6 +116,23 @@ def attended(x, w, heads, bias, dropped=1.0):
         scores = torch.softmax(qh @ kh.transpose(1, 2) / math.sqrt(qh.shape[-1]), -1)
         outs.append(scores * dropped @ vh)
     return linear(torch.cat(outs, -1), w, "out")
+
+
+@pytest.mark.parametrize(
+    "variant, parts",
+    [
+        (CONMH, (ConMHConfig, ConMH, SLGConfig, SLGObjective)),
+        (BTH, (BTHConfig, BTHNetwork, BTHLoss, BTHObjective)),
+        (SSTH, (SSTHConfig, SSTHNetwork, SSTHLoss, SSTHObjective)),
+    ],
+    ids=["ConMH", "BTH", "SSTH"],
+)
+def test_a_configuration_names_its_classes(variant, parts):
+    "So a record, a checkpoint and a saved network find them again."
+    config = TrainConfig(**variant.changes)
+    found = type(config.model), network_class(config.model), type(config.objective), objective_class(config)
+    assert found == parts
+    assert from_dict(to_dict(config)) == config
 
 
 # ConMH
@@ -277,6 +313,17 @@ def test_bth_goes_on_as_if_it_had_not_stopped(tmp_path):
         train(halted, data, **options, checkpoint=file, every=1, evaluate=stop)
     again = train(halted, data, **options, checkpoint=file, resume=True)
     assert again.model.fingerprint == whole.model.fingerprint
+
+
+@pytest.mark.parametrize("variant", ["BTH", "SSTH"])
+def test_videos_of_different_lengths_are_refused(variant):
+    data = toy_data()
+    some = Split(data.train.inputs, data.train.labels, "toy", lengths=np.array([T, T, 3, T, T, T]))
+    config = train_config("spoken-digits", "smoke", f"{MODULE}:{variant}", d=D)
+    with pytest.raises(
+        ValueError, match=f"spoken-digits: lengths: expected one for all videos, for {variant}"
+    ):
+        train(config, dataclasses.replace(data, train=some), device="cpu", progress=False)
 
 
 # SSTH

@@ -304,7 +304,7 @@ def test_commands_name_what_is_wrong(way, capsys):
         ("encode features features a.npz", "config.json: expected the configuration of a saved network"),
         ("encode model nowhere a.npz", "dataset: expected one of"),
         ("encode model videos a.npz", "videos: expected manifest.csv"),
-        ("train emoji out --variant conmh", "variant: expected one of paper, plus"),
+        ("train emoji out --variant released", "variant: expected one of paper, plus"),
         ("encode model emoji a.npz", "model: expected a model of pairs, found one of videos"),
         ("encode model emoji a.npz --ray", "--ray: expected a set of videos, found one of pairs"),
         ("search videos.index --caption cat --model model", "query: expected a VIDEO"),

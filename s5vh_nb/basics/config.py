@@ -489,6 +489,8 @@ class MetricConfig(ObjectiveConfig):
     ----------
     objective : ClassVar[str]
     networks : ClassVar[tuple]
+    all_centers : ClassVar[tuple]
+        what `centers` may be
     n_classes : int
         labels
     similarity : float
@@ -509,6 +511,7 @@ class MetricConfig(ObjectiveConfig):
 
     objective: ClassVar[str] = "s5vh_nb.learning.objectives:MetricObjective"
     networks: ClassVar[tuple] = (DMMHConfig,)
+    all_centers: ClassVar[tuple] = ("semantic", "hadamard", "random")  # what `centers` may be
     n_classes: int = 24  # labels
     similarity: float = 1.0  # weight of MSE(hn hn^T, S)
     classification: float = 1.0  # weight of MSE(sigmoid(Linear(h)), Y)
@@ -537,7 +540,7 @@ class MetricConfig(ObjectiveConfig):
             "at least one weight above 0",
             "none",
         )
-        known(self.centers, ("semantic", "hadamard", "random"), "centers")
+        known(self.centers, self.all_centers, "centers")
         check(0 < self.labelled <= 1, "labelled", "a share in (0, 1]", self.labelled)
         known(self.propagation, ("paths", "none"), "propagation")
 
@@ -707,8 +710,8 @@ VARIANTS = {
         refresh_with_norm=False,
         start="released",
     ),
-    "conmh": dict(mixer="Transformer", directions="forward", beta=0.0, drop_path=0.0),
-    "ssth": dict(mixer="LSTM", directions="forward", alpha=0.0, beta=0.0, drop_path=0.0),
+    "conmh-style": dict(mixer="Transformer", directions="forward", beta=0.0, drop_path=0.0),
+    "ssth-style": dict(mixer="LSTM", directions="forward", alpha=0.0, beta=0.0, drop_path=0.0),
     "plus": dict(
         model=PlusConfig(), objective=NeighbourConfig(), epochs=40, batch=256, lr=2e-3, weight_decay=1e-2
     ),

@@ -93,8 +93,20 @@ class Variant:
 
 
 PUBLISHED = {  # rivals as published, by kind of items: name -> MODULE:NAME of a `Variant`
-    "videos": {},
-    "pairs": {},
+    "videos": {
+        "conmh": "s5vh_nb.learning.video_rivals:CONMH",
+        "bth": "s5vh_nb.learning.video_rivals:BTH",
+        "ssth": "s5vh_nb.learning.video_rivals:SSTH",
+        "autossvh": "s5vh_nb.learning.clustered_videos:AUTOSSVH",
+        "wsch": "s5vh_nb.learning.clustered_videos:WSCH",
+    },
+    "pairs": {
+        "bsth": "s5vh_nb.learning.deep_pairs:BSTH",
+        "acmvh": "s5vh_nb.learning.deep_pairs:ACMVH",
+        "fgcmh": "s5vh_nb.learning.fusing_pairs:FGCMH",
+        "fmmvh": "s5vh_nb.learning.fusing_pairs:FMMVH",
+        "dmmvh": "s5vh_nb.learning.fusing_pairs:DMMVH",
+    },
 }
 
 
@@ -112,7 +124,8 @@ def _published(name: str, kind: str, dataset: str) -> Variant | None:
 def train_config(
     dataset: str = "spoken-digits",  # A name that `datasets.catalog.load` knows
     profile: str = "quick",  # "smoke", "quick", "full" or "paper"
-    # "paper", "plus"; of videos "released", "conmh", "ssth"; one of PUBLISHED; MODULE:NAME of a `Variant`
+    # of both kinds "paper", "plus"; of videos "released", "conmh-style", "ssth-style"; one of PUBLISHED; or
+    # MODULE:NAME of a `Variant`
     variant: str = "paper",
     **changes,  # Fields to set on top, e.g. `bits=16, seed=2, beta=0.0`
 ) -> TrainConfig:
@@ -125,7 +138,8 @@ def train_config(
     profile : str
         "smoke", "quick", "full" or "paper"
     variant : str
-        "paper", "plus"; of videos "released", "conmh", "ssth"; one of PUBLISHED; MODULE:NAME of a `Variant`
+        of both kinds "paper", "plus"; of videos "released", "conmh-style", "ssth-style"; one of PUBLISHED; or
+        MODULE:NAME of a `Variant`
     **changes
         Fields to set on top, e.g. `bits=16, seed=2, beta=0.0`
     """

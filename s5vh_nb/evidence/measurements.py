@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SOLVER', 'AS_IS', 'NOT_RUN', 'SILENCED', 'measure_centers', 'centers_in', 'cluster_cosines', 'center_distances',
            'agreement', 'setting', 'measure_solver', 'measure_directions', 'silenced_ap', 'signs_of', 'correlation_of',
-           'bit_statistics', 'tree_entropy']
+           'bit_statistics', 'tree_entropy', 'measure_cost']
 
 # %% ../../nbs/lib/evidence/13_measurements.ipynb #712fbdd9
 import contextlib
+import functools
 import time
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..basics.checks import known
 from ..basics.config import replace, to_dict
+from ..basics.devices import as_tensor, pick_device
 from ..datasets.rows import time_means
 from .archive import from_fractions, to_fractions
 from .experiments import CENTER_KINDS
@@ -27,9 +29,12 @@ from .runs import encode_splits
 from .store import Store, Subject
 from ..learning.admm import ADMM
 from ..learning.centers import hash_centers
+from ..learning.checkpoints import new_run
 from ..learning.objectives import SLGObjective
-from ..learning.resolve import centers_from_file
+from ..learning.training import fit_objective, matmul_precision, step
+from ..measure.efficiency import peak_bytes, seconds_per_call
 from ..models.s5vh import S5VH, positions
+from ..ops.streams import GraphedCall
 from ..search.scores import average_precision
 
 # %% ../../nbs/lib/evidence/13_measurements.ipynb #88a6f6c0
@@ -38,12 +43,10 @@ _COSINE_STEPS = 10_000
 
 def _found_centers(subject: Subject) -> dict:
     "Kind of centers -> what `hash_centers` found for it."
-    train = subject.data.train
-    means, found = time_means(train.frames, lengths=train.lengths), {}  # (n, d)
+    data, found = subject.data, {}
     for kind, changes in CENTER_KINDS.items():
-        config = replace(subject.config, **changes)
-        given = centers_from_file(config, subject.data)
-        found[kind] = SLGObjective(config, len(train)).fit(means, progress=False, given=given)
+        objective = SLGObjective(replace(subject.config, **changes), len(data.train))
+        found[kind] = objective.fit(None, data, progress=False)
     return found
 
 
@@ -350,3 +353,33 @@ def tree_entropy(
     entropy = -_plogp(p) - _plogp(1 - p)  # (k,)
     information = np.maximum(entropy[:, None] + entropy + sum(map(_plogp, cells)), 0)  # (k, k)
     return float(entropy.sum() + minimum_spanning_tree(-np.triu(information, 1)).sum())
+
+# %% ../../nbs/lib/evidence/13_measurements.ipynb #27faa0b0
+def _call_cost(call, device) -> tuple:  # Milliseconds, MB
+    "Median time and peak memory of a call."
+    memory = peak_bytes(call, device) / 1e6
+    return 1000 * float(np.median(seconds_per_call(call, device, limit=2.0))), memory
+
+
+def measure_cost(subject: Subject) -> dict:
+    """What a record keeps of the cost of a network: of a step, and of encoding a batch.
+
+    Parameters
+    ----------
+    subject : Subject
+    """
+    config, data, device = subject.config, subject.data, pick_device(subject.store.device)
+    run = new_run(config, data, device)
+    fit_objective(run, data, progress=False)
+    n = min(config.batch, len(data.train))
+    batch = [as_tensor(x[:n]).to(device, torch.float32) for x in data.train.arrays]
+    draws = [torch.arange(n, device=device)]
+    if data.kind == "videos":
+        draws.append(torch.rand(batch[0].shape[:2], device=device).argsort(-1))
+    call = GraphedCall(functools.partial(step, run, True))
+    with matmul_precision(config.precision):
+        step_ms, step_mb = _call_cost(lambda: call(*batch, *draws), device)
+    with matmul_precision("float32"):
+        encode_ms, encode_mb = _call_cost(lambda: run.model.encode(*batch, batch=n), device)
+    costs = {"step ms": step_ms, "step MB": step_mb, "encode ms": encode_ms, "encode MB": encode_mb}
+    return {"metrics": {"weights": run.weights.numel(), "items": n, **costs}}

@@ -780,18 +780,22 @@ class MetricObjective(Objective):
             classes, _ = training_classes(self.config, train, self.labels.device)
         self.labels.copy_(torch.as_tensor(classes))
         if self.c.alignment > 0:
-            x, kept = fit_matrix(train, "pair", self.seed)
-            found = hash_centers(
-                x * balance(x, train.image.shape[1]),
-                self.c.n_classes,
-                self.targets.shape[1],
-                init="random" if self.c.centers == "random" else "hadamard",
-                optimise=self.c.centers == "semantic",
-                seed=self.seed,
-                classes=classes[kept],
-                progress=progress,
-            )
-            self.targets.copy_(torch.as_tensor(majority_vote(found.centers, classes)))
+            self.targets.copy_(torch.as_tensor(self._centers(train, classes, progress)))
+
+    def _centers(self, train: Split, classes: np.ndarray, progress: bool) -> np.ndarray:
+        "What draws the code of each pair, (n, k)."
+        x, kept = fit_matrix(train, "pair", self.seed)
+        found = hash_centers(
+            x * balance(x, train.image.shape[1]),
+            self.c.n_classes,
+            self.targets.shape[1],
+            init="random" if self.c.centers == "random" else "hadamard",
+            optimise=self.c.centers == "semantic",
+            seed=self.seed,
+            classes=classes[kept],
+            progress=progress,
+        )
+        return majority_vote(found.centers, classes)
 
     def unused(self, model: nn.Module) -> list:
         """Weights that no term reaches: the classifier's without its term.

@@ -6,7 +6,7 @@
 __all__ = ['CONMH', 'BTH', 'SSTH', 'ConMHConfig', 'ConMH', 'BTHConfig', 'BTHNetwork', 'BTHLoss', 'BTHObjective', 'SSTHConfig',
            'SSTHNetwork', 'SSTHLoss', 'SSTHObjective']
 
-# %% ../../nbs/lib/learning/08_video_rivals.ipynb #5b20a404
+# %% ../../nbs/lib/learning/08_video_rivals.ipynb #08b7aeb7
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -28,7 +28,7 @@ from ..models.codes import sign_ste
 from ..models.mamba import Bidirectional, Layers
 from ..models.s5vh import S5VH, VideoNetwork, positions
 
-# %% ../../nbs/lib/learning/08_video_rivals.ipynb #b3d4ad60
+# %% ../../nbs/lib/learning/08_video_rivals.ipynb #f19c2c63
 @dataclass(frozen=True)
 class ConMHConfig(S5VHConfig):
     """Shape of ConMH's network: that of S5VH with layers of a Transformer (Wang et al., 2023, as released).
@@ -36,33 +36,54 @@ class ConMHConfig(S5VHConfig):
     Parameters
     ----------
     network : ClassVar[str]
+    d : int
+        width of a frame feature
+    bits : int
+        k, of any length
+    m : int
+        width of the encoder
     depth : int
         layers of the encoder
     heads : int
         of the encoder
+    decoder_m : int
+        width of the decoder
     decoder_depth : int
         layers of the decoder
     decoder_heads : int
         of the decoder
-    mixer : str
-        no other
-    directions : str
-        no other: attention sees both ways
+    relaxation : str
+        training codes: "sign" (straight-through) or "tanh"
     drop_path : float
         stochastic depth: probability to drop the last of several steps, in [0, 1)
+    mixer : str
+        no other, here and below
+    directions : str
+        attention sees both ways
+    tied : bool
+        there is one direction
     start : str
-        no other: first weights as in S5VH's release, which took them over
+        first weights as in S5VH's release, which took them over
+    frozen : bool
+        all weights are trained
     """
 
     network: ClassVar[str] = "s5vh_nb.learning.video_rivals:ConMH"
+    d: int = 4096  # width of a frame feature
+    bits: int = 64  # k, of any length
+    m: int = 256  # width of the encoder
     depth: int = 12  # layers of the encoder
     heads: int = 6  # of the encoder
+    decoder_m: int = 192  # width of the decoder
     decoder_depth: int = 2  # layers of the decoder
     decoder_heads: int = 3  # of the decoder
-    mixer: str = "Transformer"  # no other
-    directions: str = "forward"  # no other: attention sees both ways
+    relaxation: str = "sign"  # training codes: "sign" (straight-through) or "tanh"
     drop_path: float = 0.0  # stochastic depth: probability to drop the last of several steps, in [0, 1)
-    start: str = "released"  # no other: first weights as in S5VH's release, which took them over
+    mixer: str = "Transformer"  # no other, here and below
+    directions: str = "forward"  # attention sees both ways
+    tied: bool = False  # there is one direction
+    start: str = "released"  # first weights as in S5VH's release, which took them over
+    frozen: bool = False  # all weights are trained
 
     def __post_init__(self):
         super().__post_init__()
@@ -151,7 +172,7 @@ CONMH = Variant(
     },
 )
 
-# %% ../../nbs/lib/learning/08_video_rivals.ipynb #3b29d9ed
+# %% ../../nbs/lib/learning/08_video_rivals.ipynb #7a540865
 @dataclass(frozen=True)
 class BTHConfig(NetworkConfig):
     """Shape of BTH's network (Li et al., 2021, as released).
@@ -206,14 +227,16 @@ class _BERTLayer(nn.Module):
     def __init__(self, c: BTHConfig):
         super().__init__()
         self.heads = c.heads
-        self.norm, self.qkv, self.out = _Norm(c.m), nn.Linear(c.m, 3 * c.m), nn.Linear(c.m, c.m)
-        self.norm_up, self.up, self.down = _Norm(c.m), nn.Linear(c.m, 4 * c.m), nn.Linear(4 * c.m, c.m)
+        self.qkv, self.out = nn.Linear(c.m, 3 * c.m), nn.Linear(c.m, c.m)
+        self.up, self.down = nn.Linear(c.m, 4 * c.m), nn.Linear(4 * c.m, c.m)
+        self.norm, self.norm_up = _Norm(c.m), _Norm(c.m)
         self.drop = nn.ModuleList(nn.Dropout(c.dropout) for _ in range(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        seen = self.drop[0]((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1))  # (b, heads, t, t)
-        x = x + self.drop[1](self.out((seen @ v).transpose(1, 2).flatten(2)))
+        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = qkv[0] @ qkv[1].mT / math.sqrt(qkv.shape[-1])  # (b, heads, t, t)
+        mixed = self.drop[0](scores.softmax(-1)) @ qkv[2]  # (b, heads, t, w)
+        x = x + self.drop[1](self.out(mixed.transpose(1, 2).flatten(2)))
         inner = self.drop[2](F.gelu(self.up(self.norm_up(x)), approximate="tanh"))
         return self.drop[4](x + self.drop[3](self.down(inner)))
 
@@ -277,7 +300,7 @@ class BTHNetwork(VideoNetwork, library_name="s5vh_nb", tags=["video-hashing"]):
         """
         return self.codes(self.latents(x)).mean(1)
 
-# %% ../../nbs/lib/learning/08_video_rivals.ipynb #edeb70a1
+# %% ../../nbs/lib/learning/08_video_rivals.ipynb #e96c5990
 @dataclass(frozen=True)
 class BTHLoss(ObjectiveConfig):
     """BTH's objective (Li et al., 2021, as released).
@@ -338,9 +361,9 @@ def _links(
     weights, found = [_near_anchors(torch.cdist(latents, anchors), q) for q in (3, 4, 5)], []
     for start in range(0, len(latents), 1024):
         block = slice(start, start + 1024)
-        three, four, five = (Z[block] / Z.sum(0).clamp(min=1e-30) @ Z.T > 1e-5 for Z in weights)
-        links = torch.where(four == five, three.to(torch.int8), -1)
-        found.append(links.masked_fill(five & ~four & ~three, 2))
+        linked = [Z[block] / Z.sum(0).clamp(min=1e-30) @ Z.T > 1e-5 for Z in weights]  # A_3, A_4, A_5
+        links = torch.where(linked[1] == linked[2], linked[0].to(torch.int8), -1)
+        found.append(links.masked_fill(linked[2] & ~linked[1] & ~linked[0], 2))
     return torch.cat(found)
 
 
@@ -451,10 +474,9 @@ class BTHObjective(Objective):
         x: Tensor,  # (b, t, d)
     ) -> Tensor:
         "The videos with some frames set to 0, and some exchanged for any frame of any video."
-        (b, t), (n, frames) = x.shape[:2], self.frames.shape[:2]
-        u = torch.rand(b, t, 1, device=x.device) / self.c.changed
-        others = [torch.randint(size, (b, t), device=x.device) for size in (n, frames)]
-        return torch.where(u < 0.8, 0, torch.where(u < 0.9, self.frames[tuple(others)], x))
+        u = torch.rand(*x.shape[:2], 1, device=x.device) / self.c.changed
+        any_frame = [torch.randint(size, x.shape[:2], device=x.device) for size in self.frames.shape[:2]]
+        return torch.where(u < 0.8, 0, torch.where(u < 0.9, self.frames[tuple(any_frame)], x))
 
     def forward(
         self,
@@ -502,7 +524,7 @@ BTH = Variant(
     {"smoke": dict(m=16, epochs=2), "quick": dict(m=64, batch=128, epochs=8, lr=2e-3)},
 )
 
-# %% ../../nbs/lib/learning/08_video_rivals.ipynb #c3bf5a7d
+# %% ../../nbs/lib/learning/08_video_rivals.ipynb #b66d047c
 @dataclass(frozen=True)
 class SSTHConfig(NetworkConfig):
     """Shape of SSTH's network (Zhang et al., 2016, as released).
@@ -515,13 +537,13 @@ class SSTHConfig(NetworkConfig):
     bits : int
         k, of any length, also the width of all states
     steps : int
-        that have a norm of their own: the frames of a training video, or more
+        that have a norm of their own: at least the frames of a training video
     """
 
     network: ClassVar[str] = "s5vh_nb.learning.video_rivals:SSTHNetwork"
     d: int = 4096  # width of a frame feature
     bits: int = 64  # k, of any length, also the width of all states
-    steps: int = 25  # that have a norm of their own: the frames of a training video, or more
+    steps: int = 25  # that have a norm of their own: at least the frames of a training video
 
     def __post_init__(self):
         super().__post_init__()
@@ -570,10 +592,10 @@ class _Cells(nn.Module):
         given : Tensor | float
             (b, 4*k) what the input adds
         """
-        i, f, g, o = (self.own(h) + given).chunk(4, -1)
-        i, f = torch.sigmoid(i + self.peep[0] * m), torch.sigmoid(f + self.peep[1] * m)
-        m = self.norms[min(s, len(self.norms) - 1)](f * m + i * torch.tanh(g))
-        return torch.sigmoid(o + self.peep[2] * m), m
+        gates = (self.own(h) + given).chunk(4, -1)
+        i, f = (torch.sigmoid(gates[j] + self.peep[j] * m) for j in (0, 1))
+        m = self.norms[min(s, len(self.norms) - 1)](f * m + i * torch.tanh(gates[2]))
+        return torch.sigmoid(gates[3] + self.peep[2] * m), m
 
 
 class _Player(nn.Module):
@@ -609,7 +631,8 @@ class SSTHNetwork(VideoNetwork, library_name="s5vh_nb", tags=["video-hashing"]):
         super().__init__(config)
         c = config
         self.reader = _Cells(c.bits, c.steps, c.d)
-        self.forth, self.back, self.mean = _Player(c, c.steps), _Player(c, c.steps), _Player(c, 1)
+        self.forth, self.back = _Player(c, c.steps), _Player(c, c.steps)
+        self.mean = _Player(c, 1)
 
     def read(
         self,

@@ -25,7 +25,7 @@ from s5vh_nb.models.baselines import (
     multi_hot,
 )
 from .multiview import Method, OfViews
-from .supervised_pairs import DMVH, FDMH, FOMH, MFKH, SAPMH
+from .supervised_pairs import DCMVH, DMVH, FDMH, FOMH, MFKH, SAPMH
 from .unsupervised_pairs import MAH, MFH, MVLH, MvDH
 
 # %% ../../nbs/lib/models/12_methods.ipynb #f1244f6b
@@ -39,6 +39,7 @@ RIVALS = {  # of DMMH, for pairs
     "fomh": FOMH,
     "fdmh": FDMH,
     "sapmh": SAPMH,
+    "dcmvh": DCMVH,
 }
 METHODS = {  # by kind of items
     "videos": ("itq", "lsh", "supervised"),

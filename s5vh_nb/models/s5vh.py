@@ -470,7 +470,7 @@ class S5VH(VideoNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"]
             _start_linears([e.embed, e.head, self.hash.linear, d.embed, d.head])
 
     def _layers(self, part: str) -> Layers:
-        "Those of \"encoder\" or \"decoder\"; a network with other layers has a method of its own."
+        "Those of the encoder or the decoder; a network with other layers overrides this."
         c = self.config
         width, depth = (c.m, c.depth) if part == "encoder" else (c.decoder_m, c.decoder_depth)
         return _temporal_layers(width, depth, c)
