@@ -6,10 +6,12 @@ import torch
 from torch import tanh
 from torch.nn import functional as F
 
-from s5vh_nb.basics.config import from_dict, replace, to_dict
+from s5vh_nb.basics.config import TrainConfig, from_dict, replace, to_dict
 from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.datasets.splits import Dataset, Split
 from s5vh_nb.learning.deep_pairs import (
+    ACMVHConfig,
+    ACMVHLoss,
     ACMVHNetwork,
     BSTHConfig,
     BSTHLoss,
@@ -49,7 +51,7 @@ def pairs():
 
 
 def a_run(name):
-    config = replace(train_config("emoji", "paper", f"s5vh_nb.learning.deep_pairs:{name}"), **SIZES)
+    config = replace(train_config("emoji", "paper", name.lower()), **SIZES)
     torch.manual_seed(1)
     network, made = {"BSTH": (BSTHNetwork, BSTHObjective), "ACMVH": (ACMVHNetwork, MetricObjective)}[name]
     model, objective = network(config.model), made(config, N)
@@ -198,7 +200,7 @@ def test_a_step_of_the_prototypes_is_the_published_one(monkeypatch):
 
 def test_prototypes_bring_their_loss_down_and_depend_on_the_seed_alone():
     def targets(steps, seed=0):
-        config = replace(train_config("emoji", "paper", "s5vh_nb.learning.deep_pairs:BSTH"), **SIZES)
+        config = replace(train_config("emoji", "paper", "bsth"), **SIZES)
         objective = BSTHObjective(replace(config, prototype_steps=steps, seed=seed), N)
         torch.rand(7)  # what was drawn before makes no difference
         objective.fit(None, pairs(), progress=False)
@@ -229,3 +231,9 @@ def test_settings_that_cannot_be():
         BSTHLoss(centers="semantic")
     with pytest.raises(ValueError, match="width: expected an even number above 0, found 15"):
         BSTHConfig(width=15)
+    with pytest.raises(
+        ValueError, match="model: expected ACMVHConfig, which ACMVHLoss trains, found BSTHConfig"
+    ):
+        TrainConfig(model=BSTHConfig(), objective=ACMVHLoss())
+    with pytest.raises(ValueError, match="dropout: expected a share in"):
+        ACMVHConfig(dropout=1.0)

@@ -135,10 +135,22 @@ class BSTHLoss(MetricConfig):
     objective : ClassVar[str]
     networks : ClassVar[tuple]
     all_centers : ClassVar[tuple]
+    n_classes : int
+        labels
+    similarity : float
+        weight of MSE(hn hn^T, S)
+    classification : float
+        weight of MSE(sigmoid(Linear(h)), Y)
+    quantization : float
+        weight of MSE(h, sign h)
     alignment : float
         weight of MSE(h, B)
     centers : str
         what B is made from
+    labelled : float
+        share of the training pairs whose labels are given, as for DMMH
+    propagation : str
+        what becomes of the others, as for DMMH
     prototype_steps : int
         of Adam
     prototype_lr : float
@@ -155,8 +167,14 @@ class BSTHLoss(MetricConfig):
     objective: ClassVar[str] = "s5vh_nb.learning.deep_pairs:BSTHObjective"
     networks: ClassVar[tuple] = (BSTHConfig,)
     all_centers: ClassVar[tuple] = ("prototypes",)
+    n_classes: int = 24  # labels
+    similarity: float = 1.0  # weight of MSE(hn hn^T, S)
+    classification: float = 1.0  # weight of MSE(sigmoid(Linear(h)), Y)
+    quantization: float = 0.0  # weight of MSE(h, sign h)
     alignment: float = 0.01  # weight of MSE(h, B)
     centers: str = "prototypes"  # what B is made from
+    labelled: float = 1.0  # share of the training pairs whose labels are given, as for DMMH
+    propagation: str = "paths"  # what becomes of the others, as for DMMH
     prototype_steps: int = 100  # of Adam
     prototype_lr: float = 1e-3
     cooccurrence: float = 1.0  # weight of MSE(cosines of prototypes, C)
@@ -256,14 +274,8 @@ class ACMVHConfig(NetworkConfig):
         check(0 <= self.dropout < 1, "dropout", "a share in [0, 1)", self.dropout)
 
 
-@dataclass(frozen=True)
 class ACMVHLoss(MetricConfig):
-    """The objective of ACMVH: that of DMMH.
-
-    Parameters
-    ----------
-    networks : ClassVar[tuple]
-    """
+    "The objective of ACMVH: that of DMMH."
 
     networks: ClassVar[tuple] = (ACMVHConfig,)
 
