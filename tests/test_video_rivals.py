@@ -361,7 +361,7 @@ def played(h, m, w, steps):
 
 def test_ssth_takes_the_step_of_its_public_code():
     "Its loss is a sum; ours is divided by the numbers of the frames."
-    run, x, w = new("SSTH", steps=T)
+    run, x, w = new("SSTH", frames=T)
     h, m = read(x, under(w, "reader."))
     code, loss = binary(h), 0
     for s, (ahead, behind) in enumerate(
@@ -374,7 +374,7 @@ def test_ssth_takes_the_step_of_its_public_code():
 
 
 def test_ssth_hashes_by_running_statistics():
-    run, x, w = new("SSTH", steps=T)
+    run, x, w = new("SSTH", frames=T)
     generator = torch.Generator().manual_seed(1)
     for norm in run.model.reader.norms:
         norm.running_mean.copy_(0.3 * torch.randn(BITS, generator=generator))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'PAIR_VARIANTS', 'check_bits', 'bits_of', 'check_config', 'NetworkConfig', 'ObjectiveConfig', 'S5VHConfig',
            'SLGConfig', 'PlusConfig', 'NeighbourConfig', 'DMMHConfig', 'MetricConfig', 'PairNeighbourConfig',
-           'TrainConfig', 'replace', 'BaselineConfig', 'TransferConfig', 'is_kind', 'to_dict', 'from_dict']
+           'TrainConfig', 'replace', 'BaselineConfig', 'TransferConfig', 'kind_of', 'is_kind', 'to_dict', 'from_dict']
 
 # %% ../../nbs/lib/basics/03_config.ipynb #51369f0d
 import dataclasses
@@ -802,6 +802,17 @@ _KINDS = {
 }
 
 
+def kind_of(config) -> str:
+    """The name of its class, with its module where that is not this one.
+
+    Parameters
+    ----------
+    config
+    """
+    cls = type(config)
+    return cls.__name__ if _KINDS.get(cls.__name__) is cls else f"{cls.__module__}:{cls.__name__}"
+
+
 def is_kind(name) -> bool:
     """Whether `name` is a `kind` that `to_dict` may have written.
 
@@ -838,10 +849,8 @@ def to_dict(config) -> dict:
     """
     check_config(config, "config")
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    cls = type(config)
-    own = _KINDS.get(cls.__name__) is cls
     return {
-        "kind": cls.__name__ if own else f"{cls.__module__}:{cls.__name__}",
+        "kind": kind_of(config),
         **{k: to_dict(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()},
     }
 

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['PLUS', 'TERM_SUBSETS', 'RELEASE_DIFFERENCES', 'NO_DEPTH', 'TWO_DIFFERENCES', 'WITH_DEPTH', 'WITHOUT_DEPTH',
-           'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'VIDEO_RIVALS', 'NETWORKS', 'PAIR_RIVALS', 'DEEP_RIVALS',
-           'PAIR_ABLATIONS', 'PLUS_PARTS', 'PLUS_PAIR_PARTS', 'LABEL_SHARES', 'ALL_LABELS', 'CLUSTERS', 'NEAREST_MEAN',
-           'OTHER_CENTERS', 'VOTES', 'PAIR_SHARES', 'RANDOM_CENTERS', 'CENTER_COUNTS', 'SOLVED', 'LONG_SETS',
-           'LOOKS_BACK', 'RELEASED_START', 'TAUGHT', 'LONG_USED', 'LONG_COST', 'LONG_STREAMS', 'COPIED', 'BILLION',
-           'ATTENTION', 'NO_LAYERS', 'OTHER_LAYERS', 'FROM_SCHEDULE', 'EXPERIMENTS', 'Fitted', 'config_of',
-           'Experiment', 'terms_row', 'but_for', 'schedule_row', 'share_row', 'efficiency_config', 'labels_row',
-           'left_out_row', 'centers_row', 'shared_rows']
+           'SCHEDULES', 'SHARES', 'SIZED', 'CENTER_KINDS', 'NETWORKS', 'PAIR_ABLATIONS', 'PLUS_PARTS',
+           'PLUS_PAIR_PARTS', 'LABEL_SHARES', 'ALL_LABELS', 'CLUSTERS', 'NEAREST_MEAN', 'OTHER_CENTERS', 'VOTES',
+           'PAIR_SHARES', 'RANDOM_CENTERS', 'CENTER_COUNTS', 'SOLVED', 'LONG_SETS', 'LOOKS_BACK', 'RELEASED_START',
+           'TAUGHT', 'LONG_USED', 'LONG_COST', 'LONG_STREAMS', 'COPIED', 'BILLION', 'ATTENTION', 'NO_LAYERS',
+           'OTHER_LAYERS', 'FROM_SCHEDULE', 'EXPERIMENTS', 'Fitted', 'config_of', 'Experiment', 'terms_row', 'but_for',
+           'schedule_row', 'share_row', 'efficiency_config', 'labels_row', 'left_out_row', 'centers_row', 'shared_rows']
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #cbbcb356
 from collections.abc import Callable
@@ -379,13 +378,13 @@ CENTER_KINDS = {  # centers of a training -> what they change
 }
 
 # the family of video hashing networks, as their authors train them
-VIDEO_RIVALS = {name: dict(variant=name.lower()) for name in ("SSTH", "BTH", "ConMH", "AutoSSVH", "WSCH")}
+_VIDEO_RIVALS = {name: dict(variant=name.lower()) for name in ("SSTH", "BTH", "ConMH", "AutoSSVH", "WSCH")}
 
 _PAPER1 = {
     "retrieval": Experiment(
-        {"S5VH": {}, **_STYLES, **VIDEO_RIVALS, **_ITQ, **_LSH, PLUS: dict(variant="plus")},
+        {"S5VH": {}, **_STYLES, **_VIDEO_RIVALS, **_ITQ, **_LSH, PLUS: dict(variant="plus")},
         datasets=_WITH_PICTURES,
-        without={"quick": tuple(VIDEO_RIVALS)},
+        without={"quick": tuple(_VIDEO_RIVALS)},
         bits={**_BITS, "quick": _LONGEST["quick"]},
         epochs={"quick": 40},  # see LOG.md
         base="S5VH",
@@ -523,9 +522,9 @@ _PAIR_BASELINES = {
     "LSH": Fitted("lsh"),
     "CCA-ITQ": Fitted("cca-itq"),
 }
-PAIR_RIVALS = {rival.name: Fitted(method) for method, rival in RIVALS.items()}  # of the paper's Table 2
-DEEP_RIVALS = {name: dict(variant=name.lower()) for name in ("FGCMH", "BSTH", "ACMVH", "FMMVH", "DMMVH")}
-_SLOW_RIVALS = tuple(row for row in PAIR_RIVALS if row not in ("MFH", "FOMH"))  # seconds at each code length
+_PAIR_RIVALS = {rival.name: Fitted(method) for method, rival in RIVALS.items()}  # of the paper's Table 2
+_DEEP_RIVALS = {name: dict(variant=name.lower()) for name in ("FGCMH", "BSTH", "ACMVH", "FMMVH", "DMMVH")}
+_SLOW_RIVALS = tuple(row for row in _PAIR_RIVALS if row not in ("MFH", "FOMH"))  # seconds at each code length
 
 
 def _reshaped(config):
@@ -576,7 +575,7 @@ _PUBLISHED_BITS = {profile: (16, 32, 64, 128) for profile in PROFILES}
 _PAPER2 = {
     "table1": Experiment(kind="pairs", datasets=_PAIRS),
     "table2": Experiment(
-        {**NETWORKS, **_PAIR_BASELINES, **PAIR_RIVALS, **DEEP_RIVALS},
+        {**NETWORKS, **_PAIR_BASELINES, **_PAIR_RIVALS, **_DEEP_RIVALS},
         "pairs",
         _PAIRS,
         bits=_PAIR_BITS,

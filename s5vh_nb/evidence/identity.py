@@ -16,7 +16,15 @@ import numpy as np
 import torch
 
 from ..basics.checks import check
-from ..basics.config import BaselineConfig, TrainConfig, TransferConfig, from_dict, is_kind, to_dict
+from s5vh_nb.basics.config import (
+    BaselineConfig,
+    TrainConfig,
+    TransferConfig,
+    from_dict,
+    is_kind,
+    kind_of,
+    to_dict,
+)
 
 # %% ../../nbs/lib/evidence/00_identity.ipynb #aedb883b
 SCHEMA = 3  # raised whenever a default of a configuration changes, or what a record holds
@@ -70,7 +78,7 @@ def differences(
     """
     if isinstance(config, dict):
         return plain(config, "config")
-    found = {"kind": type(config).__name__}
+    found = {"kind": kind_of(config)}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name not in _WITHOUT_EFFECT and value != _default(field):

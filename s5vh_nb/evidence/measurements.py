@@ -368,7 +368,8 @@ def measure_cost(subject: Subject) -> dict:
     ----------
     subject : Subject
     """
-    config, data, device = subject.config, subject.data, pick_device(subject.store.device)
+    config, data = subject.config, subject.data
+    device = pick_device(subject.store.device)
     run = new_run(config, data, device)
     fit_objective(run, data, progress=False)
     n = min(config.batch, len(data.train))

@@ -37,14 +37,13 @@ _ROUNDS = 20  # of k-means, as in AutoSSVH's public code
 def _k_means(
     x: Tensor,  # (n, k) float64
     means: Tensor,  # (c, k) the first ones
-) -> tuple[Tensor, Tensor, Tensor]:
-    "The means (c, k), of each vector the nearest one (n,), and its distance (n,)."
+) -> Tensor:
+    "The means (c, k) after the last round."
     for _ in range(_ROUNDS):
         member = F.one_hot(torch.cdist(x, means).argmin(1), len(means)).to(x)  # (n, c)
         size = member.sum(0)[:, None]
         means = torch.where(size > 0, member.T @ x / size.clamp(min=1), means)
-    distance, nearest = torch.cdist(x, means).min(1)
-    return means, nearest, distance
+    return means
 
 
 def _some_of(
@@ -132,7 +131,8 @@ class _Grades(nn.Module):
 
     def __init__(self, m: int):
         super().__init__()
-        self.feed, self.norm, self.grade = mlp(m, 1), nn.LayerNorm(m), nn.Linear(m, 1)
+        self.feed, self.norm = mlp(m, 1), nn.LayerNorm(m)
+        self.grade = nn.Linear(m, 1)
         for linear in (self.feed[0], self.feed[2], self.grade):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -403,24 +403,25 @@ class AutoSSVHObjective(Objective):
             return
         h = F.normalize(_over_all(model.h, data, model.positions), dim=1).double()  # (n, k)
         for i, (nearest, centroids, temperatures) in enumerate(self.prototypes()):
-            means, found, distance = _k_means(h, _some_of(h, len(centroids), self.seed + i))
+            means = _k_means(h, _some_of(h, len(centroids), self.seed + i))
+            distance, found = torch.cdist(h, means).min(1)
             nearest.copy_(found)
             centroids.copy_(F.normalize(means, dim=1))
             temperatures.copy_(_temperatures(found, distance, len(means), self.c.cluster_temperature))
 
     def _views(self, model, x, order, part):
-        "Of both views: frame codes (2b, v, k), places of all frames (2b, t), and those to be rebuilt."
+        "Of both views: frame codes (2b, v, k), and the places of all frames, those of these first (2b, t)."
         t = x.shape[1]
         if self.c.sampler == "random":
             visible = _two_views(order, self.c.mask_ratio)
             out = model.conmh(x, visible)
-            return out.codes, torch.cat([visible, out.hidden], 1), out.hidden
+            return out.codes, torch.cat([visible, out.hidden], 1)
         tokens = model.tokens(x)
         noise = _draw_noise(part.b, t, x.device)
         chosen, factors = _sample(part.whole(model.grades(tokens)), noise, int(t * (1 - self.c.mask_ratio)))
         tokens = tokens.repeat(2, 1, 1).take_along_dim(part.own(chosen)[..., None], 1)
         places = torch.arange(t, device=x.device).expand(len(tokens), -1)
-        return model.codes_of(tokens * part.own(factors)[..., None]), places, places
+        return model.codes_of(tokens * part.own(factors)[..., None]), places
 
     def forward(
         self,
@@ -447,7 +448,8 @@ class AutoSSVHObjective(Objective):
         """
         part = Part.mine(len(rows))
         x = part.own(x)
-        codes, places, wanted = self._views(model, x, part.own(order), part)
+        codes, places = self._views(model, x, part.own(order), part)
+        wanted = places if self.c.sampler == "grades" else places[:, codes.shape[1] :]
         rebuilt = model.rebuild(codes, places)[:, -wanted.shape[1] :]
         reconstruction = part.share(reconstruction_loss(rebuilt, x, wanted))
         h = part.whole(codes.mean(1).to(self.centroids.dtype))  # (2b, k)
@@ -760,7 +762,7 @@ class WSCHObjective(Objective):
 
         h = _over_all(signs, data, model.mask_token).flatten(0, 1).double()  # (2n, k)
         first = self.centers.double() if self.centers.any() else _some_of(h, len(self.centers), self.seed)
-        self.centers.copy_(_k_means(h, first)[0].sign())
+        self.centers.copy_(_k_means(h, first).sign())
 
     def forward(
         self,

@@ -536,18 +536,18 @@ class SSTHConfig(NetworkConfig):
         width of a frame feature
     bits : int
         k, of any length, also the width of all states
-    steps : int
-        that have a norm of their own: at least the frames of a training video
+    frames : int
+        of a training video: so many steps have a norm of their own
     """
 
     network: ClassVar[str] = "s5vh_nb.learning.video_rivals:SSTHNetwork"
     d: int = 4096  # width of a frame feature
     bits: int = 64  # k, of any length, also the width of all states
-    steps: int = 25  # that have a norm of their own: at least the frames of a training video
+    frames: int = 25  # of a training video: so many steps have a norm of their own
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("d", "steps"):
+        for name in ("d", "frames"):
             check(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
 
 
@@ -630,8 +630,8 @@ class SSTHNetwork(VideoNetwork, library_name="s5vh_nb", tags=["video-hashing"]):
     ):
         super().__init__(config)
         c = config
-        self.reader = _Cells(c.bits, c.steps, c.d)
-        self.forth, self.back = _Player(c, c.steps), _Player(c, c.steps)
+        self.reader = _Cells(c.bits, c.frames, c.d)
+        self.forth, self.back = _Player(c, c.frames), _Player(c, c.frames)
         self.mean = _Player(c, 1)
 
     def read(
@@ -692,7 +692,7 @@ class SSTHObjective(Objective):
 
     @staticmethod
     def check_data(config: TrainConfig, data: Dataset):
-        """`ValueError` for videos of different lengths, or longer than the steps that have a norm.
+        """`ValueError` for videos of different lengths.
 
         Parameters
         ----------
@@ -700,8 +700,6 @@ class SSTHObjective(Objective):
         data : Dataset
         """
         check(data.train.lengths is None, f"{data.name}: lengths", "one for all videos, for SSTH", "several")
-        t = data.train.frames.shape[1]
-        check(t <= config.model.steps, "steps", f"at least {t}, the frames of a video", config.model.steps)
 
     def forward(
         self,

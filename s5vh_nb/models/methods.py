@@ -100,7 +100,8 @@ def fit_baseline(
     where, expected = f"{train.source}: labels", "labels to learn from"
     check(not needs_labels or train.labels is not None, where, expected, None)
     x, keep = fit_matrix(train, view, seed)
-    lift, scale, means = None, 1.0, ()
+    lift, scale = None, 1.0
+    means = ()
     di = train.arrays[0].shape[1]
     if train.kind == "pairs":
         means = tuple(np.split(x.mean(0), [di]))
