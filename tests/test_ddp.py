@@ -37,7 +37,7 @@ NETWORK = dict(bits=8, m=8, depth=2, batch=BATCH, epochs=3, evaluate_every=1)
 S5VH_SIZES = dict(NETWORK, decoder_m=8, decoder_depth=2)
 S5VH = dict(S5VH_SIZES, n_centers=4, pca=3, warmup=1, beta=1.0)
 PAIRS = dict(bits=8, width=8, image_hidden=12, text_hidden=12, batch=BATCH, epochs=3, evaluate_every=1)
-RIVALS = "s5vh_nb.learning.video_rivals"
+RIVALS, CLUSTERED = "s5vh_nb.learning.video_rivals", "s5vh_nb.learning.clustered_videos"
 RAGGED = np.random.default_rng(2).integers(3, T + 1, N)
 
 
@@ -70,6 +70,18 @@ CASES = {  # what is trained -> data, profile, variant, changes
     "Plus, ragged": (functools.partial(videos, RAGGED), "quick", "plus", dict(NETWORK, time_steps=5)),
     "ConMH": (videos, "quick", f"{RIVALS}:CONMH", dict(S5VH_SIZES, heads=3, decoder_heads=3)),
     "SSTH": (videos, "quick", f"{RIVALS}:SSTH", dict(bits=8, batch=BATCH, epochs=3, evaluate_every=1)),
+    "AutoSSVH": (
+        videos,
+        "smoke",
+        f"{CLUSTERED}:AUTOSSVH",
+        dict(bits=8, batch=BATCH, epochs=3, evaluate_every=1, clusters=(3, 4)),
+    ),
+    "WSCH": (
+        videos,
+        "smoke",
+        f"{CLUSTERED}:WSCH",
+        dict(bits=8, batch=BATCH, epochs=3, evaluate_every=1, warmup=1),
+    ),
     "Plus, pairs": (pairs, "quick", "plus", dict(PAIRS, dropout=0.3)),
     "DMMH": (pairs, "quick", "paper", dict(PAIRS, layers=1, cnn_width=4, dropout=0.3, alignment=0.5)),
 }
