@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from s5vh_nb.basics.config import S5VHConfig, replace
-from s5vh_nb.basics.profiles import train_config
+from s5vh_nb.basics.profiles import PUBLISHED, train_config
 from s5vh_nb.datasets.catalog import load
 from s5vh_nb.learning import training
 from s5vh_nb.learning.losses import reconstruction_loss
@@ -228,6 +228,23 @@ def test_captured_steps_are_the_ordinary_steps(monkeypatch, ragged):
     assert torch.allclose(losses(captured), losses(ordinary), rtol=1e-3)
     labels = [run.objective.soft_labels for run in (captured, ordinary)]
     assert torch.allclose(*labels, atol=1e-4)
+
+
+RIVALS = [(kind, name) for kind, names in PUBLISHED.items() for name in names]
+
+
+@pytest.mark.parametrize("kind, name", RIVALS)
+def test_captured_steps_of_rivals(monkeypatch, kind, name):
+    "As published: their draws and what they keep from step to step, too."
+    data = digits(False) if kind == "videos" else load("emoji")
+    config = train_config(data.name, "smoke", name, epochs=4, precision="float32")
+    captured = training.train(config, data, device="cuda", progress=False)
+    monkeypatch.setattr(training, "_make_step", ordinary_step)
+    ordinary = training.train(config, data, device="cuda", progress=False)
+    both = [[h["loss"] for h in run.history] for run in (captured, ordinary)]
+    np.testing.assert_allclose(*both, rtol=1e-3)
+    codes = [run.model.encode(*data.query.arrays) for run in (captured, ordinary)]
+    assert (codes[0] == codes[1]).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("mixer", ["Mamba", "Transformer", "RetNet"])
