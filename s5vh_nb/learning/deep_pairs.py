@@ -31,6 +31,7 @@ class BSTHConfig(NetworkConfig):
     ----------
     network : ClassVar[str]
     items : ClassVar[str]
+    lone : ClassVar[bool]
     di : int
         width of an image feature
     dt : int
@@ -51,6 +52,7 @@ class BSTHConfig(NetworkConfig):
 
     network: ClassVar[str] = "s5vh_nb.learning.deep_pairs:BSTHNetwork"
     items: ClassVar[str] = "pairs"
+    lone: ClassVar[bool] = True
     di: int = 4096  # width of an image feature
     dt: int = 1386  # width of a text feature
     bits: int = 64  # k
@@ -242,6 +244,7 @@ class ACMVHConfig(NetworkConfig):
     ----------
     network : ClassVar[str]
     items : ClassVar[str]
+    lone : ClassVar[bool]
     di : int
         width of an image feature
     dt : int
@@ -260,6 +263,7 @@ class ACMVHConfig(NetworkConfig):
 
     network: ClassVar[str] = "s5vh_nb.learning.deep_pairs:ACMVHNetwork"
     items: ClassVar[str] = "pairs"
+    lone: ClassVar[bool] = True
     di: int = 4096  # width of an image feature
     dt: int = 1386  # width of a text feature
     bits: int = 64  # k

@@ -37,6 +37,7 @@ class GatedPairConfig(NetworkConfig):
     ----------
     network : ClassVar[str]
     items : ClassVar[str]
+    lone : ClassVar[bool]
     di : int
         width of an image feature
     dt : int
@@ -53,6 +54,7 @@ class GatedPairConfig(NetworkConfig):
 
     network: ClassVar[str] = "s5vh_nb.learning.fusing_pairs:GatedPairs"
     items: ClassVar[str] = "pairs"
+    lone: ClassVar[bool] = True
     di: int = 4096  # width of an image feature
     dt: int = 1386  # width of a text feature
     bits: int = 64  # k, of any length
@@ -364,6 +366,7 @@ class GraphPairConfig(NetworkConfig):
     ----------
     network : ClassVar[str]
     items : ClassVar[str]
+    lone : ClassVar[bool]
     di : int
         width of an image feature
     dt : int
@@ -386,6 +389,7 @@ class GraphPairConfig(NetworkConfig):
 
     network: ClassVar[str] = "s5vh_nb.learning.fusing_pairs:GraphPairs"
     items: ClassVar[str] = "pairs"
+    lone: ClassVar[bool] = True
     di: int = 4096  # width of an image feature
     dt: int = 1386  # width of a text feature
     bits: int = 64  # k, of any length
