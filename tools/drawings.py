@@ -14,12 +14,14 @@ FOLDER = ROOT / "figures" / "drawings"
 WIDTH, LINE = 560, 20  # of a picture, and from one line of text to the next
 INK = "#222222"
 
-STYLES = {  # fill, line, dashes, text; also told apart without colours
-    "data": ("#ffffff", "#444444", "none", INK),
-    "step": ("#d6e8f7", "#0072b2", "none", INK),
-    "training": ("#fdecc8", "#a85400", "6 4", INK),
-    "loss": ("#333333", "#333333", "none", "#ffffff"),
+STYLES = {  # of boxes; a loss is also round
+    "data": 'fill="#ffffff" stroke="#444444"',
+    "step": 'fill="#d6e8f7" stroke="#0072b2"',
+    "training": 'fill="#fdecc8" stroke="#a85400"',
+    "loss": 'fill="#333333" stroke="#333333"',
 }
+
+DASHES = {"training": "6 4"}  # of boxes and arrows
 
 HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img"
  font-family="sans-serif" font-size="15" fill="{ink}">
@@ -42,15 +44,17 @@ class Drawing:
     def __init__(self, title, height):
         self.parts = [HEAD.format(w=WIDTH, h=height, title=escape(title), ink=INK)]
 
-    def box(self, x, y, w, text, style="step"):
-        "A box as high as its lines of text, the first one bold; losses are round."
-        fill, line, dashes, ink = STYLES[style]
-        lines = text.split("\n")
-        h, round_ = LINE * len(lines) + 16, 18 if style == "loss" else 5
+    def rect(self, x, y, w, h, style):
+        dashes, bend = DASHES.get(style, "none"), h / 2 if style == "loss" else 4
         self.parts.append(
-            f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="{round_}" fill="{fill}" stroke="{line}" '
+            f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="{bend:g}" {STYLES[style]} '
             f'stroke-width="1.5" stroke-dasharray="{dashes}"/>\n'
         )
+
+    def box(self, x, y, w, text, style="step"):
+        "A box as high as its lines of text, the first one bold."
+        lines, ink = text.split("\n"), "#ffffff" if style == "loss" else INK
+        self.rect(x, y, w, LINE * len(lines) + 16, style)
         for n, words in enumerate(lines):
             weight = "bold" if n == 0 else "normal"
             self.parts.append(
@@ -60,7 +64,7 @@ class Drawing:
 
     def arrow(self, *points, style="step"):
         "Along corners (x, y); dashed where it is for training only."
-        dashes = STYLES[style][2]
+        dashes = DASHES.get(style, "none")
         path = " ".join(f"{x},{y}" for x, y in points)
         self.parts.append(
             f'<polyline points="{path}" fill="none" stroke="{INK}" stroke-width="1.5" '
@@ -75,12 +79,7 @@ class Drawing:
     def legend(self, x, y, **styles):
         "What the kinds of boxes mean, one below the other."
         for n, (style, text) in enumerate(styles.items()):
-            fill, line, dashes, _ = STYLES[style]
-            round_ = 9 if style == "loss" else 3
-            self.parts.append(
-                f'<rect x="{x}" y="{y + 26 * n}" width="34" height="18" rx="{round_}" fill="{fill}" '
-                f'stroke="{line}" stroke-width="1.5" stroke-dasharray="{dashes}"/>\n'
-            )
+            self.rect(x, y + 26 * n, 34, 18, style)
             self.label(x + 44, y + 14 + 26 * n, text)
 
     def svg(self):
@@ -258,7 +257,7 @@ def data_flow():
     d.arrow((160, 780), (160, 818))
     d.box(20, 820, 240, "tables, figures, claims", "data")
     d.arrow((140, 856), (140, 894))
-    d.box(20, 896, 240, "notebooks and README\ntheir sentences, too, are\nmade from records", "data")
+    d.box(20, 896, 240, "notebooks and README\nwith sentences that are\nmade from records", "data")
 
     d.arrow((350, 458), (350, 510))
     d.box(300, 512, 112, "index\ncodes, ids", "data")
