@@ -358,7 +358,7 @@ def tree_entropy(
 def _call_cost(call, device) -> tuple:  # Milliseconds, MB
     "Median time and peak memory of a call."
     memory = peak_bytes(call, device) / 1e6
-    return 1000 * float(np.median(seconds_per_call(call, device, limit=2.0))), memory
+    return 1000 * float(np.median(seconds_per_call(call, device, limit=0.5))), memory
 
 
 def measure_cost(subject: Subject) -> dict:
