@@ -396,7 +396,17 @@ class VideoCodes(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, frames: Tensor) -> Tensor:
+    def forward(
+        self,
+        frames: Tensor,  # (n, t, d)
+    ) -> Tensor:
+        """Packed codes, uint8 (n, k/8).
+
+        Parameters
+        ----------
+        frames : Tensor
+            (n, t, d)
+        """
         return pack(self.net.h(frames))
 
 
