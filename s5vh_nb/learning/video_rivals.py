@@ -150,7 +150,20 @@ class Attention(nn.Module):
         self.m, self.heads = m, heads
         self.qkv, self.out = nn.Linear(m, 3 * inner, bias=bias), nn.Linear(inner, m)
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (b, t, m)
+        lengths: Tensor | None = None,  # (b,) how many frames of each video count, the first ones; None: all
+    ) -> Tensor:
+        """What each frame takes from all of its video, (b, t, m).
+
+        Parameters
+        ----------
+        x : Tensor
+            (b, t, m)
+        lengths : Tensor | None
+            (b,) how many frames of each video count, the first ones; None: all
+        """
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, b, heads, t, w)
         seen = None if lengths is None else own_frames(lengths, x.shape[1])[:, None, None]  # (b, 1, 1, t)
         mixed = F.scaled_dot_product_attention(*qkv, attn_mask=seen)  # (b, heads, t, w)

@@ -390,13 +390,27 @@ class VideoCodes(nn.Module):
     Parameters
     ----------
     net : VideoNetwork
+        In evaluation mode
     """
 
-    def __init__(self, net: "VideoNetwork"):
+    def __init__(
+        self,
+        net: "VideoNetwork",  # In evaluation mode
+    ):
         super().__init__()
         self.net = net
 
-    def forward(self, frames: Tensor) -> Tensor:
+    def forward(
+        self,
+        frames: Tensor,  # (n, t, d)
+    ) -> Tensor:
+        """The packed codes, uint8 (n, k/8).
+
+        Parameters
+        ----------
+        frames : Tensor
+            (n, t, d)
+        """
         return pack(self.net.h(frames))
 
 
