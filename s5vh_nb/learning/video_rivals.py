@@ -155,7 +155,7 @@ class Attention(nn.Module):
         x: Tensor,  # (b, t, m)
         lengths: Tensor | None = None,  # (b,) how many frames of each video count, the first ones; None: all
     ) -> Tensor:
-        """The same shape: what each frame draws from all that count.
+        """What each frame takes from all of its video, (b, t, m).
 
         Parameters
         ----------

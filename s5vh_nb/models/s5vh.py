@@ -390,9 +390,13 @@ class VideoCodes(nn.Module):
     Parameters
     ----------
     net : VideoNetwork
+        In evaluation mode
     """
 
-    def __init__(self, net: "VideoNetwork"):
+    def __init__(
+        self,
+        net: "VideoNetwork",  # In evaluation mode
+    ):
         super().__init__()
         self.net = net
 
@@ -400,7 +404,7 @@ class VideoCodes(nn.Module):
         self,
         frames: Tensor,  # (n, t, d)
     ) -> Tensor:
-        """Packed codes, uint8 (n, k/8).
+        """The packed codes, uint8 (n, k/8).
 
         Parameters
         ----------
