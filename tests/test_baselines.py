@@ -212,12 +212,13 @@ def test_bad_pair_queries_are_named(method):
         "image: expected shape": (text, image),
         "features: expected finite numbers": (image, text * np.nan),
         "inputs: expected image and text, found 1": (image,),
+        "inputs: expected image and text, found 3": (image, text, text),
     }
     for message, queries in bad.items():
         with pytest.raises(ValueError, match=message):
             hasher.encode(*queries)
     with pytest.raises(
         TypeError,
-        match="text: expected a tensor, an array or a row store, dense and of real numbers, found NoneType",
+        match="image: expected a tensor, an array or a row store, dense and of real numbers, found NoneType",
     ):
-        hasher.encode(image, None)
+        hasher.encode(None, None)

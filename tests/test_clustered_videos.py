@@ -345,16 +345,86 @@ def test_networks_have_the_sizes_of_the_originals():
     assert sum(p.numel() for p in WSCHNetwork(WSCHConfig()).parameters()) == 23_531_824
 
 
+def fields_of(config):
+    "Those of a run, its network and its objective by name."
+    return vars(config) | vars(config.model) | vars(config.objective)
+
+
 def test_variants_are_what_the_authors_train():
+    "Numbers of their public code: AutoSSVH's configs/AutoSSVH_ucf.py and model/AutoSSVH.py, WSCH's run.py."
+    autossvh = dict(m=256, depth=12, heads=6, decoder_m=192, decoder_depth=2, decoder_heads=3, frames=25)
+    autossvh |= dict(epochs=350, batch=128, lr=1e-4, weight_decay=0.0, mask_ratio=0.5, warmup=50)
+    autossvh |= dict(alpha=1.0, beta=0.2, temperature=0.5, tau_plus=0.1)
+    autossvh |= dict(clusters=(250, 400, 600), cluster_temperature=0.2)
     for variant, sampler in ((AUTOSSVH, "grades"), (AUTOSSVH_RELEASED, "random")):
         config = TrainConfig(**variant.changes)
-        assert config.model == AutoSSVHConfig()
-        assert config.objective == AutoSSVHLoss(sampler=sampler)
+        found, theirs = fields_of(config), autossvh | dict(sampler=sampler)
+        assert {name: found[name] for name in theirs} == theirs
         assert objective_class(config) is AutoSSVHObjective
+    wsch = dict(m=1024, decoder_m=1024, epochs=100 + 2 * 300, warmup=100, batch=128)
+    wsch |= dict(lr=1e-4, lr_end=1e-4, weight_decay=0.0, start_ratio=0.9, mask_ratio=0.6, n_clusters=800)
+    wsch |= dict(cluster_weight=0.02, contrast_weight=1.0, cluster_temperature=0.2)
+    wsch |= dict(temperature=0.5, tau_plus=0.1)
     config = TrainConfig(**WSCH.changes)
-    assert (config.model, config.objective) == (WSCHConfig(), WSCHLoss())
+    found = fields_of(config)
+    assert {name: found[name] for name in wsch} == wsch
     assert objective_class(config) is WSCHObjective
-    assert (config.lr, config.weight_decay) == (config.lr_end, 0)  # Adam as it is
+
+
+@pytest.mark.parametrize(
+    "name, shown, changes",
+    [
+        ("AUTOSSVH", 0, dict(mask_ratio=0.97)),  # the sampler rounds down, a random view does not
+        ("AUTOSSVH", 20, dict(mask_ratio=0.0)),
+        ("AUTOSSVH_RELEASED", 20, dict(mask_ratio=0.04)),
+        ("WSCH", 20, dict(start_ratio=0.01)),
+        ("WSCH", 20, dict(mask_ratio=0.0)),
+    ],
+)
+def test_views_without_hidden_or_shown_frames_are_refused(name, shown, changes):
+    with pytest.raises(ValueError, match=rf"share of hidden frames: expected .* \(shows {shown}\)"):
+        train(made(name, **changes), toy_data(), device="cpu", progress=False)
+
+
+@pytest.mark.parametrize("name, sampled, random", [("AUTOSSVH", 4, 5), ("AUTOSSVH_RELEASED", 4, 5)])
+def test_the_check_counts_the_frames_that_are_shown(name, sampled, random, double):
+    "A share of .76 of 20 frames: 15 are hidden at random, and the sampler takes 4."
+    run, *_ = small_run(name, mask_ratio=0.76)
+    seen = []
+    run.model.conmh.hash.register_forward_hook(lambda module, args, codes: seen.append(codes.shape[1]))
+    order = torch.rand(N, T).argsort(1)
+    run.objective(
+        run.model,
+        torch.as_tensor(toy_data().train.frames).double(),
+        torch.arange(N),
+        order,
+        past_warmup=False,
+    )
+    counted = (ours._n_sampled if name == "AUTOSSVH" else ours._n_random)(T, 0.76)
+    assert seen == [counted] == [sampled if name == "AUTOSSVH" else random]
+
+
+@pytest.mark.parametrize(
+    "settings, field, value",
+    [
+        (AutoSSVHLoss, "temperature", 0.0),
+        (AutoSSVHLoss, "cluster_temperature", 0.0),
+        (AutoSSVHLoss, "alpha", -1.0),
+        (AutoSSVHLoss, "beta", math.inf),
+        (AutoSSVHLoss, "tau_plus", 1.0),
+        (AutoSSVHLoss, "mask_ratio", 1.0),
+        (AutoSSVHLoss, "clusters", 3),
+        (WSCHLoss, "cluster_weight", -1.0),
+        (WSCHLoss, "contrast_weight", -1.0),
+        (WSCHLoss, "temperature", 0.0),
+        (WSCHLoss, "cluster_temperature", 0.0),
+        (WSCHLoss, "start_ratio", -0.1),
+        (WSCHConfig, "d", 0),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, field, value):
+    with pytest.raises(ValueError, match=f"{field}: expected .*, found {value}"):
+        settings(**{field: value})
 
 
 @pytest.mark.parametrize("name", ["AUTOSSVH", "AUTOSSVH_RELEASED", "WSCH"])

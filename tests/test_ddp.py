@@ -84,6 +84,10 @@ CASES = {  # what is trained -> data, profile, variant, changes
     ),
     "Plus, pairs": (pairs, "quick", "plus", dict(PAIRS, dropout=0.3)),
     "DMMH": (pairs, "quick", "paper", dict(PAIRS, layers=1, cnn_width=4, dropout=0.3, alignment=0.5)),
+    "BSTH": (pairs, "quick", "bsth", dict(PAIRS, dropout=0.0)),  # with dropout one process trains
+    "ACMVH": (pairs, "quick", "acmvh", dict(PAIRS, dropout=0.3)),
+    "FMMVH": (pairs, "quick", "fmmvh", dict(PAIRS, image_hidden=0, text_hidden=0)),
+    "DMMVH": (pairs, "quick", "dmmvh", PAIRS),
 }
 
 

@@ -22,6 +22,7 @@ from s5vh_nb.learning.deep_pairs import (
     _Prototypes,
 )
 from s5vh_nb.learning.objectives import MetricObjective
+from s5vh_nb.learning.training import train
 
 N, K, M = 12, 8, 16
 DI, DT, CLASSES = 20, 14, 5
@@ -198,19 +199,31 @@ def test_a_step_of_the_prototypes_is_the_published_one(monkeypatch):
         torch.testing.assert_close(p.grad, w[key].grad, rtol=1e-10, atol=1e-10)
 
 
-def test_prototypes_bring_their_loss_down_and_depend_on_the_seed_alone():
+def test_prototypes_depend_on_steps_and_seed_alone(monkeypatch):
+    "What was drawn before has no effect on them, and they have none on what is drawn later, on any device."
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("GPUs got another seed"))
+
     def targets(steps, seed=0):
         config = replace(train_config("emoji", "paper", "bsth"), **SIZES)
         objective = BSTHObjective(replace(config, prototype_steps=steps, seed=seed), N)
-        torch.rand(7)  # what was drawn before makes no difference
+        torch.rand(7)
+        state = torch.random.get_rng_state()
         objective.fit(None, pairs(), progress=False)
+        assert torch.equal(torch.random.get_rng_state(), state)
         return objective.targets
 
-    before, state = targets(100), torch.random.get_rng_state()
-    again = targets(100)
-    assert (before == again).all() and (targets(100, 1) != before).any()
-    assert (targets(0) != before).any()
-    assert state.shape == torch.random.get_rng_state().shape
+    first = targets(100)
+    assert torch.equal(targets(100), first)
+    assert not torch.equal(targets(100, seed=1), first) and not torch.equal(targets(0), first)
+
+
+def test_bsth_with_dropout_is_trained_by_one_process(monkeypatch):
+    "Several would all drop the same attention weights."
+    config, data = replace(train_config("emoji", "smoke", "bsth"), **SIZES), pairs()
+    monkeypatch.setattr("s5vh_nb.learning.deep_pairs.n_processes", lambda: 2)
+    with pytest.raises(ValueError, match="processes: expected one, for BSTH with dropout .*, found 2"):
+        train(config, data, device="cpu", progress=False)
+    BSTHObjective.check_data(replace(config, dropout=0.0), data)
 
 
 @pytest.mark.parametrize("name", ("BSTH", "ACMVH"))
@@ -237,3 +250,10 @@ def test_settings_that_cannot_be():
         TrainConfig(model=BSTHConfig(), objective=ACMVHLoss())
     with pytest.raises(ValueError, match="dropout: expected a share in"):
         ACMVHConfig(dropout=1.0)
+    for shape in (BSTHConfig, ACMVHConfig):
+        for name in ("di", "dt", "image_hidden", "text_hidden"):
+            with pytest.raises(ValueError, match=f"{name}: expected a positive number, found 0"):
+                shape(**{name: 0})
+    for name in ("prototype_steps", "cooccurrence", "binary", "readable", "balance"):
+        with pytest.raises(ValueError, match=f"{name}: expected a finite number of at least 0, found -1"):
+            BSTHLoss(**{name: -1})

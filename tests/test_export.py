@@ -9,6 +9,8 @@ import torch
 from torch.export import Dim
 
 from s5vh_nb.basics.config import DMMHConfig, S5VHConfig
+from s5vh_nb.basics.profiles import train_config
+from s5vh_nb.models.codes import network_class
 from s5vh_nb.models.dmmh import DMMH
 from s5vh_nb.models.mamba import Bidirectional, Layers, Mamba
 from s5vh_nb.models.mixers import MIXERS
@@ -72,6 +74,21 @@ def test_a_layer_by_frames_is_the_layer(mixer):
     program = torch.export.export(net, (x,), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)).module()
     for x in (torch.randn(3, 70, 16).double(), torch.randn(1, 1, 16).double()):
         torch.testing.assert_close(program(x), net(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["conmh", "bth", "ssth", "autossvh", "wsch"])
+def test_video_networks_of_others_are_programs_and_refuse_other_shapes(variant):
+    "Numbers of videos are free, and of frames, too, but for SSTH."
+    torch.manual_seed(0)
+    config = train_config("spoken-digits", "smoke", variant, d=13, bits=12).model
+    net = network_class(config)(config)
+    program = net.export_program().module()
+    for b, t in ((1, 25), (32, 25)) if variant == "ssth" else ((1, 1), (3, 70), (16, 16)):
+        x = torch.randn(b, t, 13)
+        assert torch.equal(program(x), net.encode(x))
+    for shape in ((2, 25, 12), (2, 0, 13), (25, 13)):
+        with pytest.raises(ValueError, match=r"frames: expected shape \(n, t, 13\), t at least 1"):
+            net.encode(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("mixer", ["LSTM", "none"])

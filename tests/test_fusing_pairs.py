@@ -225,6 +225,19 @@ def test_the_parts_of_each():
     assert objective_class(guided) is fusing_pairs.GuidedObjective
     with pytest.raises(ValueError, match="margin: expected a finite number of at least 0"):
         replace(config, margin=-0.1)
+    with pytest.raises(ValueError, match="triplets, quantization: expected at least one weight above 0"):
+        fusing_pairs.TripletConfig(triplets=0, quantization=0)
+    with pytest.raises(ValueError, match="classification, guidance: expected at least one weight above 0"):
+        fusing_pairs.GuidedConfig(similarity=0, classification=0, guidance=0)
+
+
+@pytest.mark.parametrize("term, still", [("classification", ["fused"]), ("guidance", ["image", "text"])])
+def test_classifiers_without_a_term_are_not_trained(term, still, pairs):
+    config = train_config("emoji", variant="s5vh_nb.learning.fusing_pairs:FGCMH", **SIZES, **OF["FGCMH"])
+    run = train(replace(config, **{term: 0.0}), pairs, device="cpu", progress=False)
+    assert term not in run.history[0]
+    trained = {name for name, net in run.objective.classifiers.items() if net.weight.requires_grad}
+    assert trained == {"fused", "image", "text"} - set(still)
 
 
 def test_running_means_survive_an_interruption(pairs, tmp_path, monkeypatch):

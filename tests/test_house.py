@@ -16,11 +16,14 @@ import tomllib
 import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jupyter_client
 import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 from nbdev.showdoc import show_doc
 from traitlets.config import PyFileConfigLoader
 
@@ -308,6 +311,57 @@ def test_equations_are_current():
     assert equations.PAGE.read_text(encoding="utf-8") == equations.page(), (
         "docs/equations.md is stale (make prepare)"
     )
+
+
+def test_drawings_are_current():
+    "Each is what the script draws, and is shown with words that stand in for it."
+    drawings = load_tool("drawings")
+    kept = {path.stem: path.read_text(encoding="utf-8") for path in drawings.FOLDER.iterdir()}
+    assert kept == {name: draw().svg() for name, draw in drawings.DRAWINGS.items()}, "stale (make prepare)"
+    shown = {}
+    for place, text in prose():
+        for alt, link in re.findall(r"!\[([^\]]*)\]\((\S+\.svg)\)", text):
+            assert (ROOT / place).parent.joinpath(link).is_file() and len(alt) > 60, (place, link, alt)
+            shown.setdefault(Path(link).stem, []).append(place)
+    assert shown.keys() == kept.keys(), "a drawing that is shown nowhere"
+
+
+def test_text_fits_into_drawings():
+    "In the wide font of matplotlib: into its box, and into the picture."
+    drawings, font = load_tool("drawings"), FontProperties(family="DejaVu Sans")
+    for name, draw in drawings.DRAWINGS.items():
+        room = None
+        for part in ElementTree.fromstring(draw().svg()):
+            tag, here = part.tag.rpartition("}")[2], part.attrib
+            if tag == "rect":
+                room = float(here["width"]) - 12
+            elif tag == "text":
+                font.set_weight(here.get("font-weight", "normal"))
+                words, size = "".join(part.itertext()).replace("\u200b", ""), float(here.get("font-size", 15))
+                width = TextPath((0, 0), words, size, prop=font).get_extents().width
+                limit = room if "text-anchor" in here else drawings.WIDTH - float(here["x"]) - 6
+                assert width <= limit, f"{name}: {words!r} is {width:.0f} wide, there is room for {limit:.0f}"
+
+
+LETTERS = re.compile(r"[\u2500-\u259f\u25b2-\u25c5]|\+--|--\+|\|__|^(?!<!--).*--+>", re.MULTILINE)
+
+
+def prose():
+    "`(place, text)` of the notebooks' cells and of the pages."
+    for path in NOTEBOOKS:
+        yield from ((name_of(path), cell.source) for cell in nbformat.read(path, as_version=4).cells)
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        yield name_of(path), path.read_text(encoding="utf-8")
+
+
+def test_nothing_is_drawn_with_letters():
+    "Such a drawing falls apart where a line is broken, and can't be read aloud."
+    for drawn in ("a \u2500\u2510", "\u2514\u25ba b", "+----+", "a --> b", "|__ c", "\u2588\u2588"):
+        assert LETTERS.search(drawn), drawn
+    for plain in ("|---|---|", "<!-- made -->", "(b, m) -> (b, k)", "--flag"):
+        assert not LETTERS.search(plain), plain
+    found = {place: LETTERS.search(text)[0] for place, text in prose() if LETTERS.search(text)}
+    assert not found, f"drawings made of letters: {found} (tools/drawings.py)"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ __all__ = ['VARIANTS', 'PAIR_VARIANTS', 'check_bits', 'bits_of', 'check_config',
            'TrainConfig', 'replace', 'BaselineConfig', 'TransferConfig', 'kind_of', 'is_kind', 'to_dict', 'from_dict']
 
 # %% ../../nbs/lib/basics/03_config.ipynb #51369f0d
+import contextlib
 import dataclasses
 import math
 import pkgutil
@@ -102,6 +103,7 @@ class NetworkConfig:
 
     network: ClassVar[str]  # MODULE:NAME of the class that it configures
     items: ClassVar[str] = "videos"  # or "pairs" of image and text: what the network hashes
+    lone: ClassVar[bool] = False  # of pairs: whether it also takes None for one of both
 
     def __post_init__(self):
         _check_types(self)
@@ -407,6 +409,7 @@ class DMMHConfig(NetworkConfig):
     ----------
     network : ClassVar[str]
     items : ClassVar[str]
+    lone : ClassVar[bool]
     di : int
         width of an image feature
     dt : int
@@ -441,6 +444,7 @@ class DMMHConfig(NetworkConfig):
 
     network: ClassVar[str] = "s5vh_nb.models.dmmh:DMMH"
     items: ClassVar[str] = "pairs"
+    lone: ClassVar[bool] = True
     di: int = 4096  # width of an image feature
     dt: int = 1386  # width of a text feature
     bits: int = 64  # k, of any length
@@ -827,17 +831,14 @@ def _class_of(kind, where: str) -> type:
     "The class of that kind; an error names one that is unknown. Only modules of this package are imported."
     if not is_kind(kind) or kind in _KINDS:
         return _KINDS[known(kind, _KINDS, f"{where}, kind")]
-    module = kind.partition(":")[0]
-    there = module.startswith("s5vh_nb.") or module in sys.modules
-    cls = pkgutil.resolve_name(kind) if there else None
-    expected = "a configuration of a module that was imported"
-    check(
-        isinstance(cls, type) and issubclass(cls, NetworkConfig | ObjectiveConfig),
-        f"{where}, kind",
-        expected,
-        repr(kind),
-    )
-    return cls
+    module, found = kind.partition(":")[0], None
+    if module.startswith("s5vh_nb.") or module in sys.modules:
+        with contextlib.suppress(ImportError, AttributeError):
+            found = pkgutil.resolve_name(kind)
+    fits = isinstance(found, type) and issubclass(found, NetworkConfig | ObjectiveConfig)
+    expected = f"a class of a module that was imported (import {module}, or s5vh-nb --import {module} ...)"
+    check(fits, f"{where}, kind", expected, repr(kind))
+    return found
 
 
 def to_dict(config) -> dict:

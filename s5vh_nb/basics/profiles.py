@@ -85,11 +85,21 @@ class Variant:
         field of `TrainConfig` or of its parts -> value; `model` and `objective` among them
     smaller : dict
         profile -> changes on top of them
+    datasets : dict
+        name of a data set -> changes on top, below those of a profile
     """
 
     changes: dict  # field of `TrainConfig` or of its parts -> value; `model` and `objective` among them
     # profile -> changes on top of them
     smaller: dict = field(default_factory=lambda: {"smoke": dict(epochs=2), "quick": dict(epochs=20)})
+    datasets: dict = field(
+        default_factory=dict
+    )  # name of a data set -> changes on top, below those of a profile
+
+    @property
+    def items(self) -> str:
+        "What its network hashes: videos or pairs."
+        return self.changes["model"].items
 
 
 PUBLISHED = {  # rivals as published, by kind of items: name -> MODULE:NAME of a `Variant`
@@ -116,8 +126,7 @@ def _published(name: str, kind: str, dataset: str) -> Variant | None:
     if ":" not in where:
         return None
     found = named_object(where, "variant", Variant)
-    items = found.changes["model"].items
-    check(items == kind, "variant", f"one for {kind}, as in {dataset}", f"{name}, for {items}")
+    check(found.items == kind, "variant", f"one for {kind}, as in {dataset}", f"{name}, for {found.items}")
     return found
 
 
@@ -149,7 +158,15 @@ def train_config(
     found = _published(variant, kind, name)
     if found is not None:
         base = TrainConfig(dataset=dataset, **found.changes)
-        return replace(base, **{**found.smaller.get(profile, {}), **changes})
+        ours = found.datasets.get(name, {}) | found.smaller.get(profile, {})
+        return replace(base, **{**ours, **changes})
+    other = "pairs" if kind == "videos" else "videos"
+    check(
+        variant not in PUBLISHED[other],
+        "variant",
+        f"one for {kind}, as in {name}",
+        f"{variant!r}, for {other}",
+    )
     own = VARIANTS if kind == "videos" else ["paper", "plus"]
     known(variant, [*own, *PUBLISHED[kind]], "variant")
     if kind == "pairs" and variant == "plus":

@@ -9,6 +9,7 @@ __all__ = ['run_all', 'main']
 import argparse
 import contextlib
 import os
+import pkgutil
 import shlex
 import sys
 import time
@@ -473,6 +474,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="exit status: 0 all went well, 1 a notebook failed, 2 what was asked for is out of reach",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {s5vh_nb.__version__}")
+    help = "import a module of your own first, for models of its networks; may be repeated"
+    parser.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help=help)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="what there is: artefacts, their parameters and outputs")
     help = "run artefact notebooks; runs whose record exists are not run again"
@@ -585,9 +588,12 @@ def main(
     argv : list | None
         The command's words; None takes those of the shell
     """
-    sys.path.insert(0, "")  # a file of this folder can be named as MODULE:NAME
+    if "" not in sys.path:
+        sys.path.append("")  # a file of this folder can be named as MODULE:NAME
     args = _parser().parse_args(argv)
     try:
+        for module in vars(args).pop("modules"):
+            pkgutil.resolve_name(module)
         return _dispatch(args)
     except (ValueError, OSError, ImportError) as error:
         print(f"s5vh-nb: {error}", file=sys.stderr)

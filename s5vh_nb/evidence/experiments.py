@@ -83,6 +83,7 @@ def config_of(
         return _on_a_part(config_of(row.changes, dataset, profile, bits, seed, epochs), row.share)
     changes = {"epochs": epochs} if epochs else {}
     if isinstance(row, dict):
+        changes = {} if "variant" in row else changes  # a variant has a schedule of its own
         return train_config(dataset, profile, **{"bits": bits, "seed": seed, **changes, **row})
     return row(train_config(dataset, profile, bits=bits, seed=seed, **changes))
 

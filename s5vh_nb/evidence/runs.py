@@ -162,7 +162,9 @@ def learns_from_both(config: TrainConfig | BaselineConfig, data: Dataset) -> boo
     config : TrainConfig | BaselineConfig
     data : Dataset
     """
-    return data.kind == "pairs" and getattr(getattr(config, "model", None), "modality", "both") == "both"
+    if data.kind != "pairs" or isinstance(config, BaselineConfig):
+        return data.kind == "pairs"
+    return config.model.lone and getattr(config.model, "modality", "both") == "both"
 
 
 def encode_splits(

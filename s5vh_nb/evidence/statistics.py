@@ -131,9 +131,11 @@ def rank_correlation(
     both = [as_array(x, name, float) for name, x in (("a", a), ("b", b))]
     fits = both[0].ndim == 1 and both[0].shape == both[1].shape and len(both[0]) > 1
     check(fits, "a, b", "a score of each of the same methods", [x.shape for x in both])
-    found = stats.pearsonr(*map(stats.rankdata, both))
-    ends = found.confidence_interval() if len(both[0]) > 3 else (np.nan, np.nan)
-    return Interval(float(found.statistic), *map(float, ends))
+    n, r = len(both[0]), float(stats.spearmanr(*both).statistic)
+    if n < 4 or not abs(r) < 1:
+        return Interval(r, np.nan, np.nan)
+    half = stats.norm.ppf(0.975) * np.sqrt((1 + r**2 / 2) / (n - 3))
+    return Interval(r, *(float(np.tanh(np.arctanh(r) + end)) for end in (-half, half)))
 
 # %% ../../nbs/lib/evidence/04_statistics.ipynb #723468f8
 def near(

@@ -240,12 +240,20 @@ def _check_injected(
                 known(name, _assigned(cells[:number]), "parameter of this notebook")
 
 
-def _own_row(name: str) -> tuple:  # Name, row
-    "The row of a method of another file; `ValueError` where there is none."
-    found = named_object(name, "methods", Method, Variant)
-    if isinstance(found, Method):
-        return found.name, Fitted(name)
-    return name.partition(":")[2], dict(variant=name)
+def _with_own_rows(
+    experiment: Experiment,
+    methods: list,  # MODULE:NAME each
+) -> Experiment:
+    "The experiment with a row for each; `ValueError` for one of other items, or named as another row."
+    rows = dict(experiment.rows)
+    for name in methods:
+        found = named_object(name, "methods", Method, Variant)
+        fitted = isinstance(found, Method)
+        kind, row = ("pairs", found.name) if fitted else (found.items, name.partition(":")[2])
+        check(kind == experiment.kind, "methods", f"one for {experiment.kind}", f"{name}, for {kind}")
+        check(row not in rows, "methods", "a name that no other row has", f"{row}, of {name}")
+        rows[row] = Fitted(name) if fitted else dict(variant=name)
+    return dataclasses.replace(experiment, rows=rows)
 
 
 def open_study(
@@ -287,8 +295,7 @@ def open_study(
     if shell := get_ipython():
         _check_injected(shell.user_ns["In"])
     experiment = EXPERIMENTS[known(name, EXPERIMENTS, "experiment")]
-    own = dict(map(_own_row, [methods] if isinstance(methods, str) else methods or []))
-    experiment = dataclasses.replace(experiment, rows=experiment.rows | own)
+    experiment = _with_own_rows(experiment, parse_list(methods, [""], "methods") if methods else [])
     known(profile, PROFILES, "profile")
     artefact = "/".join(name.split("/")[:2])
     options = dict(root=root, data_root=data_root, device=device, may_train=may_train)

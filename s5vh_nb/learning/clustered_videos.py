@@ -24,7 +24,7 @@ from ..datasets.rows import row_blocks, rows_of
 from ..datasets.splits import Dataset
 from .losses import contrastive_loss, reconstruction_loss
 from .objectives import Objective, _two_views
-from .video_rivals import ConMH, ConMHConfig
+from .video_rivals import ConMH, ConMHConfig, _Attention, _check_numbers
 from ..models.codes import sign_ste
 from ..models.mixers import _ssd, mlp
 from ..models.s5vh import VideoNetwork, hidden_frames, positions, take
@@ -67,12 +67,26 @@ def _over_all(
     return torch.cat([call(x) for x in blocks])
 
 
-def _check_videos(data: Dataset, *ratios: float):
+def _n_random(t: int, ratio: float) -> int:
+    "Frames of a random view, of t with this share hidden."
+    return _two_views(torch.arange(t)[None], ratio).shape[1]
+
+
+def _n_sampled(t: int, ratio: float) -> int:
+    "Frames that AutoSSVH's sampler takes, of t with this share hidden; public code rounds down here."
+    return int(t * (1 - ratio))
+
+
+def _check_videos(
+    data: Dataset,
+    size,  # Frames and a share of hidden ones -> frames of a view
+    *ratios: float,  # Shares of hidden frames
+):
     "`ValueError` unless all videos have one length, and each ratio hides and shows at least one frame."
     check(data.train.lengths is None, f"{data.name}: lengths", "videos of one length", "several")
     t = data.train.frames.shape[1]
     for ratio in ratios:
-        shown = t - int(ratio * t)
+        shown = size(t, ratio)
         expected = f"one that hides and shows at least one of the {t} frames"
         check(0 < shown < t, "share of hidden frames", expected, f"{ratio} (shows {shown})")
 
@@ -117,7 +131,7 @@ class AutoSSVHConfig(NetworkConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self.frames > 0, "frames", "a positive number", self.frames)
+        _check_numbers(self, positive=("frames",))
         self.of_conmh()  # checks the others
 
     def of_conmh(self) -> ConMHConfig:
@@ -285,9 +299,16 @@ class AutoSSVHLoss(ObjectiveConfig):
     def __post_init__(self):
         super().__post_init__()
         known(self.sampler, ("grades", "random"), "sampler")
-        object.__setattr__(self, "clusters", tuple(self.clusters))  # JSON makes a list of it
-        fits = len(self.clusters) > 0 and all(type(c) is int and c > 1 for c in self.clusters)
-        check(fits, "clusters", "numbers of clusters, each at least 2", self.clusters)
+        _check_numbers(
+            self,
+            positive=("temperature", "cluster_temperature"),
+            nonnegative=("alpha", "beta"),
+            shares=("mask_ratio", "tau_plus"),
+        )
+        given, expected = self.clusters, "numbers of clusters, each at least 2, in a tuple or a list"
+        check(isinstance(given, (tuple, list)), "clusters", expected, repr(given))
+        check(len(given) > 0 and all(type(c) is int and c > 1 for c in given), "clusters", expected, given)
+        object.__setattr__(self, "clusters", tuple(given))  # JSON makes a list of it
 
 
 def _temperatures(
@@ -359,7 +380,8 @@ class AutoSSVHObjective(Objective):
         config : TrainConfig
         data : Dataset
         """
-        _check_videos(data, config.objective.mask_ratio)
+        c = config.objective
+        _check_videos(data, _n_sampled if c.sampler == "grades" else _n_random, c.mask_ratio)
 
     def unused(self, model: nn.Module) -> list:
         """Weights that no term reaches: the Grade-Net's where frames are sampled at random.
@@ -418,7 +440,7 @@ class AutoSSVHObjective(Objective):
             return out.codes, torch.cat([visible, out.hidden], 1)
         tokens = model.tokens(x)
         noise = _draw_noise(part.b, t, x.device)
-        chosen, factors = _sample(part.whole(model.grades(tokens)), noise, int(t * (1 - self.c.mask_ratio)))
+        chosen, factors = _sample(part.whole(model.grades(tokens)), noise, _n_sampled(t, self.c.mask_ratio))
         tokens = tokens.repeat(2, 1, 1).take_along_dim(part.own(chosen)[..., None], 1)
         places = torch.arange(t, device=x.device).expand(len(tokens), -1)
         return model.codes_of(tokens * part.own(factors)[..., None]), places
@@ -530,22 +552,10 @@ class WSCHConfig(NetworkConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self.d > 0, "d", "a positive number", self.d)
+        _check_numbers(self, positive=("d",))
         for name in ("m", "decoder_m"):
             fits = getattr(self, name) > 0 and getattr(self, name) % 4 == 0
             check(fits, name, "a multiple of 4", getattr(self, name))
-
-
-class _Attention(nn.Module):
-    "Attention with 4 heads over all frames, (b, t, m) -> (b, t, m); queries, keys and values have no bias."
-
-    def __init__(self, m: int):
-        super().__init__()
-        self.qkv, self.out = nn.Linear(m, 3 * m, bias=False), nn.Linear(m, m)
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)  # (3, b, heads, t, m/4)
-        return self.out(F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2))
 
 
 class _Selective(nn.Module):
@@ -566,10 +576,8 @@ class _Selective(nn.Module):
         u, gate = self.split(self.norm(x)).chunk(2, -1)  # (b, t, 2m) each
         u = self.conv(u.mT)[..., : x.shape[1]].mT
         step, *BC = self.project(u).split((self.heads, self.states, self.states), -1)
-        step, u = (
-            F.softplus(step + self.dt_bias),
-            u.unflatten(-1, (self.heads, -1)),
-        )  # (b, t, h), (b, t, h, p)
+        step = F.softplus(step + self.dt_bias)  # (b, t, h)
+        u = u.unflatten(-1, (self.heads, -1))  # (b, t, h, p)
         y = _ssd(step[..., None] * u, -step * self.A_log.exp(), *BC) + self.D[:, None] * u
         return x + self.out(y.flatten(2) * F.silu(gate))
 
@@ -590,11 +598,11 @@ class WSCHNetwork(VideoNetwork, library_name="s5vh_nb", tags=["video-hashing", "
         super().__init__(config)
         c = config
         self.embed = nn.Sequential(nn.LayerNorm(c.d), nn.Linear(c.d, c.m, bias=False), _Selective(c.m))
-        self.attend = nn.Sequential(nn.LayerNorm(c.m), _Attention(c.m))
+        self.attend = nn.Sequential(nn.LayerNorm(c.m), _Attention(c.m, 4, bias=False))
         self.hash = nn.Sequential(nn.Linear(c.m, c.bits), nn.LayerNorm(c.bits))
         self.mask_token = nn.Parameter(torch.zeros(c.bits))
         self.widen = nn.Linear(c.bits, c.decoder_m, bias=False)
-        self.attend_again = nn.Sequential(nn.LayerNorm(c.decoder_m), _Attention(c.decoder_m))
+        self.attend_again = nn.Sequential(nn.LayerNorm(c.decoder_m), _Attention(c.decoder_m, 4, bias=False))
         self.head = nn.Linear(c.decoder_m, c.d)
 
     def codes(
@@ -655,7 +663,7 @@ class WSCHLoss(ObjectiveConfig):
     contrast_weight : float
         b, of the contrast between the views, in the epochs between these
     start_ratio : float
-        share of frames that a view does not see at first, and where codes are clustered
+        share of frames that a view hides at first, and where codes are clustered
     mask_ratio : float
         later
     n_clusters : int
@@ -673,9 +681,7 @@ class WSCHLoss(ObjectiveConfig):
     networks: ClassVar[tuple] = (WSCHConfig,)
     cluster_weight: float = 0.02  # a, of the clusters, in every other epoch
     contrast_weight: float = 1.0  # b, of the contrast between the views, in the epochs between these
-    start_ratio: float = (
-        0.9  # share of frames that a view does not see at first, and where codes are clustered
-    )
+    start_ratio: float = 0.9  # share of frames that a view hides at first, and where codes are clustered
     mask_ratio: float = 0.6  # later
     n_clusters: int = 800  # at most half as many as videos
     cluster_temperature: float = 0.2
@@ -685,6 +691,12 @@ class WSCHLoss(ObjectiveConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        _check_numbers(
+            self,
+            positive=("cluster_temperature", "temperature"),
+            nonnegative=("cluster_weight", "contrast_weight"),
+            shares=("start_ratio", "mask_ratio", "tau_plus"),
+        )
         check(self.n_clusters > 1, "n_clusters", "at least 2", self.n_clusters)
 
 
@@ -717,7 +729,7 @@ class WSCHObjective(Objective):
         config : TrainConfig
         data : Dataset
         """
-        _check_videos(data, config.objective.start_ratio, config.objective.mask_ratio)
+        _check_videos(data, _n_random, config.objective.start_ratio, config.objective.mask_ratio)
 
     def past_warmup(self, epoch: int) -> bool:
         """Whether the two tasks take turns.

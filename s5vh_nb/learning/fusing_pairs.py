@@ -7,7 +7,6 @@ __all__ = ['FMMVH', 'DMMVH', 'FGCMH', 'GatedPairConfig', 'GatedPairs', 'GatedMet
            'GraphPairConfig', 'GraphPairs', 'GuidedConfig', 'GuidedObjective']
 
 # %% ../../nbs/lib/learning/11_fusing_pairs.ipynb #3d4677f8
-import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -23,8 +22,10 @@ from ..basics.parallel import Part, n_processes
 from ..basics.profiles import Variant
 from ..datasets.splits import Dataset
 from .centers import class_matrix
+from .deep_pairs import _SCHEDULE, _SMALLER
 from .losses import metric_loss
-from .objectives import Objective
+from .objectives import Objective, _weighted
+from .video_rivals import _check_numbers
 from ..models.baselines import balance, fit_matrix
 from ..models.dmmh import PairNetwork, normalizing_mlp
 
@@ -37,6 +38,7 @@ class GatedPairConfig(NetworkConfig):
     ----------
     network : ClassVar[str]
     items : ClassVar[str]
+    lone : ClassVar[bool]
     di : int
         width of an image feature
     dt : int
@@ -53,6 +55,7 @@ class GatedPairConfig(NetworkConfig):
 
     network: ClassVar[str] = "s5vh_nb.learning.fusing_pairs:GatedPairs"
     items: ClassVar[str] = "pairs"
+    lone: ClassVar[bool] = True
     di: int = 4096  # width of an image feature
     dt: int = 1386  # width of a text feature
     bits: int = 64  # k, of any length
@@ -63,8 +66,7 @@ class GatedPairConfig(NetworkConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("di", "dt", "width"):
-            check(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+        _check_numbers(self, positive=("di", "dt", "width"))
         for name in ("image_hidden", "text_hidden"):
             check(getattr(self, name) >= 0, name, "a width, or 0 for one layer", getattr(self, name))
 
@@ -133,13 +135,13 @@ class GatedMetricConfig(MetricConfig):
     networks: ClassVar[tuple] = (GatedPairConfig,)
 
 
-_SCHEDULE = dict(epochs=140, batch=1024, lr=1e-3, lr_end=1e-3, weight_decay=0.0)
-_SMOKE, _QUICK = dict(epochs=2, batch=100, width=16), dict(epochs=12, batch=50, lr=2e-3)
-_FULL = dict(epochs=60, batch=100)  # the bundled pairs are few
-
 FMMVH = Variant(
-    dict(model=GatedPairConfig(), objective=GatedMetricConfig(), **_SCHEDULE),
-    dict(smoke=_SMOKE, quick=_QUICK, full=_FULL),
+    dict(model=GatedPairConfig(), objective=GatedMetricConfig(), epochs=140, **_SCHEDULE),
+    {
+        "smoke": dict(epochs=2, batch=100, width=16),
+        "quick": dict(epochs=12, batch=50, lr=2e-3),
+        "full": _SMALLER["full"],
+    },
 )
 
 # %% ../../nbs/lib/learning/11_fusing_pairs.ipynb #d0501aae
@@ -165,21 +167,6 @@ def _triplet_loss(
     return total / (others.sum(1) * (~similar).sum(1)).sum().clamp(min=1)
 
 # %% ../../nbs/lib/learning/11_fusing_pairs.ipynb #6f9eed9a
-def _check_weights(settings: ObjectiveConfig, *names: str):
-    "`ValueError` unless these fields are finite numbers of at least 0."
-    for name in names:
-        value = getattr(settings, name)
-        check(0 <= value < math.inf, name, "a finite number of at least 0", value)
-
-
-def _weighted(
-    found: dict,  # Terms by name
-    settings: ObjectiveConfig,  # With a weight of each name
-) -> dict:
-    "The weighted sum `loss`, and the terms."
-    return {"loss": sum(getattr(settings, name) * value for name, value in found.items()), **found}
-
-
 class _LabelledPairs(Objective):
     "An objective that keeps the labels of the training pairs."
 
@@ -233,7 +220,9 @@ class TripletConfig(ObjectiveConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_weights(self, "triplets", "margin", "quantization")
+        _check_numbers(self, positive=("n_classes",), nonnegative=("triplets", "margin", "quantization"))
+        some = self.triplets + self.quantization > 0
+        check(some, "triplets, quantization", "at least one weight above 0", "none")
 
 
 class TripletObjective(_LabelledPairs):
@@ -269,20 +258,17 @@ class TripletObjective(_LabelledPairs):
                 "triplets": _triplet_loss(h, self.labels[rows], self.c.margin),
                 "quantization": F.mse_loss(h, torch.where(h > 0, 1.0, -1.0).to(h)),
             }
-        return _weighted(found, self.c)
+        return _weighted(found, {"triplets": self.c.triplets, "quantization": self.c.quantization})
 
 
 DMMVH = Variant(
     dict(
         model=GatedPairConfig(width=128, image_hidden=2048, text_hidden=1024),
         objective=TripletConfig(),
+        epochs=140,
         **_SCHEDULE,
     ),
-    dict(
-        smoke=_SMOKE | dict(image_hidden=32, text_hidden=32),
-        quick=_QUICK | dict(width=32, image_hidden=256, text_hidden=256),
-        full=_FULL,
-    ),
+    _SMALLER,
 )
 
 # %% ../../nbs/lib/learning/11_fusing_pairs.ipynb #3d0104af
@@ -300,12 +286,11 @@ class _AnchorGraph(nn.Module):
         self.register_buffer("anchors", torch.zeros(p, d))
         self.register_buffer("scale", torch.ones(()))  # of squared distances
 
-    def _distances(self, x: Tensor) -> Tensor:
+    def _distances(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "Squared distances (b, p) to all anchors, and to the last of the nearest ones, (b, 1)."
         with torch.autocast(x.device.type, enabled=False):
-            distances = torch.cdist(
-                x.to(self.anchors), self.anchors, compute_mode="use_mm_for_euclid_dist"
-            ).square()
+            x, mode = x.to(self.anchors), "use_mm_for_euclid_dist"
+            distances = torch.cdist(x, self.anchors, compute_mode=mode).square()
         return distances, distances.topk(self.nearest, largest=False).values[:, -1:]
 
     def fit(
@@ -364,6 +349,7 @@ class GraphPairConfig(NetworkConfig):
     ----------
     network : ClassVar[str]
     items : ClassVar[str]
+    lone : ClassVar[bool]
     di : int
         width of an image feature
     dt : int
@@ -386,6 +372,7 @@ class GraphPairConfig(NetworkConfig):
 
     network: ClassVar[str] = "s5vh_nb.learning.fusing_pairs:GraphPairs"
     items: ClassVar[str] = "pairs"
+    lone: ClassVar[bool] = True
     di: int = 4096  # width of an image feature
     dt: int = 1386  # width of a text feature
     bits: int = 64  # k, of any length
@@ -398,8 +385,7 @@ class GraphPairConfig(NetworkConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("di", "dt", "width", "image_hidden", "text_hidden"):
-            check(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+        _check_numbers(self, positive=("di", "dt", "width", "image_hidden", "text_hidden"))
         fits = 0 < self.nearest <= self.anchors
         check(fits, "nearest", f"1 to {self.anchors}, the number of anchors", self.nearest)
         check(0 < self.renewal <= 1, "renewal", "a share in (0, 1]", self.renewal)
@@ -553,7 +539,10 @@ class GuidedConfig(ObjectiveConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_weights(self, "similarity", "classification", "guidance")
+        names = "similarity", "classification", "guidance"
+        _check_numbers(self, positive=("n_classes",), nonnegative=names)
+        some = any(getattr(self, name) > 0 for name in names)
+        check(some, ", ".join(names), "at least one weight above 0", "none")
 
 
 class GuidedObjective(_LabelledPairs):
@@ -575,6 +564,16 @@ class GuidedObjective(_LabelledPairs):
         self.classifiers = nn.ModuleDict(
             {name: nn.Linear(config.model.width, self.c.n_classes) for name in ("fused", "image", "text")}
         )
+
+    def unused(self, model: nn.Module) -> list:
+        """Weights that no term reaches: of classifiers whose terms have weight 0.
+
+        Parameters
+        ----------
+        model : nn.Module
+        """
+        weights = {"fused": self.c.classification, "image": self.c.guidance, "text": self.c.guidance}
+        return [p for name, net in self.classifiers.items() if weights[name] == 0 for p in net.parameters()]
 
     @staticmethod
     def check_data(
@@ -637,17 +636,15 @@ class GuidedObjective(_LabelledPairs):
         """
         out, y = model.features(image, text), self.labels[rows]
         scores = {name: net(getattr(out, name)) for name, net in self.classifiers.items()}
-        found = metric_loss(out.h, scores["fused"], y)
-        alone = [F.mse_loss(torch.sigmoid(scores[name]), y) for name in ("image", "text")]
-        terms = {name: found[name] for name in ("similarity", "classification")}
-        return _weighted(terms | {"guidance": sum(alone)}, self.c)
+        with torch.autocast(y.device.type, enabled=False):  # these small products need all their digits
+            scores = {name: x.to(y) for name, x in scores.items()}
+            found = metric_loss(out.h.to(y), scores["fused"], y)
+            found["guidance"] = sum(F.mse_loss(scores[name].sigmoid(), y) for name in ("image", "text"))
+        weights = {name: getattr(self.c, name) for name in ("similarity", "classification", "guidance")}
+        return _weighted(found, weights)
 
 
 FGCMH = Variant(
-    dict(model=GraphPairConfig(), objective=GuidedConfig(), **_SCHEDULE),
-    dict(
-        smoke=_SMOKE | dict(image_hidden=32, text_hidden=32, anchors=20),
-        quick=_QUICK | dict(width=32, image_hidden=256, text_hidden=256),
-        full=_FULL,
-    ),
+    dict(model=GraphPairConfig(), objective=GuidedConfig(), epochs=140, **_SCHEDULE),
+    _SMALLER | {"smoke": _SMALLER["smoke"] | dict(anchors=20)},
 )

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from ..basics.checks import check
 from ..basics.config import NetworkConfig, ObjectiveConfig, S5VHConfig, SLGConfig, TrainConfig, replace
@@ -26,7 +27,24 @@ from .objectives import Objective
 from .training import move_if_they_fit, train
 from ..models.codes import sign_ste
 from ..models.mamba import Bidirectional, Layers
-from ..models.s5vh import S5VH, VideoNetwork, positions
+from ..models.s5vh import S5VH, VideoNetwork, _Codes, positions
+
+# %% ../../nbs/lib/learning/08_video_rivals.ipynb #5e3ce64f
+def _check_numbers(
+    config: NetworkConfig | ObjectiveConfig,
+    positive: tuple = (),  # Names of its fields above 0
+    nonnegative: tuple = (),  # At least 0
+    shares: tuple = (),  # In [0, 1)
+):
+    "`ValueError` unless these fields are such numbers, and finite."
+    kinds = {
+        "a positive number": (positive, lambda x: 0 < x < math.inf),
+        "a finite number of at least 0": (nonnegative, lambda x: 0 <= x < math.inf),
+        "a share in [0, 1)": (shares, lambda x: 0 <= x < 1),
+    }
+    for expected, (names, fits) in kinds.items():
+        for name in names:
+            check(fits(getattr(config, name)), name, expected, getattr(config, name))
 
 # %% ../../nbs/lib/learning/08_video_rivals.ipynb #f19c2c63
 @dataclass(frozen=True)
@@ -104,11 +122,12 @@ class _Attention(nn.Module):
         self,
         m: int,  # Width
         heads: int,  # They need not fill the width
+        bias: bool = True,  # Of queries, keys and values
     ):
         super().__init__()
         inner = m // heads * heads
         self.m, self.heads = m, heads
-        self.qkv, self.out = nn.Linear(m, 3 * inner), nn.Linear(inner, m)
+        self.qkv, self.out = nn.Linear(m, 3 * inner, bias=bias), nn.Linear(inner, m)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, b, heads, t, w)
@@ -204,10 +223,8 @@ class BTHConfig(NetworkConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("d", "m", "depth", "heads"):
-            check(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+        _check_numbers(self, positive=("d", "m", "depth", "heads"), shares=("dropout",))
         check(self.m % self.heads == 0, "heads", f"a divisor of the width {self.m}", self.heads)
-        check(0 <= self.dropout < 1, "dropout", "a share in [0, 1)", self.dropout)
 
 
 class _Norm(nn.Module):
@@ -334,12 +351,10 @@ class BTHLoss(ObjectiveConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("restoration", "similarity", "clusters"):
-            value = getattr(self, name)
-            check(0 <= value < math.inf, name, "a finite weight of at least 0", value)
-        check(self.restoration > 0, "restoration", "a weight above 0", self.restoration)
+        _check_numbers(
+            self, positive=("restoration", "videos_per_anchor"), nonnegative=("similarity", "clusters")
+        )
         check(0 <= self.changed <= 1, "changed", "a share in [0, 1]", self.changed)
-        check(self.videos_per_anchor > 0, "videos_per_anchor", "at least 1", self.videos_per_anchor)
 
 
 def _near_anchors(
@@ -510,9 +525,11 @@ class BTHObjective(Objective):
         found = {"restoration": F.mse_loss(model.restore(codes), x if self.c.true_frames else seen)}
         loss = self.c.restoration * found["restoration"]
         if not self.alone:
-            h = codes.mean(1).chunk(2)  # (b, k) each
-            found["similarity"] = F.mse_loss((h[0] * h[1]).mean(1), 2 * alike.to(h[0]) - 1)
-            found["clusters"] = 2 * F.mse_loss(latents.mean(1), self.anchors[self.nearest[rows]])
+            with torch.autocast(x.device.type, enabled=False):  # these small products need all their digits
+                h, z = (part.to(self.latents.dtype).mean(1) for part in (codes, latents))  # (2b, k), (2b, m)
+                a, b = h.chunk(2)
+                found["similarity"] = F.mse_loss((a * b).mean(1), 2 * alike.to(a) - 1)
+                found["clusters"] = 2 * F.mse_loss(z, self.anchors[self.nearest[rows]])
             loss = loss + sum(getattr(self.c, name) * found[name] for name in ("similarity", "clusters"))
         return {"loss": loss, **found}
 
@@ -547,8 +564,7 @@ class SSTHConfig(NetworkConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("d", "frames"):
-            check(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+        _check_numbers(self, positive=("d", "frames"))
 
 
 class _Cells(nn.Module):
@@ -646,7 +662,7 @@ class SSTHNetwork(VideoNetwork, library_name="s5vh_nb", tags=["video-hashing"]):
             (b, t, d) frame features
         """
         given = self.reader.given(x)  # (b, t, 4*k)
-        h = m = given.new_zeros(len(x), self.config.bits)
+        h = m = given.new_zeros(x.shape[0], self.config.bits)
         for s in range(x.shape[1]):
             gate, m = self.reader(s, sign_ste(h) if s else h, m, given[:, s])
             h = gate * m
@@ -664,6 +680,10 @@ class SSTHNetwork(VideoNetwork, library_name="s5vh_nb", tags=["video-hashing"]):
             (b, t, d)
         """
         return self.read(x)[0]
+
+    def export_program(self) -> ExportedProgram:
+        "Frames (n, t, d) to packed codes (n, k/8), n free, t as in training: steps stand one by one in it."
+        return self.program_of(_Codes, (None, self.config.frames, self.config.d))
 
 
 @dataclass(frozen=True)
@@ -684,7 +704,7 @@ class SSTHLoss(ObjectiveConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(0 < self.mean_weight < math.inf, "mean_weight", "a positive, finite number", self.mean_weight)
+        _check_numbers(self, positive=("mean_weight",))
 
 
 class SSTHObjective(Objective):

@@ -372,6 +372,8 @@ class Hasher:
         lengths
             (n,) how many frames of each video count, the first ones; None: all
         """
+        expected, found = " and ".join(self.shapes), f"{len(arrays)} of them"
+        check(len(arrays) == len(self.shapes), "inputs", expected, found)
         given = [x for x in arrays if x is not None]
         if self.means and given:
             arrays = [
@@ -389,8 +391,6 @@ class Hasher:
         return np.concatenate([self._encode_block(x) for x in blocks])
 
     def _check_inputs(self, arrays, any_length):
-        expected, found = " and ".join(self.shapes), f"{len(arrays)} of them"
-        check(len(arrays) == len(self.shapes), "inputs", expected, found)
         for (name, shape), x in zip(self.shapes.items(), arrays):
             check_array(x, name)
             sizes = ("t", shape[1]) if any_length else shape

@@ -121,6 +121,8 @@ def fit_baseline(
         labels = multi_hot(train.labels[keep]) if rival.supervised else None
         fitted = rival.fit(np.split(x, [di], axis=1), labels, bits, seed)
         function = OfViews(scale, di, fitted.function)
+        some = np.shape(function(x[:2] / scale))
+        check(some == (len(x[:2]), bits), f"{rival.name}: function", f"numbers (b, {bits})", f"shape {some}")
         return Hasher(rival.name, view, shapes, bits, function, objective=fitted.objective, means=means)
     mean, directions = fits[method]()
     name = _NAMES[method] + " (Nystroem-lifted)" * (lift is not None) + _VIEW_NAMES[view]

@@ -387,7 +387,7 @@ class Stream:
 class _Codes(nn.Module):
     "Frames (n, t, d) to packed codes (n, k/8)."
 
-    def __init__(self, net: "S5VH"):
+    def __init__(self, net: "VideoNetwork"):
         super().__init__()
         self.net = net
 
@@ -419,7 +419,7 @@ class VideoNetwork(HashNetwork):
         progress: bool = False,  # Show a bar
         lengths=None,  # (n,) how many frames of each video count, from 1 to t: the first ones; None: all
     ) -> Tensor:
-        """Packed codes of videos, uint8 (n, k/8): the signs of `h`.
+        """Packed codes of videos, uint8 (n, k/8): the signs of `h`; `ValueError` for frames of another shape.
 
         Parameters
         ----------
@@ -433,7 +433,8 @@ class VideoNetwork(HashNetwork):
             (n,) how many frames of each video count, from 1 to t: the first ones; None: all
         """
         check_array(x, "frames")
-        check(len(x.shape) == 3, "frames", f"shape (n, t, {self.config.d})", tuple(x.shape))
+        fits = len(x.shape) == 3 and x.shape[1] > 0 and x.shape[2] == self.config.d
+        check(fits, "frames", f"shape (n, t, {self.config.d}), t at least 1", tuple(x.shape))
         n, t = x.shape[:2]
         if lengths is None or n == 0:
             return self._encode(x, t, batch, progress)
@@ -444,7 +445,14 @@ class VideoNetwork(HashNetwork):
         return torch.cat(codes)[np.argsort(np.concatenate([*alike.values()]))]
 
     def _encode(self, x, t, batch, progress):
-        return self.packed((x,), max(1, 32768 // max(1, t)) if batch is None else batch, progress)
+        return self.packed((x,), max(1, 32768 // t) if batch is None else batch, progress)
+
+    def export_program(self) -> ExportedProgram:
+        """Frames (n, t, d) to packed codes (n, k/8), n and t free, as a program for `torch.onnx` and others.
+
+        Features are not checked.
+        """
+        return self.program_of(_Codes, (None, None, self.config.d))
 
 
 class S5VH(VideoNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"]):
@@ -549,13 +557,6 @@ class S5VH(VideoNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"]
             Later frames that the backward direction sees beyond a chunk
         """
         return Stream(self, batch_size, chunk, ahead)
-
-    def export_program(self) -> ExportedProgram:
-        """Frames (n, t, d) to packed codes (n, k/8), n and t free, as a program for `torch.onnx` and others.
-
-        Features are not checked.
-        """
-        return self.program_of(_Codes, (None, None, self.config.d))
 
     @classmethod
     def load_released(
