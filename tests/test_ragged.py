@@ -315,7 +315,7 @@ def test_all_batches_have_one_shape():
     assert shapes == {((16,), (16, LONGEST), (16,))}
     for ratio in (0.3, 0.5, 0.8):
         counts = objectives._view_counts(plan.lengths[0], ratio)
-        views = objectives._two_views(plan.order[0], ratio, counts)
+        views = objectives.two_views(plan.order[0], ratio, counts)
         assert (
             views.shape == (32, LONGEST - int(ratio * LONGEST))
             and (views < plan.lengths[0].repeat(2)[:, None]).all()

@@ -23,10 +23,10 @@ from ..basics.profiles import Variant
 from ..datasets.rows import row_blocks, rows_of
 from ..datasets.splits import Dataset
 from .losses import contrastive_loss, reconstruction_loss
-from .objectives import Objective, _two_views
-from .video_rivals import ConMH, ConMHConfig, _Attention, _check_numbers
+from .objectives import Objective, two_views
+from .video_rivals import Attention, ConMH, ConMHConfig, check_numbers
 from ..models.codes import sign_ste
-from ..models.mixers import _ssd, mlp
+from ..models.mixers import mlp, ssd
 from ..models.s5vh import VideoNetwork, hidden_frames, positions, take
 from ..ops.dispatch import norm_linear
 
@@ -69,7 +69,7 @@ def _over_all(
 
 def _n_random(t: int, ratio: float) -> int:
     "Frames of a random view, of t with this share hidden."
-    return _two_views(torch.arange(t)[None], ratio).shape[1]
+    return two_views(torch.arange(t)[None], ratio).shape[1]
 
 
 def _n_sampled(t: int, ratio: float) -> int:
@@ -131,7 +131,7 @@ class AutoSSVHConfig(NetworkConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_numbers(self, positive=("frames",))
+        check_numbers(self, positive=("frames",))
         self.of_conmh()  # checks the others
 
     def of_conmh(self) -> ConMHConfig:
@@ -299,7 +299,7 @@ class AutoSSVHLoss(ObjectiveConfig):
     def __post_init__(self):
         super().__post_init__()
         known(self.sampler, ("grades", "random"), "sampler")
-        _check_numbers(
+        check_numbers(
             self,
             positive=("temperature", "cluster_temperature"),
             nonnegative=("alpha", "beta"),
@@ -435,7 +435,7 @@ class AutoSSVHObjective(Objective):
         "Of both views: frame codes (2b, v, k), and the places of all frames, those of these first (2b, t)."
         t = x.shape[1]
         if self.c.sampler == "random":
-            visible = _two_views(order, self.c.mask_ratio)
+            visible = two_views(order, self.c.mask_ratio)
             out = model.conmh(x, visible)
             return out.codes, torch.cat([visible, out.hidden], 1)
         tokens = model.tokens(x)
@@ -552,7 +552,7 @@ class WSCHConfig(NetworkConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_numbers(self, positive=("d",))
+        check_numbers(self, positive=("d",))
         for name in ("m", "decoder_m"):
             fits = getattr(self, name) > 0 and getattr(self, name) % 4 == 0
             check(fits, name, "a multiple of 4", getattr(self, name))
@@ -578,7 +578,7 @@ class _Selective(nn.Module):
         step, *BC = self.project(u).split((self.heads, self.states, self.states), -1)
         step = F.softplus(step + self.dt_bias)  # (b, t, h)
         u = u.unflatten(-1, (self.heads, -1))  # (b, t, h, p)
-        y = _ssd(step[..., None] * u, -step * self.A_log.exp(), *BC) + self.D[:, None] * u
+        y = ssd(step[..., None] * u, -step * self.A_log.exp(), *BC) + self.D[:, None] * u
         return x + self.out(y.flatten(2) * F.silu(gate))
 
 
@@ -598,11 +598,11 @@ class WSCHNetwork(VideoNetwork, library_name="s5vh_nb", tags=["video-hashing", "
         super().__init__(config)
         c = config
         self.embed = nn.Sequential(nn.LayerNorm(c.d), nn.Linear(c.d, c.m, bias=False), _Selective(c.m))
-        self.attend = nn.Sequential(nn.LayerNorm(c.m), _Attention(c.m, 4, bias=False))
+        self.attend = nn.Sequential(nn.LayerNorm(c.m), Attention(c.m, 4, bias=False))
         self.hash = nn.Sequential(nn.Linear(c.m, c.bits), nn.LayerNorm(c.bits))
         self.mask_token = nn.Parameter(torch.zeros(c.bits))
         self.widen = nn.Linear(c.bits, c.decoder_m, bias=False)
-        self.attend_again = nn.Sequential(nn.LayerNorm(c.decoder_m), _Attention(c.decoder_m, 4, bias=False))
+        self.attend_again = nn.Sequential(nn.LayerNorm(c.decoder_m), Attention(c.decoder_m, 4, bias=False))
         self.head = nn.Linear(c.decoder_m, c.d)
 
     def codes(
@@ -691,7 +691,7 @@ class WSCHLoss(ObjectiveConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_numbers(
+        check_numbers(
             self,
             positive=("cluster_temperature", "temperature"),
             nonnegative=("cluster_weight", "contrast_weight"),
@@ -769,7 +769,7 @@ class WSCHObjective(Objective):
 
         def signs(x):
             order = torch.rand(x.shape[:2], generator=generator, device=device).argsort(1)
-            h = model.codes(take(x, _two_views(order, self.c.start_ratio))).mean(1)
+            h = model.codes(take(x, two_views(order, self.c.start_ratio))).mean(1)
             return h.sign().unflatten(0, (2, -1)).transpose(0, 1)  # (some, 2, k)
 
         h = _over_all(signs, data, model.mask_token).flatten(0, 1).double()  # (2n, k)
@@ -801,7 +801,7 @@ class WSCHObjective(Objective):
         """
         part = Part.mine(len(rows))
         x = part.own(x)
-        visible = _two_views(part.own(order), self.c.mask_ratio if past_warmup else self.c.start_ratio)
+        visible = two_views(part.own(order), self.c.mask_ratio if past_warmup else self.c.start_ratio)
         hidden = hidden_frames(visible, x.shape[1])
         codes = model.codes(take(x, visible))  # (2b, v, k)
         cosine = F.cosine_similarity(model.rebuild(codes, hidden.shape[1]), take(x, hidden), dim=-1)

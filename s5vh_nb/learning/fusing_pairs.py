@@ -22,10 +22,10 @@ from ..basics.parallel import Part, n_processes
 from ..basics.profiles import Variant
 from ..datasets.splits import Dataset
 from .centers import class_matrix
-from .deep_pairs import _SCHEDULE, _SMALLER
+from .deep_pairs import PAIR_SCHEDULE, PAIR_SETS, PAIR_SMALLER
 from .losses import metric_loss
-from .objectives import Objective, _weighted
-from .video_rivals import _check_numbers
+from .objectives import Objective, weighted
+from .video_rivals import check_numbers
 from ..models.baselines import balance, fit_matrix
 from ..models.dmmh import PairNetwork, normalizing_mlp
 
@@ -66,7 +66,7 @@ class GatedPairConfig(NetworkConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_numbers(self, positive=("di", "dt", "width"))
+        check_numbers(self, positive=("di", "dt", "width"))
         for name in ("image_hidden", "text_hidden"):
             check(getattr(self, name) >= 0, name, "a width, or 0 for one layer", getattr(self, name))
 
@@ -136,12 +136,12 @@ class GatedMetricConfig(MetricConfig):
 
 
 FMMVH = Variant(
-    dict(model=GatedPairConfig(), objective=GatedMetricConfig(), epochs=140, **_SCHEDULE),
+    dict(model=GatedPairConfig(), objective=GatedMetricConfig(), epochs=140, **PAIR_SCHEDULE),
     {
         "smoke": dict(epochs=2, batch=100, width=16),
         "quick": dict(epochs=12, batch=50, lr=2e-3),
-        "full": _SMALLER["full"],
     },
+    PAIR_SETS,
 )
 
 # %% ../../nbs/lib/learning/11_fusing_pairs.ipynb #d0501aae
@@ -220,7 +220,7 @@ class TripletConfig(ObjectiveConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_numbers(self, positive=("n_classes",), nonnegative=("triplets", "margin", "quantization"))
+        check_numbers(self, positive=("n_classes",), nonnegative=("triplets", "margin", "quantization"))
         some = self.triplets + self.quantization > 0
         check(some, "triplets, quantization", "at least one weight above 0", "none")
 
@@ -258,7 +258,7 @@ class TripletObjective(_LabelledPairs):
                 "triplets": _triplet_loss(h, self.labels[rows], self.c.margin),
                 "quantization": F.mse_loss(h, torch.where(h > 0, 1.0, -1.0).to(h)),
             }
-        return _weighted(found, {"triplets": self.c.triplets, "quantization": self.c.quantization})
+        return weighted(found, {"triplets": self.c.triplets, "quantization": self.c.quantization})
 
 
 DMMVH = Variant(
@@ -266,9 +266,10 @@ DMMVH = Variant(
         model=GatedPairConfig(width=128, image_hidden=2048, text_hidden=1024),
         objective=TripletConfig(),
         epochs=140,
-        **_SCHEDULE,
+        **PAIR_SCHEDULE,
     ),
-    _SMALLER,
+    PAIR_SMALLER,
+    PAIR_SETS,
 )
 
 # %% ../../nbs/lib/learning/11_fusing_pairs.ipynb #3d0104af
@@ -385,7 +386,7 @@ class GraphPairConfig(NetworkConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_numbers(self, positive=("di", "dt", "width", "image_hidden", "text_hidden"))
+        check_numbers(self, positive=("di", "dt", "width", "image_hidden", "text_hidden"))
         fits = 0 < self.nearest <= self.anchors
         check(fits, "nearest", f"1 to {self.anchors}, the number of anchors", self.nearest)
         check(0 < self.renewal <= 1, "renewal", "a share in (0, 1]", self.renewal)
@@ -540,7 +541,7 @@ class GuidedConfig(ObjectiveConfig):
     def __post_init__(self):
         super().__post_init__()
         names = "similarity", "classification", "guidance"
-        _check_numbers(self, positive=("n_classes",), nonnegative=names)
+        check_numbers(self, positive=("n_classes",), nonnegative=names)
         some = any(getattr(self, name) > 0 for name in names)
         check(some, ", ".join(names), "at least one weight above 0", "none")
 
@@ -641,10 +642,11 @@ class GuidedObjective(_LabelledPairs):
             found = metric_loss(out.h.to(y), scores["fused"], y)
             found["guidance"] = sum(F.mse_loss(scores[name].sigmoid(), y) for name in ("image", "text"))
         weights = {name: getattr(self.c, name) for name in ("similarity", "classification", "guidance")}
-        return _weighted(found, weights)
+        return weighted(found, weights)
 
 
 FGCMH = Variant(
-    dict(model=GraphPairConfig(), objective=GuidedConfig(), epochs=140, **_SCHEDULE),
-    _SMALLER | {"smoke": _SMALLER["smoke"] | dict(anchors=20)},
+    dict(model=GraphPairConfig(), objective=GuidedConfig(), epochs=140, **PAIR_SCHEDULE),
+    PAIR_SMALLER | {"smoke": PAIR_SMALLER["smoke"] | dict(anchors=20)},
+    PAIR_SETS,
 )
