@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from ..basics.checks import check, known
 from ..basics.config import check_bits
 from ..datasets.rows import hdf5_array, open_hdf5
-from .admm import ADMM, improve_center
+from .admm import ADMM, improve_center, improvements
 
 # %% ../../nbs/lib/learning/01_centers.ipynb #f91c92bd
 def _check_classes(classes, n, n_centers):
@@ -210,15 +210,24 @@ def semantic_targets(
 
 # %% ../../nbs/lib/learning/01_centers.ipynb #1ec1c87f
 def _sweep(H, S, distance, a, p, pool, ahead):
-    "One sweep, in place, `ahead` centers at a time; results for those behind a moved center are discarded."
-    i = 0
+    """One sweep, in place, with up to `ahead` centers under way, each a part behind the one before.
+
+    Each starts from the others' best so far; where that changes, those behind it start again.
+    """
+    start = H.copy()
+    i, running = 0, []  # i: the first center under way
     while i < len(H):
-        waiting = range(i, min(i + ahead, len(H)))
-        for new in list(pool.map(lambda j: improve_center(H, j, S[j], distance, a, p), waiting)):
-            moved = (new != H[i]).any()
-            H[i], i = new, i + 1
-            if moved:
+        if len(running) < min(ahead, len(H) - i):
+            j = i + len(running)
+            running.append(improvements(H, j, S[j], distance, a, p, 2 * ahead))
+        found = list(pool.map(next, running))
+        for j, (best, _) in enumerate(found):
+            if (best != H[i + j]).any():
+                H[i + j], H[i + j + 1 :] = best, start[i + j + 1 :]
+                del running[j + 1 :]
                 break
+        if found[0][1]:
+            i, running = i + 1, running[1:]
 
 
 def sweep_centers(
