@@ -37,7 +37,7 @@ class _Entry:
     summary: str  # What it is, in one line
     files: tuple[str, ...] = ()  # Files that must be in one folder below the data root
     folders: tuple[str, ...] = ()  # Names that this folder may have, if it is not the data root itself
-    pinned: tuple = ()  # Widths, fingerprint and number of classes of a set that is the same everywhere
+    pinned: tuple = ()  # Widths, fingerprint, classes and frames of a set that is the same everywhere
 
 
 def _video_files(name: str) -> _Entry:
@@ -91,7 +91,7 @@ CATALOG = {
         "signed words as points of body and hands",
         (asl_words.FILE,),
         ("asl-words",),
-        ({"d": asl_words.WIDTH}, asl_words.FINGERPRINT, asl_words.N_CLASSES),
+        ({"d": asl_words.WIDTH}, asl_words.FINGERPRINT, asl_words.N_CLASSES, asl_words.FRAMES),
     ),
     **{f"spoken-long-{kind}:{t}": _long(kind, t) for kind in _LONG for t in LONG_FRAMES},
     "own-videos": _Entry("videos", "own", own_videos, "a folder of your own", OWN_FILES, ("own-videos",)),
@@ -237,6 +237,8 @@ class Described:
         see `Dataset.widths`
     fingerprint : str
     n_classes : int
+    frames : int
+        see `Dataset.frames`
     folder : None
     """
 
@@ -245,6 +247,7 @@ class Described:
     widths: dict  # see `Dataset.widths`
     fingerprint: str
     n_classes: int
+    frames: int  # see `Dataset.frames`
     folder: None = None
 
 

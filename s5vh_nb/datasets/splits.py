@@ -328,6 +328,11 @@ class Dataset:
         return len(self.classes)
 
     @property
+    def frames(self) -> int | None:
+        "t of the training videos, of the longest where they differ; None for pairs."
+        return self.train.frames.shape[1] if self.kind == "videos" else None
+
+    @property
     def widths(self) -> dict:
         "What only the data can tell a configuration: `d` of videos; `di`, `dt` and `n_classes` of pairs."
         if self.kind == "videos":

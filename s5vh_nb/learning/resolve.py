@@ -51,7 +51,7 @@ def resolve(config: TrainConfig, data: Dataset) -> TrainConfig:
     check(data.kind == kind, "data", f"{kind}, for {network}", f"{data.name!r}, a set of {data.kind}")
     check(config.dataset == data.name, "dataset", f"{data.name!r}, the data given", repr(config.dataset))
     asked = {f.name for part in (config.model, config.objective) for f in dataclasses.fields(part)}
-    sizes = data.widths | ({"frames": data.train.frames.shape[1]} if kind == "videos" else {})
+    sizes = data.widths | {"frames": data.frames}
     config = replace(config, **{name: size for name, size in sizes.items() if name in asked})
     c = config.objective
     if isinstance(c, SLGConfig) and c.labelled > 0:
