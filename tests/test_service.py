@@ -629,7 +629,8 @@ def test_ctrl_c_while_it_starts(way):
             wait_for(lambda: any("torch" in file.path for each in forks() for file in each.memory_maps()))
             server = forks()
             os.killpg(made.pid, signal.SIGINT)
-            assert made.communicate(timeout=60)[0] == "" and made.returncode == 0
+            assert made.wait(60) == 0
+            assert made.communicate(timeout=240)[0] == ""  # its server of workers first ends its imports
             assert psutil.wait_procs(server, 10)[1] == []
         finally:
             made.kill()
