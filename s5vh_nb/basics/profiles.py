@@ -84,17 +84,16 @@ class Variant:
     changes : dict
         field of `TrainConfig` or of its parts -> value; `model` and `objective` among them
     smaller : dict
-        profile -> changes on top of them
+        profile -> changes on top
     datasets : dict
         name of a data set -> changes on top, below those of a profile
     """
 
     changes: dict  # field of `TrainConfig` or of its parts -> value; `model` and `objective` among them
-    # profile -> changes on top of them
+    # profile -> changes on top
     smaller: dict = field(default_factory=lambda: {"smoke": dict(epochs=2), "quick": dict(epochs=20)})
-    datasets: dict = field(
-        default_factory=dict
-    )  # name of a data set -> changes on top, below those of a profile
+    # name of a data set -> changes on top, below those of a profile
+    datasets: dict = field(default_factory=dict)
 
     @property
     def items(self) -> str:
