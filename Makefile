@@ -61,10 +61,10 @@ expected: $(READY)  ## results/expected.csv: what the main job should give, from
 weights: $(READY)  ## the networks of s5vh_nb/data/plus, trained anew
 	$(BIN)/python tools/weights.py
 
-readme: $(READY)  ## README.md from nbs/index.ipynb
+readme: $(READY)  ## README.md and the pages of nbs/pages, from records and tables
 	$(BIN)/python tools/readme.py
 
-prepare: $(READY)  ## after editing notebooks: format, export the package, clean the notebooks, make drawings, README.md and docs/equations.md
+prepare: $(READY)  ## after editing notebooks: format, export the package, clean the notebooks, make drawings, README.md, pages and docs/equations.md
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format --quiet .
 	$(BIN)/python tools/export.py
