@@ -787,6 +787,12 @@ def test_page_begins_like_the_others(path):
     assert all("hide-input" in cell.metadata.tags for cell in nb.cells if cell.cell_type == "code")
 
 
+def test_project_page_lists_the_library():
+    listed = (ROOT / "nbs" / "pages" / "project.ipynb").read_text(encoding="utf-8")
+    missing = [name_of(p) for p in LIBRARY if f"(../lib/{p.parent.name}/{p.name})" not in listed]
+    assert not missing, f"not listed in nbs/pages/project.ipynb: {missing} (make readme)"
+
+
 def test_readme_clones_what_the_settings_name():
     settings = configparser.ConfigParser(interpolation=None)
     settings.read(ROOT / "settings.ini", encoding="utf-8")

@@ -109,8 +109,8 @@ def _of_rivals(verdict, plus):
         )
         if worse:
             there = verdict[verdict["gain high"] < 0]["best rival"].str.split(",").str[0].unique()
-            linear = ", which is linear and trains no network," if list(there) == ["ITQ"] else ""
-            yield f"There {_listed(there)}{linear} {'is' if len(there) == 1 else 'are'} ahead."
+            simple = ", which trains no network," if list(there) == ["ITQ"] else ""
+            yield f"There {_listed(there)}{simple} {'is' if len(there) == 1 else 'are'} ahead."
     if len(plus):
         better, worse = _counts(plus, *ends)
         most = f", by up to {plus.gain.max():.3f} GmAP," if better else ""
