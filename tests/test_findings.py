@@ -87,6 +87,7 @@ def test_findings_count(said):
     assert "in 2 of 3 cases, by up to 0.125 GmAP, and worse in 1." in best
     assert found["DMMH"] == (
         "DMMH is better than 1 of 2 rivals at every code length. The exception is DMMH with a Transformer. "
+        "At no length is any of them better than DMMH. "
         "Its Mamba layers make it better in 0 of 2 comparisons and worse in 1."
     )
 
@@ -107,6 +108,9 @@ def test_words_follow_signs(said):
     assert "in 2 of 2 cases and worse in 0." in gain and gain.endswith("and stochastic depth by -0.050.")
     assert "worse in 2. There ConMH-style and ITQ are ahead. Our own" in found["The best method"]
     assert found["The best method"].endswith("in 0 of 1 cases and worse in 1.")
+    rivals = lines(0.1, -0.1, names=("effect", "low", "high"), claim=["DMMH beats ITQ", "DMMH beats LSH"])
+    stands = said(dmmh_claims_details=rivals)["DMMH"]
+    assert stands.endswith("The exception is LSH. At some length DMMH is worse than LSH.")
     ahead = said(s5vh_retrieval_verdict=lines(0.05, **{"best rival": "ITQ, flattened"}, **RIVALS))
     assert "in 1 of 1 cases and worse in 0. Our own" in ahead["The best method"]
 

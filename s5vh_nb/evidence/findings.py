@@ -44,12 +44,12 @@ def _listed(names):
 # %% ../../nbs/lib/evidence/16_findings.ipynb #d47eb345
 def _of_claims(paper, claims):
     "How many checks of a paper's claims hold."
-    kinds = claims.verdict.map(kind_of).value_counts().reindex(VERDICTS, fill_value=0)
-    holds, fails, undecided, waiting, untestable = kinds
-    text = f"{paper}'s claims hold in {holds} of {holds + fails + undecided} checks, fail in {fails}"
-    rest = {"waiting for runs": waiting, "not testable here": untestable}
+    n = claims.verdict.map(kind_of).value_counts().reindex(VERDICTS, fill_value=0)
+    text = f"{paper}'s claims hold in {n['holds']} of {n[list(VERDICTS[:3])].sum()} checks"
+    text += f", fail in {n['does not hold']} and stay undecided in {n['undecided']}"
+    rest = {"waiting for runs": n["not run yet"], "not testable here": n["not testable here"]}
     told = ", ".join(f"{what}: {count}" for what, count in rest.items() if count)
-    yield f"{text} and stay undecided in {undecided}" + (f" ({told})." if told else ".")
+    yield text + (f" ({told})." if told else ".")
 
 
 def _of_depth(parts, audit):
@@ -120,17 +120,26 @@ def _of_rivals(verdict, plus):
         )
 
 
+def _rival(claim):
+    return claim.removeprefix("DMMH beats ").replace("itself", "DMMH")
+
+
 def _of_dmmh(details):
     "DMMH against its rivals, and without Mamba."
     run = details[details.effect.notna()]
     rivals = run[run.claim.str.startswith("DMMH beats ")]
     if len(rivals):
-        always = rivals.groupby("claim", sort=False).low.min() > 0
-        names = always[~always].index.str.removeprefix("DMMH beats ").str.replace("itself", "DMMH")
-        yield f"DMMH is better than {always.sum()} of {len(always)} rivals at every code length."
-        if len(names):
-            plural = "exceptions are" if len(names) > 1 else "exception is"
-            yield f"The {plural} {_listed(names)}."
+        ends = rivals.groupby(rivals.claim.map(_rival), sort=False).agg({"low": "min", "high": "min"})
+        spared, ahead = ends.index[ends.low <= 0], ends.index[ends.high < 0]
+        better = len(ends) - len(spared)
+        yield f"DMMH is better than {better} of {len(ends)} rivals at every code length."
+        if len(spared):
+            plural = "exceptions are" if len(spared) > 1 else "exception is"
+            yield f"The {plural} {_listed(spared)}."
+        if len(ahead):
+            yield f"At some length DMMH is worse than {_listed(ahead)}."
+        else:
+            yield "At no length is any of them better than DMMH."
     without = run[run.claim == "Mamba helps"]
     if len(without):
         better, worse = _counts(without)
