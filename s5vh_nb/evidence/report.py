@@ -160,8 +160,8 @@ def look(
         Of an experiment, a layer ("RetNet"), or a code length ("64 bits")
     """
     if bits := re.fullmatch(r"(\d+) bits", row):
-        doublings = np.log2(int(bits[1])) - 3  # of 8 bits
-        return _shade(doublings / 5, round(doublings) - 1)
+        doublings = np.log2(int(bits[1])) - 4  # of 16 bits
+        return _shade(doublings / 3, round(doublings))
     plain = re.sub(_SIZES, "", row)
     if plain in _NUMBERED:
         return _NUMBERED[plain]
@@ -218,15 +218,14 @@ def draw_intervals(
     **options
         `look(row)`, `label` and what else `Axes.plot` takes
     """
-    at = np.asarray(at)
-    mean, low, high = np.asarray(values, float).reshape(-1, 3).T  # (n,) each
+    at, spans = np.asarray(at), np.asarray(values, float).reshape(-1, 3)
+    mean = spans[:, 0]
     if band:
         (line,) = ax.plot(at, mean, **options)
-        ax.fill_between(at, low, high, color=line.get_color(), alpha=0.18, lw=0)
+        ax.fill_between(at, spans[:, 1], spans[:, 2], color=line.get_color(), alpha=0.18, lw=0)
         return
-    reach = np.stack([mean - low, high - mean])  # (2, n)
-    x, y, axis = (mean, at, "xerr") if sideways else (at, mean, "yerr")
-    ax.errorbar(x, y, **{axis: reach}, elinewidth=1, **options)
+    reach = {"xerr" if sideways else "yerr": abs(spans[:, 1:] - spans[:, :1]).T}  # (2, n)
+    ax.errorbar(*((mean, at) if sideways else (at, mean)), **reach, elinewidth=1, **options)
 
 
 def _lines_of(ax) -> dict:
