@@ -103,21 +103,20 @@ def shrink_pictures(
                 output.data["image/png"] = base64.b64encode(_small_png(base64.b64decode(png))).decode()
 
 # %% ../../nbs/lib/cli/02_execute.ipynb #7f889704
-def _copy_of(notebook: Path, profile: str) -> Path:
-    "Where the executed copy of an artefact notebook is kept."
-    folder = folder_of(notebook.parents[2], "results", profile) / "executed"
-    return folder / f"{notebook.parent.name}_{notebook.name}"
-
-
-def executed_path(artefact: Artefact, profile: str) -> Path:
+def executed_path(
+    notebook: Path,  # Of an artefact
+    profile: str,
+) -> Path:
     """Where the executed copy is kept: `results/<profile>/executed/<paper>_<stem>.ipynb`.
 
     Parameters
     ----------
-    artefact : Artefact
+    notebook : Path
+        Of an artefact
     profile : str
     """
-    return _copy_of(artefact.path, profile)
+    folder = folder_of(notebook.parents[2], "results", profile) / "executed"
+    return folder / f"{notebook.parent.name}_{notebook.name}"
 
 
 _LINKS = re.compile(r"(`+).+?\1(?!`)|(?<=\]\()[^)\s]+", re.DOTALL)  # code, or the target of a link
@@ -125,14 +124,14 @@ _LINKS = re.compile(r"(`+).+?\1(?!`)|(?<=\]\()[^)\s]+", re.DOTALL)  # code, or t
 
 def _moved(link: str, notebook: Path, folder: Path) -> str:
     "A relative link of a notebook as seen from another folder; the same text where it leads nowhere."
-    name, mark, place = link.partition("#")
+    name, place = re.fullmatch("([^#]*)(.*)", link).groups()
     target = Path(os.path.normpath(notebook.parent / name))
     if not name or not target.exists():
         return link
     if target.suffix == ".ipynb" and target.parent.name in PAPERS and target != notebook:
-        results = _copy_of(target, "full")
+        results = executed_path(target, "full")
         target = results if results.is_file() else target
-    return Path(os.path.relpath(target, folder)).as_posix() + mark + place
+    return Path(os.path.relpath(target, folder)).as_posix() + place
 
 
 def _move_links(
@@ -256,7 +255,7 @@ def last_words(artefact: Artefact, profile: str) -> list:
     artefact : Artefact
     profile : str
     """
-    code = [c for c in nbformat.read(executed_path(artefact, profile), 4).cells if c.cell_type == "code"]
+    code = [c for c in nbformat.read(executed_path(artefact.path, profile), 4).cells if c.cell_type == "code"]
     return "".join(output.get("text", "") for output in code[-1].outputs).splitlines()
 
 
@@ -274,7 +273,7 @@ def execute(
     parameters : dict
         Name -> value; has at least `profile`
     """
-    out, failure = executed_path(artefact, parameters["profile"]), None
+    out, failure = executed_path(artefact.path, parameters["profile"]), None
     failed = out.with_suffix(".failed.ipynb")
     try:
         executed, failure = _executed(artefact, parameters)
