@@ -10,8 +10,16 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("path", ROOT / "tools" / "path.py")
-spec.loader.exec_module(path := importlib.util.module_from_spec(spec))
+
+
+def load_tool(name):
+    "A script of tools/ as a module."
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+path, equations = load_tool("path"), load_tool("equations")
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 COPIES = sorted((ROOT / "results").glob("*/executed/*.ipynb"))
@@ -95,7 +103,8 @@ def test_links_lead_to_the_neighbours(toy):
     assert (first.stem, second.stem, third.stem) == ("retrieval", "neighbours", "codes")
     assert links == [
         "Previous: [retrieval](retrieval.ipynb) | [Home](../index.ipynb) | Next: [codes](codes.ipynb) | "
-        "[Source](neighbours.ipynb) | [Results](../../results/full/executed/s5vh_neighbours.ipynb)"
+        "[Source](neighbours.ipynb) | [Results](../../results/full/executed/s5vh_neighbours.ipynb) | "
+        "[Equations and claims](../../docs/equations.md)"
     ]
 
 
@@ -107,9 +116,9 @@ def test_links_are_current():
 # Links and headings
 
 
-def anchors(notebook):
-    "The headings of a notebook as the ends of links, in JupyterLab's form and in GitHub's."
-    titles = re.findall(r"^#{1,6} +(.+)$", "\n".join(map(plain, cells(notebook))), re.MULTILINE)
+def anchors(text):
+    "Headings as the ends of links, in GitHub's form and in JupyterLab's."
+    titles = re.findall(r"^#{1,6} +(.+)$", plain(text), re.MULTILINE)
     github = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
     return github | {title.replace(" ", "-") for title in titles}
 
@@ -125,7 +134,8 @@ def dead_links(notebook):
         target = notebook.parent / name if name else notebook
         if re.match(r"[a-z]+:", link):
             continue
-        if not target.exists() or place and target.suffix == ".ipynb" and place not in anchors(target):
+        headed = target.suffix == ".ipynb" and target.exists()
+        if not target.exists() or place and headed and place not in anchors("\n".join(cells(target))):
             yield link
 
 
@@ -183,3 +193,51 @@ def test_reader_knows_what_a_notebook_needs_and_gives(folder):
         names = re.findall(r"`([A-Za-z_]\w*)(?:[.(][^`]*)?`", get)
         assert names, f"{name_of(notebook)}: it names nothing that it exports"
         assert [name for name in names if not hasattr(module, name)] == []
+
+
+# From an equation to code, check, figure and verdict, and back
+
+
+@pytest.fixture(scope="module")
+def page():
+    return equations.PAGE.read_text(encoding="utf-8")
+
+
+def test_anchors_and_lines_of_the_page(page):
+    "A link to a line leads to the definition of what it is called."
+    for name, file, line in re.findall(r"\[`([\w.]+)`\]\((\S+\.py)#L(\d+)\)", page):
+        code = (equations.PAGE.parent / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+        assert re.match(rf"\s*(def|class) {name.rpartition('.')[2]}\b", code), (name, file, line)
+    places = re.findall(r"\]\(#([^)]+)\)", page)
+    assert len(places) == sum(map(len, equations.PARTS.values())) and set(places) <= anchors(page)
+
+
+def test_cells_of_the_page(page):
+    "Where a cell and a line are named, the code begins; the cell that checks it has a test."
+    rows = re.findall(
+        r"\[`([\w.]+)`\]\(\S+\) \| \[\S+\]\((\S+)\), cell (\d+), line (\d+) \| cell (\d+)", page
+    )
+    assert len(rows) == page.count(", line ") > 60, "code that no cell checks"
+    for name, file, cell, line, check in rows:
+        nb = nbformat.read(equations.PAGE.parent / file, as_version=4)
+        code = nb.cells[int(cell) - 1].source.splitlines()[int(line) - 1]
+        assert re.match(rf"\s*(def|class) {name.rpartition('.')[2]}\b", code), (name, file, cell, line)
+        assert re.search(r"\bassert\b|\btest_", nb.cells[int(check) - 1].source), (name, file, check)
+
+
+def test_claims_and_artefacts_have_a_part(page):
+    "Each claim stands on the page once, and each artefact of the papers has its place."
+    for paper in equations.PARTS:
+        claims = equations.claims_of(paper)
+        equations.checked(paper, claims)
+        assert all(f"| {claim['claim']} | " in page and claim["verdict"] in page for claim in claims)
+    shown = {f"{p.parent.name}/{p.stem}" for p in NOTEBOOKS if p.parent.name in ("s5vh", "dmmh")}
+    assert {name for name in shown if f"[{name}](" not in page} == {"s5vh/claims", "dmmh/claims"}
+    with pytest.raises(ValueError, match="claim 'it is best': expected one part"):
+        equations.checked("DMMH", [{"claim": "it is best"}])
+
+
+def test_a_test_is_about_what_it_names_most():
+    row = equations.Row("S5VH", "L_CL", "", "itq_rotation", ROOT / "nbs" / "index.ipynb", 1, 1)
+    assert equations.test_of(row).path.stem == "test_baselines"
+    assert equations.test_of(equations.replace(row, name="no_such_name")) is None

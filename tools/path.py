@@ -64,7 +64,7 @@ def title_of(path: Path) -> str:
 
 
 def links(path: Path, before: Path | None, after: Path | None, root: Path) -> str:
-    "From a notebook to the one before, the front page and the one after; of an artefact also to its results."
+    "To the notebook before, the front page, the one after; of an artefact also to its results and equations."
 
     def link(title, target):
         return f"[{title}]({Path(os.path.relpath(target, path.parent)).as_posix()})"
@@ -75,6 +75,7 @@ def links(path: Path, before: Path | None, after: Path | None, root: Path) -> st
     if path.parent.name in PAPERS:
         results = executed_path(path, "full")
         found += [link("Source", path), link("Results", results)] if results.is_file() else []
+        found += [link("Equations and claims", root / "docs" / "equations.md")]
     return " | ".join(found)
 
 
