@@ -64,7 +64,7 @@ weights: $(READY)  ## the networks of s5vh_nb/data/plus, trained anew
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
 
-prepare: $(READY)  ## after editing notebooks: format, export the package, clean the notebooks, link them, make drawings, README.md and docs/equations.md
+prepare: $(READY)  ## after editing notebooks: format, export the package, clean the notebooks, make drawings, README.md and docs/equations.md
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format --quiet .
 	$(BIN)/python tools/export.py

@@ -9,6 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from s5vh_nb.cli.artefacts import PAPERS
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -60,6 +62,14 @@ def toy(tmp_path):
             nb = nbformat.v4.new_notebook(
                 cells=[nbformat.v4.new_markdown_cell(f"# {there.stem}", id="title")]
             )
+            if there.parent.name in PAPERS:
+                parameters = nbformat.v4.new_code_cell("bits = 16", id="p", metadata={"tags": ["parameters"]})
+                nb.cells.append(parameters)
+                nb.metadata["kernelspec"] = {
+                    "name": "python3",
+                    "language": "python",
+                    "display_name": "python3",
+                }
             if number == 0:
                 shown = nbformat.v4.new_output("stream", text="\u00b1 1\n")
                 nb.cells.append(nbformat.v4.new_code_cell("show()", id="code", outputs=[shown]))

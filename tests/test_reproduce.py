@@ -53,7 +53,7 @@ def test_the_kernel_is_this_python(make, tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     artefact = make("kernel", f"import sys\nprint(sys.executable == {sys.executable!r})")
     assert execute.execute(artefact, {"profile": "smoke"}) is None
-    assert outputs(execute.executed_path(artefact.path, "smoke")) == "True\n"
+    assert outputs(execute.executed_path(artefact, "smoke")) == "True\n"
     assert os.environ["JUPYTER_PATH"] == str(tmp_path / "jupyter")
 
 
@@ -64,7 +64,7 @@ def test_the_kernel_finds_the_project_of_the_runner(make, checkout, monkeypatch,
     artefact = make("where", first, last)
     monkeypatch.chdir(checkout / "notes")
     assert command.main(["reproduce", "where", "--profile", "smoke"]) == 0
-    assert outputs(execute.executed_path(artefact.path, "smoke")) == f"first\n{checkout.name}\n"
+    assert outputs(execute.executed_path(artefact, "smoke")) == f"first\n{checkout.name}\n"
     *_, done, said = capsys.readouterr().out.splitlines()
     assert "s5vh/where: done in" in done and said == checkout.name
     assert artefact.root == checkout
@@ -77,9 +77,7 @@ def test_traceback_and_progress_bar_in_the_kept_copy(make, checkout, tmp_path):
     data_root = str(tmp_path / "features")
     failure = execute.execute(artefact, {"profile": "smoke", "data_root": data_root})
     assert failure.startswith("cell 4, 'import json': JSONDecodeError")
-    kept = (
-        execute.executed_path(artefact.path, "smoke").with_suffix(".failed.ipynb").read_text(encoding="utf-8")
-    )
+    kept = execute.executed_path(artefact, "smoke").with_suffix(".failed.ipynb").read_text(encoding="utf-8")
     assert not any(folder in kept for folder in (str(tmp_path), str(checkout), sys.prefix))
     assert "<data_root>" in kept
     assert kept.count("2000/2000") == 1 and "1000/2000" not in kept and "widget" not in kept
@@ -98,7 +96,7 @@ print(len(buffer.getvalue()))
 Image(data=buffer.getvalue())"""
     artefact = make("figure", draw)
     assert execute.execute(artefact, {"profile": "smoke"}) is None
-    path = execute.executed_path(artefact.path, "smoke")
+    path = execute.executed_path(artefact, "smoke")
     displayed = [o for cell in nbformat.read(path, 4).cells for o in cell.get("outputs", []) if "data" in o]
     png = base64.b64decode(displayed[0].data["image/png"])
     with Image.open(io.BytesIO(png)) as picture:
@@ -109,18 +107,18 @@ Image(data=buffer.getvalue())"""
 
 def test_a_copy_that_cannot_be_kept_costs_only_its_own_artefact(make):
     two = [make(stem, f"print('{stem}')") for stem in ("first", "second")]
-    execute.executed_path(two[0].path, "smoke").mkdir(parents=True)  # a folder where the copy belongs
+    execute.executed_path(two[0], "smoke").mkdir(parents=True)  # a folder where the copy belongs
     failures = command.run_all(two, {"profile": "smoke"})
     assert list(failures) == ["s5vh/first"]
     assert "s5vh_first.ipynb: expected to write the whole file" in failures["s5vh/first"]
-    assert outputs(execute.executed_path(two[1].path, "smoke")) == "second\n"
+    assert outputs(execute.executed_path(two[1], "smoke")) == "second\n"
 
 
 def test_the_same_notebook_gives_the_same_copy(make):
     artefact, kept = make("same", "print(profile)"), []
     for _ in range(2):
         execute.execute(artefact, {"profile": "smoke"})
-        kept.append(execute.executed_path(artefact.path, "smoke").read_bytes())
+        kept.append(execute.executed_path(artefact, "smoke").read_bytes())
     assert kept[0] == kept[1]
 
 
@@ -154,7 +152,7 @@ def test_killed_runner_leaves_nothing_half_written(make, checkout, tmp_path):
     else:
         pytest.fail("the kernel outlived its runner")
     assert command.main(["reproduce", "long", "--profile", "smoke"]) == 0
-    assert execute.executed_path(artefact.path, "smoke").exists()
+    assert execute.executed_path(artefact, "smoke").exists()
 
 
 def test_interrupt(make, tmp_path):
@@ -257,7 +255,7 @@ def test_a_full_temporary_disk_costs_only_its_own_artefact(make, capsys, monkeyp
     monkeypatch.setattr(LocalHandler, "write", full)
     assert command.main(["reproduce", "--all", "--profile", "smoke"]) == 1
     assert "FAILED s5vh/first: OSError: [Errno 28] No space left on device" in capsys.readouterr().err
-    assert outputs(execute.executed_path(second.path, "smoke")) == "second\n"
+    assert outputs(execute.executed_path(second, "smoke")) == "second\n"
 
 
 def test_no_temporary_folder_at_all(make, capsys, monkeypatch):

@@ -341,7 +341,7 @@ def shown() -> dict:
     for artefact in artefacts(ROOT):
         figures = [ROOT / "figures" / "full" / artefact.paper / f"{name}.png" for name in artefact.figures]
         more = [
-            ("results", executed_path(artefact.path, "full")),
+            ("results", executed_path(artefact, "full")),
             *(("figure", path) for path in figures[:1]),
         ]
         links = ", ".join(link(title, path) for title, path in more if path.is_file())

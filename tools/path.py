@@ -10,7 +10,7 @@ from pathlib import Path
 
 from s5vh_nb.basics.checks import check
 from s5vh_nb.basics.files import write_text
-from s5vh_nb.cli.artefacts import PAPERS
+from s5vh_nb.cli.artefacts import PAPERS, read_artefact
 from s5vh_nb.cli.execute import executed_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +23,7 @@ FIRST = {  # title -> folder of nbs/ and its notebooks, as one reads them
         "01_hamming_search 02_selective_scan 03_train_s5vh 04_hash_centers 05_image_text_codes "
         "06_judge_a_claim 07_video_search 08_add_a_method",
     ),
-    "Overview": ("pages", "claims artefacts data glossary project"),
+    "Overview": ("pages", "claims artefacts speed data glossary project"),
 }
 WINGS = ("basics", "datasets", "ops", "models", "learning", "search", "measure", "evidence", "cli")
 LAST = {  # as `FIRST`, after the library
@@ -73,7 +73,7 @@ def links(path: Path, before: Path | None, after: Path | None, root: Path) -> st
     found += [link("Home", root / "nbs" / "index.ipynb")] if before else []
     found += [f"Next: {link(title_of(after), after)}"] if after else []
     if path.parent.name in PAPERS:
-        results = executed_path(path, "full")
+        results = executed_path(read_artefact(path), "full")
         found += [link("Source", path), link("Results", results)] if results.is_file() else []
         found += [link("Equations and claims", root / "docs" / "equations.md")]
     return " | ".join(found)

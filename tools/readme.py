@@ -1,7 +1,6 @@
 """README.md from nbs/index.ipynb: execute the notebook, convert it, and make its links start at the root.
 
 The notebook's own code stays out of the README (cells tagged `hide-input`), its outputs come in.
-So do its links to other notebooks as neighbours (`nav`): they are not for a README.
 """
 
 import os
@@ -39,8 +38,7 @@ def from_root(match):
 
 def to_markdown(nb):
     "The README's text for an executed index."
-    hidden = {"enabled": True, "remove_input_tags": ["hide-input"], "remove_cell_tags": ["nav"]}
-    config = Config({"TagRemovePreprocessor": hidden})
+    config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": ["hide-input"]}})
     text, _ = MarkdownExporter(config=config).from_notebook_node(nb)
     text = re.sub(r"(!?\[[^\]]*\]\()([^)\s]+)(\))", from_root, text)
     return NOTE + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

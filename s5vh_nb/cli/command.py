@@ -64,7 +64,7 @@ def run_all(
     profile = known(given["profile"], PROFILES, "profile")
     jobs = [(artefact, parameters_for(artefact.parameters, given, artefact.name)) for artefact in chosen]
     for artefact in chosen[:1]:
-        check_writable(executed_path(artefact.path, profile).with_name("copy.ipynb"))
+        check_writable(executed_path(artefact, profile).with_name("copy.ipynb"))
     failures = {}
     for number, (artefact, parameters) in enumerate(jobs, 1):
         progress = f"[{number}/{len(jobs)}] {artefact.name}: "
