@@ -134,11 +134,13 @@ def anchors(text):
 
 
 def dead_links(notebook):
-    "The relative links of a notebook, also of Markdown that it shows, that lead nowhere."
+    "The relative links of a notebook that lead nowhere; those that its cells show count, but for examples."
     nb = nbformat.read(notebook, as_version=4)
     texts = [cell.source for cell in nb.cells if cell.cell_type == "markdown"]
-    outputs = [output for cell in nb.cells for output in cell.get("outputs", [])]
-    texts += [output.data["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {})]
+    shown = [output.get("data", {}) for cell in nb.cells for output in cell.get("outputs", [])]
+    texts += [
+        data["text/markdown"] for data in shown if "text/markdown" in data and "lib" not in notebook.parts
+    ]
     for link in re.findall(r"\]\(([^)\s]+)", "\n".join(map(plain, texts))):
         name, _, place = link.partition("#")
         target = notebook.parent / name if name else notebook
