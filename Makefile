@@ -71,6 +71,7 @@ prepare: $(READY)  ## after editing notebooks: format, export the package, clean
 	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level WARN $(wildcard nbs/s5vh/*.ipynb nbs/dmmh/*.ipynb nbs/beyond/*.ipynb)
 	$(BIN)/python tools/pictures.py
 	$(BIN)/nbdev_clean
+	$(BIN)/python tools/path.py
 	$(BIN)/python tools/drawings.py
 	$(BIN)/python tools/readme.py
 	$(BIN)/python tools/equations.py
