@@ -769,6 +769,20 @@ def test_links_lead_somewhere():
         assert len(links) > 10 and not missing, (page, missing)
 
 
+def test_log_is_short_and_newest_first():
+    "Entries have a date, a title and at most five lines."
+    log = (ROOT / "LOG.md").read_text(encoding="utf-8")
+    head, *entries = re.split(r"^## ", log, flags=re.MULTILINE)
+    dates, titles = zip(*(re.match(r"(\d{4}-\d\d-\d\d): (.+)", entry).groups() for entry in entries))
+    assert list(dates) == sorted(dates, reverse=True) and len(set(titles)) == len(titles) > 30
+    long = [entry.splitlines()[0] for entry in entries if not 1 < len(entry.strip().splitlines()) <= 6]
+    assert not long, f"expected one to five lines: {long}"
+    wide = [line for line in log.splitlines() if len(line) > 250]
+    assert not wide and not re.search(r"^#", head.partition("\n")[2], re.MULTILINE), wide
+    asked = re.search(r"its entry \*(.+?)\*", (ROOT / "nbs/s5vh/claims.ipynb").read_text(encoding="utf-8"))
+    assert not asked or asked[1] in titles, "a notebook names an entry that is not there"
+
+
 def test_readme_script_runs(tmp_path):
     "The example for scripts, in the smoke profile."
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
