@@ -84,5 +84,5 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version); this takes some minutes, once"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 setuptools wheel
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev,video,milvus,ray,serve]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev,lab,video,milvus,ray,serve]'
 	@touch $@
