@@ -58,8 +58,9 @@ lab: $(READY)  ## JupyterLab for the whole project, opened at the index
 expected: $(READY)  ## results/expected.csv: what the main job should give, from three seeds of it
 	$(BIN)/python tools/expected.py
 
-weights: $(READY)  ## the networks of s5vh_nb/data/plus, trained anew
+weights: $(READY)  ## the networks of s5vh_nb/data/plus, trained anew, and their cards
 	$(BIN)/python tools/weights.py
+	$(BIN)/python tools/cards.py
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py

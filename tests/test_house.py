@@ -47,8 +47,8 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 READERS = [  # what a wheel brings along beside the package, see setup.py
     path.relative_to(ROOT).as_posix()
     for part in """CITATION.cff LICENSE LOG.md README.md settings.ini nbs figures/drawings figures/full
-        results/earlier results/expected results/expected.csv results/full/evidence results/full/executed results/full/tables
-        results/published""".split()
+        results/earlier results/expected results/expected.csv results/published results/full/evidence
+        results/full/executed results/full/tables""".split()
     for path in (ROOT / part, *(ROOT / part).rglob("*"))
     if path.is_file() and ".ipynb_checkpoints" not in path.parts
 ]
