@@ -13,7 +13,11 @@ from setuptools.command.build_py import build_py
 PARTS = """CITATION.cff LICENSE LOG.md README.md nbs figures/drawings figures/full results/earlier
     results/expected results/expected.csv results/full results/published settings.ini""".split()
 # settings.ini comes last: it marks a folder that is whole
-LEFT_OUT = {".ipynb_checkpoints", "runs"}  # folders that Jupyter and the runs of a profile make
+
+
+def is_left_over(path: Path) -> bool:
+    "Whether a tool made it: a hidden file or folder, the records of runs under way, an unfinished file."
+    return "runs" in path.parts or ".tmp-" in path.name or any(name.startswith(".") for name in path.parts)
 
 
 def readers_files() -> list:
@@ -23,7 +27,7 @@ def readers_files() -> list:
         if not part.exists():
             raise FileNotFoundError(f"{part.absolute()}: expected a part of the project, found nothing")
         below = sorted(part.rglob("*")) if part.is_dir() else [part]
-        found += [path for path in below if path.is_file() and not LEFT_OUT & set(path.parts)]
+        found += [path for path in below if path.is_file() and not is_left_over(path)]
     return [path.as_posix() for path in found]
 
 

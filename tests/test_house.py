@@ -45,12 +45,12 @@ SCRIPTS = sorted(path for folder in ("benchmarks", "tools") for path in (ROOT / 
 SCRIPTS += [ROOT / "setup.py"]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 READERS = [  # what a wheel brings along beside the package, see setup.py
-    path.relative_to(ROOT).as_posix()
+    name
     for part in """CITATION.cff LICENSE LOG.md README.md settings.ini nbs figures/drawings figures/full
         results/earlier results/expected results/expected.csv results/published results/full/evidence
         results/full/executed results/full/tables""".split()
     for path in (ROOT / part, *(ROOT / part).rglob("*"))
-    if path.is_file() and ".ipynb_checkpoints" not in path.parts
+    if path.is_file() and "/." not in (name := path.relative_to(ROOT).as_posix())
 ]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 KERNELS = PYPROJECT["tool"]["ruff"]["lint"]["per-file-ignores"]  # patterns of notebooks with compiled kernels
@@ -148,8 +148,8 @@ def test_lab_takes_a_notebook_for_unchanged(remade, monkeypatch):
 @pytest.fixture(scope="module")
 def wheel(remade):
     "A wheel from a source distribution, from a folder in which notebooks have been opened and run."
-    (remade / "nbs/.ipynb_checkpoints").mkdir()
-    for name in ("nbs/.ipynb_checkpoints/old.ipynb", "results/full/runs/one.json", "results/quick/two.json"):
+    left = "nbs/.ipynb_checkpoints/old.ipynb", "nbs/lib/.last_checked", "nbs/index.ipynb.tmp-1"
+    for name in (*left, "results/full/runs/one.json", "results/quick/two.json"):
         (remade / name).parent.mkdir(parents=True, exist_ok=True)
         (remade / name).write_text("{}", encoding="utf-8")
     code = "from setuptools import build_meta; build_meta.build_sdist('.')"
@@ -179,7 +179,7 @@ def test_wheel_has_everything(wheel):
 def test_wheel_brings_the_notebooks_and_what_they_read(wheel, tmp_path, monkeypatch):
     "No less than is committed, and nothing that newcomers' runs wrote."
     (tmp_path / "notebooks.zip").write_bytes(wheel.read("s5vh_nb/notebooks.zip"))
-    monkeypatch.setattr(cli_artefacts, "NOTEBOOKS", tmp_path / "notebooks.zip")
+    monkeypatch.setattr(cli_artefacts, "_NOTEBOOKS", tmp_path / "notebooks.zip")
     root = cli_artefacts.unpack_notebooks(tmp_path / "mine")
     found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     assert found == set(READERS)

@@ -24,12 +24,12 @@ def trained_again(name: str) -> str:
     store = Store("s5vh/retrieval", "full", may_train=False)
     records = store.get_many([configuration(name, seed) for seed in SEEDS])
     scores = scores_of(records, store)
-    mean, low, high = paired_bootstrap(scores, 0 * scores)
+    mean, *ends = paired_bootstrap(scores, 0 * scores)
     devices = ", ".join(sorted({record.device for record in records}))
     sentences = (
         "These weights were trained on a CPU and are kept in half precision.",
         f"In the full profile the same configuration was trained with {len(SEEDS)} seeds ({devices}).",
-        f"GmAP there: {mean:.3f} [{low:.3f}, {high:.3f}], with its 95 % interval over queries and seeds.",
+        f"GmAP there: {mean:.3f} [{ends[0]:.3f}, {ends[1]:.3f}], with its 95 % interval over queries and seeds.",
         "Its records are in `results/full/evidence/s5vh_retrieval.jsonl`, the first one has the name below.",
     )
     return "## The same training, repeated\n\n" + "\n".join(sentences)
@@ -41,8 +41,8 @@ def card(name: str) -> str:
     record = score_trained(network, resolve(configuration(name), data), data, "cpu")
     whole = network.generate_model_card()
     whole.data.license = LICENCES[name]
-    told, heading, rest = model_card(record).partition("## How it was made")
-    whole.text = "\n\n".join([told.rstrip(), trained_again(name), heading + rest])
+    how = "## How it was made"
+    whole.text = model_card(record).replace(how, f"{trained_again(name)}\n\n{how}")
     return str(whole)
 
 
