@@ -24,12 +24,12 @@ def trained_again(name: str) -> str:
     store = Store("s5vh/retrieval", "full", may_train=False)
     records = store.get_many([configuration(name, seed) for seed in SEEDS])
     scores = scores_of(records, store)
-    mean, *ends = paired_bootstrap(scores, 0 * scores)
+    gmap = "{:.3f} [{:.3f}, {:.3f}]".format(*paired_bootstrap(scores, 0 * scores))
     devices = ", ".join(sorted({record.device for record in records}))
     sentences = (
         "These weights were trained on a CPU and are kept in half precision.",
         f"In the full profile the same configuration was trained with {len(SEEDS)} seeds ({devices}).",
-        f"GmAP there: {mean:.3f} [{ends[0]:.3f}, {ends[1]:.3f}], with its 95 % interval over queries and seeds.",
+        f"GmAP there: {gmap}, with its 95 % interval over queries and seeds.",
         "Its records are in `results/full/evidence/s5vh_retrieval.jsonl`, the first one has the name below.",
     )
     return "## The same training, repeated\n\n" + "\n".join(sentences)
