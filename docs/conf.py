@@ -10,7 +10,14 @@ import s5vh_nb
 project = "s5vh_nb"
 author = "the s5vh_nb authors"
 version = release = s5vh_nb.__version__
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx_copybutton"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.githubpages",  # .nojekyll
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx_copybutton",
+]
 
 nb_execution_mode = "off"
 nb_merge_streams = True
@@ -25,6 +32,7 @@ MATHJAX = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static"
 mathjax_path = "mathjax/tex-chtml.js"
 exclude_patterns = ["mathjax/*svg*.js", "mathjax/*mml*.js", "mathjax/*full*.js", "mathjax/node-main.js"]
 
+add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 python_maximum_signature_line_length = 88
@@ -34,8 +42,10 @@ nitpick_ignore_regex = [("py:.*", r"(?!s5vh_nb\.).*"), ("py:.*", r"s5vh_nb\.(.*\
 
 html_theme = "furo"
 html_title = "s5vh_nb"
+html_favicon = "icon.svg"
 html_static_path = ["custom.css", str(MATHJAX)]
 html_css_files = ["custom.css"]
+html_theme_options = {"top_of_page_buttons": ["view"]}  # the notebook in the repository
 html_show_sourcelink = False
 html_copy_source = False
 pygments_style = "a11y-high-contrast-light"
@@ -53,9 +63,18 @@ def docstring(app, what, name, obj, options, lines):
     if what in ("attribute", "property"):  # for napoleon, a colon ends the name of a type
         lines[:] = [plain(line) for line in inspect.cleandoc(obj.__doc__ or "").splitlines()]
         return
-    kept = [re.match(r"( *(?::[^:]+: ?)?)(.*)", line) for line in lines if not line.lstrip().startswith(":type ")]
+    kept = [
+        re.match(r"( *(?::[^:]+: ?)?)(.*)", line) for line in lines if not line.lstrip().startswith(":type ")
+    ]
     lines[:] = [line[1] + plain(line[2]) for line in kept]
 
 
+def button(app, page, template, context, doctree):
+    "Only the page of a notebook shows the way to its source."
+    if context.get("page_source_suffix") != ".ipynb":
+        context["page_source_suffix"] = ""
+
+
 def setup(app):
+    app.connect("html-page-context", button)
     app.connect("autodoc-process-docstring", docstring, priority=600)  # after napoleon

@@ -1,7 +1,7 @@
 """The site of `make docs`: pages from the notebooks and the docstrings, built by Sphinx, then checked.
 
-A page's address is that of its notebook below nbs; artefact notebooks are shown as the full profile executed them.
-Sphinx reads copies in docs/_build/source, whose links lead to pages, to downloads or to the repository.
+A page has the address of its notebook below nbs; of an artefact it shows what the full profile executed.
+Sphinx reads copies in docs/_build/source. Their links lead to pages, to downloads or into the repository.
 """
 
 import os
@@ -11,7 +11,6 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from html.parser import HTMLParser
-from itertools import groupby
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -19,46 +18,53 @@ import nbformat
 
 from s5vh_nb.basics.checks import check
 from s5vh_nb.basics.files import write_text
-from s5vh_nb.cli.artefacts import PAPERS
+from s5vh_nb.cli.artefacts import PAPERS, read_artefact
+from s5vh_nb.cli.execute import executed_path
 
 ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
 BUILD = ROOT / "docs" / "_build"
-WINGS = ("basics", "datasets", "ops", "models", "learning", "search", "measure", "evidence", "cli")
 DOWNLOADS = (".csv", ".png", ".svg", ".webp")  # other files are shown in the repository
-TITLES = {
-    "learn": "Learn",
-    "s5vh": "S5VH",
-    "dmmh": "DMMH",
-    "beyond": "Beyond the papers",
-    "data": "How the data sets were made",
-}
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\[\]]*\])*\])\(([^)\s]+)\)")
+WORDS = 300  # letters of an alternative text, about
 
 
-def reading_order() -> list:
-    "The notebooks but the index, in the order in which they are read."
-    folders = ["pages", "learn", *(f"lib/{wing}" for wing in WINGS), *PAPERS, "data"]
-    return [path for folder in folders for path in sorted((ROOT / "nbs" / folder).glob("*.ipynb"))]
-
-
-def addresses(notebooks: list) -> dict:
-    "Where Sphinx finds the copy of each file that becomes a page."
-    pages = {path: path.relative_to(ROOT / "nbs").as_posix() for path in [ROOT / "nbs/index.ipynb", *notebooks]}
-    return pages | {
-        ROOT / "README.md": "index.ipynb",
-        ROOT / "LOG.md": "log.md",
-        ROOT / "docs/equations.md": "equations.md",
+def groups() -> list:
+    "`[(title, notebooks), ...]` in the order in which they are read; the first notebook is the index."
+    wings = ("basics", "datasets", "ops", "models", "learning", "search", "measure", "evidence", "cli")
+    folders = {".": "Start", "pages": "Overview", "learn": "Learn"} | {
+        f"lib/{w}": f"Library: {w}" for w in wings
     }
+    folders |= {
+        "s5vh": "S5VH",
+        "dmmh": "DMMH",
+        "beyond": "Beyond the papers",
+        "data": "Provenance of the data",
+    }
+    found = [(title, sorted((NBS / folder).glob("*.ipynb"))) for folder, title in folders.items()]
+    return [(title, paths) for title, paths in found if paths]
+
+
+def executed(path: Path) -> Path:
+    "What is shown of a notebook: of an artefact the copy that the full profile executed, if it did."
+    copy = executed_path(read_artefact(path), "full") if path.parent.name in PAPERS else path
+    return copy if copy.exists() else path
 
 
 class Site:
     "The folder that Sphinx reads."
 
-    def __init__(self, folder: Path, notebooks: list):
-        self.folder, self.notebooks, self.pages = folder, notebooks, addresses(notebooks)
+    def __init__(self, folder: Path):
+        self.folder, self.groups = folder / "source", groups()
+        self.html = folder / "html"
+        notebooks = [path for _, paths in self.groups for path in paths]
+        pages = {path: path.relative_to(NBS).as_posix() for path in notebooks}
+        pages |= {executed(path): page for path, page in pages.items()}
+        pages[ROOT / "README.md"] = "index.ipynb"
+        self.pages = pages | {ROOT / "LOG.md": "log.md", ROOT / "docs" / "equations.md": "equations.md"}
         settings = ConfigParser()
         settings.read(ROOT / "settings.ini", encoding="utf-8")
-        self.repository = f"{settings['DEFAULT']['git_url']}/{{}}/{settings['DEFAULT']['branch']}/{{}}"
+        self.url, self.branch = settings["DEFAULT"]["git_url"], settings["DEFAULT"]["branch"]
         self.written = set()
 
     def write(self, address: str, text: str):
@@ -70,20 +76,20 @@ class Site:
         self.written.add(path)
 
     def target(self, link: str, origin: Path) -> str:
-        "Where a link of the file `origin` leads on the site."
+        "Where a link in the file `origin` leads on the site."
         if re.match(r"[a-z]+:|#", link):
             return link
-        name, _, anchor = link.partition("#")
+        name, mark, anchor = link.partition("#")
         path = Path(os.path.normpath(origin.parent / unquote(name)))
-        where = f"{origin.relative_to(ROOT)}, link {link}"
-        check(path.exists() and path.is_relative_to(ROOT), where, "a file of this project", "nothing")
+        there = path.exists() and path.is_relative_to(ROOT)
+        check(there, str(origin.relative_to(ROOT)), "links to files of the project", link)
         here = (self.folder / self.pages[origin]).parent
-        anchor = anchor and f"#{anchor}"
         if path in self.pages:
-            return os.path.relpath(self.folder / self.pages[path], here) + anchor
-        inside = path.relative_to(ROOT).as_posix()
+            return os.path.relpath(self.folder / self.pages[path], here) + mark + anchor
+        inside = path.relative_to(ROOT)
         if path.suffix not in DOWNLOADS:
-            return self.repository.format("tree" if path.is_dir() else "blob", inside) + anchor
+            kind = "tree" if path.is_dir() else "blob"
+            return f"{self.url}/{kind}/{self.branch}/{inside.as_posix()}{mark}{anchor}"
         copied = self.folder / "files" / inside
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, copied)
@@ -95,98 +101,114 @@ class Site:
         return LINK.sub(lambda found: f"{found[1]}({self.target(found[2], origin)})", text)
 
     def notebook(self, path: Path):
-        "The page of a notebook: links, folded settings, pictures in words; without its own links to neighbours."
-        ran = ROOT / "results" / "full" / "executed" / f"{path.parent.name}_{path.name}"
-        nb = nbformat.read(ran if ran.exists() else path, as_version=4)
-        nb.cells = [cell for cell in nb.cells if "nav" not in cell.metadata.get("tags", [])]
+        "The page of a notebook: links of the site, folded settings, pictures in words."
+        nb = nbformat.read(executed(path), as_version=4)
+        nb.cells = [cell for cell in nb.cells if shown(cell)]
         heading = prose = ""
         for cell in nb.cells:
             if cell.cell_type == "markdown":
-                heading = re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE)[-1:] or [heading]
-                heading, prose = heading[0], cell.source
+                heading, prose = (
+                    [heading, *re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE)][-1],
+                    cell.source,
+                )
                 cell.source = self.relink(cell.source, path)
             elif cell.cell_type == "code":
-                tags = set(cell.metadata.get("tags", []))
-                if tags & {"parameters", "injected-parameters"}:
-                    cell.metadata["tags"] = sorted(tags | {"hide-input"})
-                cell.metadata["mystnb"] = {"image": {"alt": in_words(heading, prose, cell.source)}}
+                fold(cell)
+                cell.metadata.setdefault("mystnb", {})["image"] = {
+                    "alt": in_words(heading, prose, cell.source)
+                }
                 for output in cell.outputs:
-                    if "text/markdown" in output.get("data", {}):
-                        output.data["text/markdown"] = self.relink(output.data["text/markdown"], path)
+                    if text := output.get("data", {}).get("text/markdown"):
+                        output.data["text/markdown"] = self.relink(text, path)
         return nb
 
     def assemble(self):
-        "Write everything; a page that was, and is no more, goes."
-        groups = [(folder, list(paths)) for folder, paths in groupby(self.notebooks, lambda path: path.parent)]
-        listed = []
-        for folder, paths in groups:
+        "Write all pages; what was a page and is none any more goes."
+        trees = {"About": [], "Notebooks": [], "Library": [], "API reference": []}
+        for title, paths in self.groups[1:]:
             for path in paths:
                 self.write(self.pages[path], nbformat.writes(self.notebook(path)))
-            name = folder.relative_to(ROOT / "nbs").as_posix()
-            if name != "pages":
-                self.write(f"{name}.md", self.contents(name, paths))
-            listed.append(name)
-        for name in ("LOG.md", "docs/equations.md"):
-            path = ROOT / name
-            self.write(self.pages[path], self.relink(path.read_text(encoding="utf-8"), path))
-        wings = [name.removeprefix("lib/") for name in listed if name.startswith("lib/")]
-        for wing in wings:
-            self.reference(wing)
-        trees = {
-            "About": [self.pages[path] for path in self.notebooks if path.parent.name == "pages"]
-            + ["equations.md", "log.md"],
-            "Notebooks": [f"{name}.md" for name in listed if name in TITLES],
-            "Library": [f"lib/{wing}.md" for wing in wings],
-            "API reference": [f"api/{wing}.rst" for wing in wings],
-        }
-        index = self.notebook(ROOT / "nbs/index.ipynb")
-        trees = "\n\n".join(tree(pages, caption=title) for title, pages in trees.items())
-        index.cells.append(nbformat.v4.new_markdown_cell(trees, id="contents"))
-        self.write("index.ipynb", nbformat.writes(index))
-        for path in set(self.folder.rglob("*")) - self.written:
-            if path.is_file():
-                path.unlink()
-
-    def contents(self, name: str, paths: list) -> str:
-        "The page that lists the notebooks of a folder."
-        title = TITLES.get(name) or f"The wing `{name.removeprefix('lib/')}`"
-        base, lines = f"{Path(name).parent}/", []
-        for path in paths:
-            first = nbformat.read(path, as_version=4).cells[0].source
-            summary = re.search(r"^> (.+)$", first, re.MULTILINE)
-            head = re.search(r"^# (.+)$", first, re.MULTILINE)[1]
-            link = f"- [{head}]({self.pages[path].removeprefix(base)})"
-            lines.append(f"{link}: {summary[1]}" if summary else link)
-        pages = [self.pages[path].removeprefix(base) for path in paths]
-        return f"# {title}\n\n" + "\n".join(lines) + "\n\n" + tree(pages) + "\n"
-
-    def reference(self, wing: str):
-        "The pages of a wing's modules, from their docstrings."
-        names = [path.stem[3:] for path in self.notebooks if path.parent == ROOT / "nbs/lib" / wing]
-        for path in self.notebooks:
-            if path.parent != ROOT / "nbs/lib" / wing:
+            folder = paths[0].parent.relative_to(NBS).as_posix()
+            if folder == "pages":
+                trees["About"] += [self.pages[path] for path in paths]
                 continue
-            module = f"s5vh_nb.{wing}.{path.stem[3:]}"
-            lines = [module, "=" * len(module), "", f"Written and tested in :doc:`/lib/{wing}/{path.stem}`.", ""]
-            lines += [f".. automodule:: {module}", "   :members:", ""]
-            self.write(f"api/{wing}/{path.stem[3:]}.rst", "\n".join(lines))
-        title = f"s5vh_nb.{wing}"
-        lines = [title, "=" * len(title), "", ".. toctree::", "   :maxdepth: 1", "", *(f"   {wing}/{name}" for name in names)]
-        self.write(f"api/{wing}.rst", "\n".join([*lines, ""]))
+            self.write(f"{folder}.md", self.contents(title, folder, paths))
+            library, _, wing = folder.rpartition("/")
+            trees["Library" if library else "Notebooks"].append(f"{wing if library else title} <{folder}.md>")
+            if library:
+                self.reference(wing, [path.stem for path in paths])
+                trees["API reference"].append(f"{wing} <api/{wing}.md>")
+        for path in (ROOT / "docs" / "equations.md", ROOT / "LOG.md"):
+            self.write(self.pages[path], self.relink(path.read_text(encoding="utf-8"), path))
+            trees["About"].append(self.pages[path])
+        index = self.notebook(self.groups[0][1][0])
+        hidden = "\n\n".join(
+            tree(pages, f":hidden:\n:caption: {caption}") for caption, pages in trees.items()
+        )
+        index.cells.append(nbformat.v4.new_markdown_cell(hidden, id="contents"))
+        self.write("index.ipynb", nbformat.writes(index))
+        for path in {path for path in self.folder.rglob("*") if path.is_file()} - self.written:
+            path.unlink()
+            (self.html / path.relative_to(self.folder)).with_suffix(".html").unlink(missing_ok=True)
+
+    def contents(self, title: str, folder: str, paths: list) -> str:
+        "The page that lists the notebooks of a folder with their summaries."
+        names = [f"{Path(folder).name}/{path.name}" for path in paths]
+        lines = [f"# {title}\n"]
+        for name, path in zip(names, paths):
+            first = nbformat.read(path, as_version=4).cells[0].source
+            head, summary = (re.search(rf"^{mark} (.+)$", first, re.MULTILINE) for mark in "#>")
+            check(head, str(path), "a heading in its first cell", first[:60])
+            lines.append(f"- [{head[1]}]({name})" + (f": {summary[1]}" if summary else ""))
+        return "\n".join([*lines, "", tree(names, ":hidden:")]) + "\n"
+
+    def reference(self, wing: str, stems: list):
+        "The pages of a wing's modules, from their docstrings."
+        for stem in stems:
+            module = f"{wing}.{stem[3:]}"
+            lines = [
+                f"# {module}\n",
+                f"Written and tested in the notebook [](../../lib/{wing}/{stem}.ipynb).\n",
+            ]
+            lines += ["```{eval-rst}", f".. automodule:: s5vh_nb.{module}", "   :members:", "```\n"]
+            self.write(f"api/{wing}/{stem[3:]}.md", "\n".join(lines))
+        self.write(
+            f"api/{wing}.md", f"# s5vh_nb.{wing}\n\n{tree([f'{wing}/{stem[3:]}' for stem in stems])}\n"
+        )
 
 
-def tree(pages: list, **options) -> str:
-    "A hidden table of contents, which the sidebar shows."
-    options = "".join(f":{name}: {value}\n" for name, value in options.items())
-    return "```{toctree}\n:hidden:\n" + options + "\n" + "\n".join(pages) + "\n```"
+def tree(pages: list, options: str = ":maxdepth: 1") -> str:
+    "A table of contents in MyST."
+    return "\n".join(["```{toctree}", options, "", *pages, "```"])
+
+
+def tags(cell) -> set:
+    return set(cell.metadata.get("tags", []))
+
+
+def shown(cell) -> bool:
+    "Not the links to neighbours, since each page has its own, and not the line that names the module."
+    return "nav" not in tags(cell) and not cell.source.startswith("#| default_exp")
+
+
+def fold(cell):
+    "Fold a cell of settings or of imports that only tests need; say what a reader would unfold."
+    settings = tags(cell) & {"parameters", "injected-parameters"}
+    if settings or cell.source.startswith("#| hide"):
+        cell.metadata["tags"] = sorted(tags(cell) | {"hide-input"})
+    words = "the settings" if settings else "the code"
+    cell.metadata["mystnb"] = {"code_prompt_show": f"Show {words}", "code_prompt_hide": f"Hide {words}"}
 
 
 def in_words(heading: str, prose: str, code: str) -> str:
     "A picture for those who do not see it: its heading, what is said about it, and its axes."
-    prose = " ".join(line for line in prose.splitlines() if not re.match(r"#|\||\$\$|```|> ?$|$", line))
-    prose = re.split(r"(?<=[.!?:])\s", re.sub(r"^> ", "", plain(prose)))
-    axes = [re.findall(rf"{axis}label\(?=?\s*f?[\"']([^\"'{{]+)", code)[:1] for axis in "xy"]
-    words = [f"{plain(heading)}.", *prose[:2]]
+    prose = " ".join(line for line in prose.splitlines() if not re.match(r"#|\||>|```|\$\$", line))
+    words = [f"{plain(heading)}."]
+    for sentence in re.split(r"(?<=[.!?])\s+", plain(prose)):
+        if len(" ".join([*words, sentence])) > WORDS:
+            break
+        words.append(sentence)
+    axes = [re.findall(rf"{axis}label(?:\(|=)f?[\"']([^\"'{{]+)", code) for axis in "xy"]
     if all(axes):
         words.append(f"{axes[1][0].strip()} over {axes[0][0].strip()}.")
     return " ".join(filter(None, words))
@@ -197,58 +219,70 @@ def plain(text: str) -> str:
     return re.sub(r"[*`$\\]", "", LINK.sub(lambda found: found[1].strip("![]"), text)).strip()
 
 
-class Links(HTMLParser):
-    "Addresses, ids and pictures of one page."
+class Page(HTMLParser):
+    "Addresses, ids and pictures of a built page."
 
     def __init__(self, path: Path):
         super().__init__()
-        self.links, self.ids, self.loads, self.silent = set(), set(), set(), []
+        self.links, self.loads, self.ids, self.silent = set(), set(), set(), []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.ids |= {attrs[name] for name in ("id", "name") if attrs.get(name)}
-        if tag == "a" and attrs.get("href"):
-            self.links.add(attrs["href"])
-        elif tag in ("img", "script", "iframe", "source", "video", "audio") and attrs.get("src"):
-            self.loads.add(attrs["src"])
-        elif tag == "link" and attrs.get("rel") not in ("canonical",) and attrs.get("href"):
-            self.loads.add(attrs["href"])
+        address = attrs.get("href") or attrs.get("src")
+        if address:
+            (self.links if tag == "a" else self.loads).add(address)
         if tag == "img" and not (attrs.get("alt") or "").strip():
-            self.silent.append(attrs.get("src", "")[:60])
+            self.silent.append(address)
 
 
 def faults(html: Path) -> list:
-    "What is wrong with built pages: links and anchors that lead nowhere, foreign hosts, pictures without words."
-    pages = {path: Links(path) for path in sorted(html.rglob("*.html")) if "_static" not in path.parts}
+    "Of built pages: links that lead nowhere, what comes from another host, pictures without words."
+    pages = {path: Page(path) for path in sorted(html.rglob("*.html")) if "_static" not in path.parts}
     found = []
     for path, page in pages.items():
-        where = path.relative_to(html).as_posix()
-        found += [f"{where}: picture {src} has no alternative text" for src in page.silent]
+        told = [f"{link[:60]} is a picture without an alternative text" for link in page.silent]
         for link in sorted(page.links | page.loads):
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:
-                if link in page.loads and parts.scheme != "data":
-                    found.append(f"{where}: loads {link} from another host")
+                told += [f"{link} is loaded from elsewhere"] * (link in page.loads and parts.scheme != "data")
                 continue
-            target = Path(os.path.normpath(path.parent / unquote(parts.path))) if parts.path else path
-            if not target.is_file():
-                found.append(f"{where}: {link} leads nowhere")
-            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].ids:
-                found.append(f"{where}: {link} has no such anchor")
+            there = Path(os.path.normpath(path.parent / unquote(parts.path))) if parts.path else path
+            if not there.is_file():
+                told.append(f"{link} leads nowhere")
+            elif parts.fragment and there in pages and unquote(parts.fragment) not in pages[there].ids:
+                told.append(f"{link} has no such anchor")
+        found += [f"{path.relative_to(html)}: {text}" for text in told]
     return found
 
 
-def build(folder: Path = BUILD, notebooks: list | None = None) -> Path:
+def build(folder: Path = BUILD) -> Path:
     "Assemble, build strictly and check; returns the folder of the pages."
-    site = Site(folder / "source", notebooks or reading_order())
+    site = Site(folder)
     site.assemble()
-    words = "-b html -W --keep-going -n -q -j 2".split()
-    paths = ["-c", ROOT / "docs", "-d", folder / "doctrees", folder / "source", folder / "html"]
-    subprocess.run([sys.executable, "-m", "sphinx", *words, *paths], check=True)
-    found = faults(folder / "html")
-    check(not found, "the site", "links that lead somewhere and pictures in words", "\n".join(["", *found]))
-    return folder / "html"
+    words = [
+        "-b",
+        "html",
+        "-c",
+        ROOT / "docs",
+        "-d",
+        folder / "doctrees",
+        "-W",
+        "--keep-going",
+        "-n",
+        "-q",
+        "-j",
+        "2",
+    ]
+    view = f"html_theme_options.source_view_link={site.url}/blob/{site.branch}/nbs/{{filename}}"
+    command = [sys.executable, "-m", "sphinx", *words, "-D", view, site.folder, site.html]
+    if subprocess.run(command).returncode:
+        shutil.rmtree(folder / "doctrees", ignore_errors=True)  # Sphinx warns of a page only when it reads it
+        raise SystemExit("make docs: Sphinx has warned, see above")
+    if found := faults(site.html):
+        raise SystemExit("\n".join(["make docs: the built pages have faults", *found]))
+    return site.html
 
 
 if __name__ == "__main__":
