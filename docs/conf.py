@@ -1,11 +1,14 @@
 "Settings of Sphinx for the site; `make docs` gives it the pages."
 
 import inspect
+import logging
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import s5vh_nb
+
+logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells which of its builds it loads
 
 project = "s5vh_nb"
 author = "the s5vh_nb authors"

@@ -125,11 +125,12 @@ def test_faults_are_found(docs, tmp_path):
 
 def test_pictures_in_words(docs):
     "From what stands above them, at most as much as one listens to."
-    said = "## Speed\n> short\n\nThe *scan* of [Mamba](a.ipynb) with `t` steps, $O(t)$. Less is better.\n| a |\n"
+    said = "## Speed\n> short\n\nThe *scan* of [Mamba](a.ipynb) with `t` steps, $O(t)$."
+    said += " Less is better. It is $\\Theta(t)$.\n| a |\n$$\nx = 1.\n$$\n"
     code = 'ax.set(xlabel="frames", ylabel="time (ms)")'
     words = "Speed. The scan of Mamba with t steps, O(t). Less is better. time (ms) over frames."
     assert docs.in_words("Speed", said, code) == words
-    assert docs.in_words("Speed", "", "") == "Speed."
+    assert docs.in_words("Speed", "", "") == "Speed." and docs.in_words("Fast?", "", "") == "Fast?"
     assert len(docs.in_words("Speed", "Many words. " * 99, "")) <= docs.WORDS
 
 

@@ -202,13 +202,15 @@ def fold(cell):
 
 def in_words(heading: str, prose: str, code: str) -> str:
     "A picture for those who do not see it: its heading, what is said about it, and its axes."
-    prose = " ".join(line for line in prose.splitlines() if not re.match(r"#|\||>|```|\$\$", line))
-    words = [f"{plain(heading)}."]
-    for sentence in re.split(r"(?<=[.!?])\s+", plain(prose)):
+    prose = re.sub(r"\$\$.*?\$\$|```.*?```", "", prose, flags=re.DOTALL)
+    prose = " ".join(line for line in prose.splitlines() if not re.match(r"[#|>]", line))
+    words = [re.sub(r"(?<!\?)$", ".", plain(heading))]
+    for sentence in re.split(r"(?<=[.!?])\s+", prose.strip()):
         if len(" ".join([*words, sentence])) > WORDS:
             break
-        words.append(sentence)
-    axes = [re.findall(rf"{axis}label(?:\(|=)f?[\"']([^\"'{{]+)", code) for axis in "xy"]
+        if "\\" not in sentence:  # a formula is not read aloud
+            words.append(plain(sentence))
+    axes = [re.findall(rf"{axis}label(?:\(|=)f?[\"']([^\"'{{\\]+)", code) for axis in "xy"]
     if all(axes):
         words.append(f"{axes[1][0].strip()} over {axes[0][0].strip()}.")
     return " ".join(filter(None, words))
@@ -216,7 +218,7 @@ def in_words(heading: str, prose: str, code: str) -> str:
 
 def plain(text: str) -> str:
     "Markdown as it is read aloud."
-    return re.sub(r"[*`$\\]", "", LINK.sub(lambda found: found[1].strip("![]"), text)).strip()
+    return re.sub(r"[*`$]", "", LINK.sub(lambda found: found[1].strip("![]"), text)).strip()
 
 
 class Page(HTMLParser):
