@@ -93,15 +93,14 @@ def test_links_of_the_site(docs, tmp_path):
         "../../../tests": f"{made.url}/tree/main/tests",
     }.items():
         assert made.target(link, origin) == wanted
-    text = "[`a` [b]](../../../figures/drawings/s5vh.svg) and ![c](../../../figures/drawings/dmmh.svg)"
+    text = "`[a](b)` [`a` [b]](../../../figures/drawings/s5vh.svg) ![c](../../../figures/drawings/dmmh.svg)"
     there = "../../files/figures/drawings"
-    assert made.relink(text, origin) == f"[`a` [b]]({there}/s5vh.svg) and ![c]({there}/dmmh.svg)"
+    assert made.relink(text, origin) == f"`[a](b)` [`a` [b]]({there}/s5vh.svg) ![c]({there}/dmmh.svg)"
     assert (made.folder / "files/figures/drawings/dmmh.svg").is_file()
-    for link in ("gone.ipynb", "../../../../outside.md"):
-        with pytest.raises(
-            ValueError, match=r"04_s5vh.ipynb: expected links to files of the project, found .*" + link
-        ):
-            made.target(link, origin)
+    assert made.relink("see [a](gone.csv)", origin, example=True) == "see a" and not made.dead
+    made.relink("[a](gone.ipynb) and [b](../../../../outside.md)", origin)
+    ends = [": gone.ipynb leads nowhere", ": ../../../../outside.md leads nowhere"]
+    assert made.dead == [f"nbs/lib/models/04_s5vh.ipynb{end}" for end in ends]
 
 
 def test_faults_are_found(docs, tmp_path):

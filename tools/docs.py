@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 BUILD = ROOT / "docs" / "_build"
 DOWNLOADS = (".csv", ".png", ".svg", ".webp")  # other files are shown in the repository
-LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\[\]]*\])*\])\(([^)\s]+)\)")
+# code, or a link: its text in brackets and where it leads
+LINK = re.compile(r"(`+).+?\1(?!`)|(!?\[(?:[^\[\]]|\[[^\[\]]*\])*\])\(([^)\s]+)\)", re.DOTALL)
 WORDS = 300  # letters of an alternative text, about
 
 
@@ -65,7 +66,7 @@ class Site:
         settings = ConfigParser()
         settings.read(ROOT / "settings.ini", encoding="utf-8")
         self.url, self.branch = settings["DEFAULT"]["git_url"], settings["DEFAULT"]["branch"]
-        self.written = set()
+        self.written, self.dead = set(), []
 
     def write(self, address: str, text: str):
         "Write a page; one that is as before stays untouched, so that Sphinx need not read it again."
@@ -75,15 +76,17 @@ class Site:
             write_text(path, text)
         self.written.add(path)
 
-    def target(self, link: str, origin: Path) -> str:
-        "Where a link in the file `origin` leads on the site."
+    def target(self, link: str, origin: Path) -> str | None:
+        "Where a link in the file `origin` leads on the site; None: nowhere."
         if re.match(r"[a-z]+:|#", link):
             return link
         name, mark, anchor = link.partition("#")
         path = Path(os.path.normpath(origin.parent / unquote(name)))
-        there = path.exists() and path.is_relative_to(ROOT)
-        check(there, str(origin.relative_to(ROOT)), "links to files of the project", link)
+        if not path.exists() and origin.suffix == ".ipynb":  # a copy whose links still start at its notebook
+            path = Path(os.path.normpath((NBS / self.pages[origin]).parent / unquote(name)))
         here = (self.folder / self.pages[origin]).parent
+        if not path.exists() or not path.is_relative_to(ROOT):
+            return None
         if path in self.pages:
             return os.path.relpath(self.folder / self.pages[path], here) + mark + anchor
         inside = path.relative_to(ROOT)
@@ -96,13 +99,23 @@ class Site:
         self.written.add(copied)
         return os.path.relpath(copied, here)
 
-    def relink(self, text: str, origin: Path) -> str:
-        "Markdown with the links of the site."
-        return LINK.sub(lambda found: f"{found[1]}({self.target(found[2], origin)})", text)
+    def relink(self, text: str, origin: Path, example: bool = False) -> str:
+        "Markdown with the links of the site; in an example, what leads nowhere is no link."
+
+        def moved(found):
+            if found[1]:
+                return found[0]
+            target = self.target(found[3], origin)
+            if target is None and not example:
+                self.dead.append(f"{origin.relative_to(ROOT)}: {found[3]} leads nowhere")
+            return f"{found[2]}({target})" if target else found[2].strip("![]")
+
+        return LINK.sub(moved, text)
 
     def notebook(self, path: Path):
         "The page of a notebook: links of the site, folded settings, pictures in words."
-        nb = nbformat.read(executed(path), as_version=4)
+        origin, library = executed(path), path.parent.parent.name == "lib"
+        nb = nbformat.read(origin, as_version=4)
         nb.cells = [cell for cell in nb.cells if shown(cell)]
         heading = prose = ""
         for cell in nb.cells:
@@ -111,7 +124,7 @@ class Site:
                     [heading, *re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE)][-1],
                     cell.source,
                 )
-                cell.source = self.relink(cell.source, path)
+                cell.source = self.relink(cell.source, origin)
             elif cell.cell_type == "code":
                 fold(cell)
                 cell.metadata.setdefault("mystnb", {})["image"] = {
@@ -119,7 +132,7 @@ class Site:
                 }
                 for output in cell.outputs:
                     if text := output.get("data", {}).get("text/markdown"):
-                        output.data["text/markdown"] = self.relink(text, path)
+                        output.data["text/markdown"] = self.relink(text, origin, example=library)
         return nb
 
     def assemble(self):
@@ -218,7 +231,7 @@ def in_words(heading: str, prose: str, code: str) -> str:
 
 def plain(text: str) -> str:
     "Markdown as it is read aloud."
-    return re.sub(r"[*`$]", "", LINK.sub(lambda found: found[1].strip("![]"), text)).strip()
+    return re.sub(r"[*`$]", "", LINK.sub(lambda found: (found[2] or found[0]).strip("![]"), text)).strip()
 
 
 class Page(HTMLParser):
@@ -263,6 +276,8 @@ def build(folder: Path = BUILD) -> Path:
     "Assemble, build strictly and check; returns the folder of the pages."
     site = Site(folder)
     site.assemble()
+    if site.dead:
+        raise SystemExit("\n".join(["make docs: links of the sources", *site.dead]))
     words = [
         "-b",
         "html",
@@ -283,7 +298,7 @@ def build(folder: Path = BUILD) -> Path:
         shutil.rmtree(folder / "doctrees", ignore_errors=True)  # Sphinx warns of a page only when it reads it
         raise SystemExit("make docs: Sphinx has warned, see above")
     if found := faults(site.html):
-        raise SystemExit("\n".join(["make docs: the built pages have faults", *found]))
+        raise SystemExit("\n".join(["make docs: the built pages", *found]))
     return site.html
 
 
