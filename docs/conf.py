@@ -56,9 +56,11 @@ pygments_dark_style = "a11y-high-contrast-dark"
 
 
 def plain(text: str) -> str:
-    "A line of a docstring in which only `code` is marked, for docutils."
-    parts = re.split(r"(`[^`]*`)", text)
-    return "".join(part if part[:1] == "`" else re.sub(r"([*|\\]|_\b)", r"\\\1", part) for part in parts)
+    "A line of a docstring in which only `code` is marked, for docutils; letters may follow it, as in `x`s."
+    parts = re.split(r"(`[^`]+`)", text)
+    escaped = [re.sub(r"([*|\\]|_\b)", r"\\\1", part) for part in parts[::2]]
+    code = [rf"\ {part}\ " for part in parts[1::2]] + [""]
+    return "".join(before + after for before, after in zip(escaped, code))
 
 
 def docstring(app, what, name, obj, options, lines):
