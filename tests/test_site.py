@@ -195,7 +195,7 @@ def test_a_page_fits_and_its_formulas_are_set(view, site, address, name, width):
     assert not re.search(r"\$\$|\\[(\[]", prose), "formulas as they are typed"
     loaded = page.js("performance.getEntriesByType('resource').map(each => each.name)")
     assert loaded and all(each.startswith(address) for each in loaded) and not page.said
-    assert bool(formulas) == (name == "lib/learning/02_losses")
+    assert formulas > 20 or "losses" not in name
 
 
 ACTIVE = """(() => {
