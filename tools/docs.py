@@ -278,25 +278,17 @@ def build(folder: Path = BUILD) -> Path:
     site.assemble()
     if site.dead:
         raise SystemExit("\n".join(["make docs: links of the sources", *site.dead]))
-    words = [
-        "-b",
-        "html",
-        "-c",
-        ROOT / "docs",
-        "-d",
-        folder / "doctrees",
-        "-W",
-        "--keep-going",
-        "-n",
-        "-q",
-        "-j",
-        "2",
-    ]
+    words = ["-c", ROOT / "docs", "-d", folder / "doctrees", *"-b html -W --keep-going -n -q -j 2".split()]
     view = f"html_theme_options.source_view_link={site.url}/blob/{site.branch}/nbs/{{filename}}"
     command = [sys.executable, "-m", "sphinx", *words, "-D", view, site.folder, site.html]
-    if subprocess.run(command).returncode:
-        shutil.rmtree(folder / "doctrees", ignore_errors=True)  # Sphinx warns of a page only when it reads it
-        raise SystemExit("make docs: Sphinx has warned, see above")
+    strict = False
+    try:
+        strict = subprocess.run(command).returncode == 0
+    finally:
+        if not strict:  # Sphinx warns of a page only when it reads it
+            shutil.rmtree(folder / "doctrees", ignore_errors=True)
+    if not strict:
+        raise SystemExit("make docs: Sphinx warns, see above")
     if found := faults(site.html):
         raise SystemExit("\n".join(["make docs: the built pages", *found]))
     return site.html
