@@ -27,6 +27,7 @@ nb_merge_streams = True
 nb_render_markdown_format = "myst"
 nb_ipywidgets_js = {}  # nothing comes from another host
 myst_enable_extensions = ["dollarmath"]
+myst_dmath_double_inline = True  # $$...$$ needs no empty line before it
 myst_heading_anchors = 6
 copybutton_exclude = ".linenos, .gp, .go"
 
@@ -69,9 +70,7 @@ def docstring(app, what, name, obj, options, lines):
     if what in ("attribute", "property"):  # for napoleon, a colon ends the name of a type
         lines[:] = [plain(line) for line in inspect.cleandoc(obj.__doc__ or "").splitlines()]
         return
-    kept = [
-        re.match(r"( *(?::[^:]+: ?)?)(.*)", line) for line in lines if not line.lstrip().startswith(":type ")
-    ]
+    kept = [re.match(r"( *(?::[^:]+: ?)?)(.*)", line) for line in lines if not re.match(r" *:r?type", line)]
     lines[:] = [line[1] + plain(line[2]) for line in kept]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+from path import groups
 
 from s5vh_nb.basics.checks import check
 from s5vh_nb.basics.files import write_text
@@ -28,22 +29,6 @@ DOWNLOADS = (".csv", ".png", ".svg", ".webp")  # other files are shown in the re
 # code, or a link: its text in brackets and where it leads
 LINK = re.compile(r"(`+).+?\1(?!`)|(!?\[(?:[^\[\]]|\[[^\[\]]*\])*\])\(([^)\s]+)\)", re.DOTALL)
 WORDS = 300  # letters of an alternative text, about
-
-
-def groups() -> list:
-    "`[(title, notebooks), ...]` in the order in which they are read; the first notebook is the index."
-    wings = ("basics", "datasets", "ops", "models", "learning", "search", "measure", "evidence", "cli")
-    folders = {".": "Start", "pages": "Overview", "learn": "Learn"} | {
-        f"lib/{w}": f"Library: {w}" for w in wings
-    }
-    folders |= {
-        "s5vh": "S5VH",
-        "dmmh": "DMMH",
-        "beyond": "Beyond the papers",
-        "data": "Provenance of the data",
-    }
-    found = [(title, sorted((NBS / folder).glob("*.ipynb"))) for folder, title in folders.items()]
-    return [(title, paths) for title, paths in found if paths]
 
 
 def executed(path: Path) -> Path:
@@ -235,11 +220,12 @@ def plain(text: str) -> str:
 
 
 class Page(HTMLParser):
-    "Addresses, ids and pictures of a built page."
+    "Addresses, ids, pictures and dollars of a built page."
 
     def __init__(self, path: Path):
         super().__init__()
-        self.links, self.loads, self.ids, self.silent = set(), set(), set(), []
+        self.links, self.loads, self.ids, self.silent, self.dollars = set(), set(), set(), [], []
+        self.inside = []  # open tags whose text is code or a formula
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
@@ -250,14 +236,25 @@ class Page(HTMLParser):
             (self.links if tag == "a" else self.loads).add(address)
         if tag == "img" and not (attrs.get("alt") or "").strip():
             self.silent.append(address)
+        if self.inside or tag in ("pre", "code", "script") or "math" in (attrs.get("class") or "").split():
+            self.inside += [tag] * (tag not in ("br", "img", "input", "hr", "wbr", "link", "meta"))
+
+    def handle_endtag(self, tag):
+        if self.inside and self.inside[-1] == tag:
+            self.inside.pop()
+
+    def handle_data(self, data):
+        if "$" in data and not self.inside:
+            self.dollars.append(data.strip()[:60])
 
 
 def faults(html: Path) -> list:
-    "Of built pages: links that lead nowhere, what comes from another host, pictures without words."
+    "Of built pages: dead links, what comes from another host, pictures without words, formulas as typed."
     pages = {path: Page(path) for path in sorted(html.rglob("*.html")) if "_static" not in path.parts}
     found = []
     for path, page in pages.items():
         told = [f"{link[:60]} is a picture without an alternative text" for link in page.silent]
+        told += [f"{text!r} has a dollar: a formula that was not taken for one?" for text in page.dollars]
         for link in sorted(page.links | page.loads):
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:
