@@ -141,6 +141,8 @@ def effect(
 ) -> Interval | None:
     """The weighted sum of the rows' scores with its 95 % interval; None when a row has not been run.
 
+    Rows are paired by seed: where one has fewer seeds than another, those that all have count.
+
     Parameters
     ----------
     terms : _Terms
@@ -158,9 +160,11 @@ def effect(
         "one set, to pair the queries",
         f"the fingerprints {sorted(prints)}",
     )
-    seeds = {tuple(_seed_of(record) for record in records) for _, records in terms}
-    check(len(seeds) == 1, "seeds of the rows", "the same, to pair them", sorted(seeds))
-    total = sum(weight * scores_of(records, store, score) for weight, records in terms)  # (seeds, nq)
+    seeds = [{_seed_of(record) for record in records} for _, records in terms]
+    common = set.intersection(*seeds)
+    check(common, "seeds of the rows", "some that all have, to pair them", [sorted(each) for each in seeds])
+    paired = [(weight, [r for r in records if _seed_of(r) in common]) for weight, records in terms]
+    total = sum(weight * scores_of(records, store, score) for weight, records in paired)  # (seeds, nq)
     return paired_bootstrap(total, np.zeros_like(total))
 
 

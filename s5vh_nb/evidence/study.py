@@ -89,7 +89,8 @@ class Study:
         if not (at_this_length and self.experiment.runs_on(row, dataset, self.datasets)):
             return None
         place, epochs = (self.rows[row], dataset, self.profile, bits), self.experiment.epochs
-        found = [config_of(*place, seed, epochs.get(self.profile)) for seed in self.seeds]
+        seeds = self.experiment.seeds_of(row, self.seeds)
+        found = [config_of(*place, seed, epochs.get(self.profile)) for seed in seeds]
         return None if None in found else found
 
     def cells(
