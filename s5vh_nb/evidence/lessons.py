@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 from IPython.display import display
 from PIL import Image
 
@@ -29,13 +30,29 @@ def _drawn(fig: plt.Figure) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
-def _png(picture: Image.Image, colours: int, **options) -> bytes:
-    "The bytes of a picture with a palette."
+def _with_palette(pictures: list, colours: int) -> list:
+    "Pictures of one size, with one palette."
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (width, height * len(pictures)))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (0, i * height))
+    sheet = sheet.quantize(colours, dither=Image.Dither.NONE)
+    found = np.array(sheet.getpalette()).reshape(-1, 3)
+    found[(found > 240).all(1)] = 255  # the ground stays white
+    sheet.putpalette(found.ravel().tolist())
+    return [sheet.crop((0, i * height, width, (i + 1) * height)) for i in range(len(pictures))]
+
+
+def _png(picture: Image.Image, **options) -> bytes:
+    "The bytes of a picture, or of several where the options have more."
     file = io.BytesIO()
-    if picture.mode != "P":
-        picture = picture.quantize(colours, dither=Image.Dither.NONE)
     picture.save(file, format="PNG", **options)
     return file.getvalue()
+
+
+def _still(fig: plt.Figure, colours: int) -> bytes:
+    "The bytes of the figure."
+    return _png(_with_palette([_drawn(fig)], colours)[0], optimize=True)
 
 # %% ../../nbs/lib/evidence/16_lessons.ipynb #7cf725fb
 def _live(draw: Callable, png: bytes, text: str, colours: int, sliders: dict) -> "ipywidgets.VBox":
@@ -47,7 +64,7 @@ def _live(draw: Callable, png: bytes, text: str, colours: int, sliders: dict) ->
     picture = ipywidgets.Image(value=png, alt=text)
 
     def renew(_):
-        picture.value = _png(_drawn(draw(**{name: part.value for name, part in parts.items()})), colours)
+        picture.value = _still(draw(**{name: part.value for name, part in parts.items()}), colours)
 
     for part in parts.values():
         part.observe(renew, "value")
@@ -57,7 +74,7 @@ def _live(draw: Callable, png: bytes, text: str, colours: int, sliders: dict) ->
 def with_sliders(
     draw: Callable,  # Takes a value for each slider by name, returns a figure
     text: str,  # What the figure shows
-    colours: int = 64,  # Of its palette
+    colours: int = 128,  # Of its palette
     **sliders: tuple,  # name -> (the value to begin with, the values to choose from)
 ):
     """Show a figure, with sliders where the page can have them. `ValueError` for a first value not to choose.
@@ -75,7 +92,7 @@ def with_sliders(
     """
     for name, (first, values) in sliders.items():
         check(first in values, name, "a first value that can be chosen", first)
-    png = _png(_drawn(draw(**{name: first for name, (first, _) in sliders.items()})), colours, optimize=True)
+    png = _still(draw(**{name: first for name, (first, _) in sliders.items()}), colours)
     live = _live(draw, png, text, colours, sliders)._repr_mimebundle_() if ipywidgets else {}
     display({**live, "image/png": png, "text/plain": text}, raw=True)
 
@@ -98,20 +115,15 @@ def stand_still(
                 del data[kind]
 
 # %% ../../nbs/lib/evidence/16_lessons.ipynb #9b8050dc
-def _in_motion(draw: Callable, frames: Sequence, seconds: float, colours: int) -> tuple:
-    "What `_png` is called with: the picture that stands for all, their colours, and options with the others."
+def _in_motion(draw: Callable, frames: Sequence, seconds: float, colours: int) -> bytes:
+    "The bytes of an animated PNG."
     pictures = [_drawn(draw(frame)) for frame in frames]
     sizes = sorted({picture.size for picture in pictures})
     check(len(sizes) == 1, "draw", "figures of one size", " and ".join(map(str, sizes)))
-    width, height = sizes[0]
-    sheet = Image.new("RGB", (width, height * len(pictures)))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (0, i * height))
-    palette = sheet.quantize(colours, dither=Image.Dither.NONE)
-    pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    pictures = _with_palette(pictures, colours)
     each = [round(1000 * seconds)] * (len(pictures) - 1) + [round(4000 * seconds)]
-    options = dict(save_all=True, append_images=pictures, default_image=True, duration=each, loop=0)
-    return pictures[-1], colours, options
+    others = dict(save_all=True, append_images=pictures, default_image=True, duration=each, loop=0)
+    return _png(pictures[-1], **others)
 
 
 def in_motion(
@@ -138,5 +150,4 @@ def in_motion(
     colours : int
         Of the palette that all frames share
     """
-    picture, colours, options = _in_motion(draw, frames, seconds, colours)
-    display({"image/png": _png(picture, colours, **options), "text/plain": text}, raw=True)
+    display({"image/png": _in_motion(draw, frames, seconds, colours), "text/plain": text}, raw=True)
