@@ -38,7 +38,7 @@ class Artefact:
     default : bool
         whether it is part of the main job
     tables : tuple
-        names given to save_table
+        names given to show_table and save_table
     figures : tuple
         names given to save_figure
     """
@@ -48,7 +48,7 @@ class Artefact:
     summary: str  # the sentence quoted below it
     parameters: dict  # name -> default value as it is written
     default: bool  # whether it is part of the main job
-    tables: tuple  # names given to save_table
+    tables: tuple  # names given to show_table and save_table
     figures: tuple  # names given to save_figure
 
     @property
@@ -91,13 +91,14 @@ def heading(
 # %% ../../nbs/lib/cli/01_artefacts.ipynb #e9ef237c
 def _outputs(
     sources: list,  # Code of the cells
-    function: str,  # "save_table" or "save_figure"
+    *functions: str,  # "show_table", "save_table", "save_figure"
 ) -> tuple:
-    "The names of what calls of `function` save."
+    "The names of what calls of these functions save."
     calls = [n for source in sources for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]
     names = []
     for call in calls:
-        if function not in (getattr(call.func, "id", None), getattr(call.func, "attr", None)):
+        function = getattr(call.func, "id", getattr(call.func, "attr", None))
+        if function not in functions:
             continue
         second = call.args[1] if len(call.args) > 1 else None
         name = second.value if isinstance(second, ast.Constant) else None
@@ -130,7 +131,7 @@ def read_artefact(
         summary=summary,
         parameters={name: found["default"] for name, found in pm.inspect_notebook(nb).items()},
         default="default" in tags,
-        tables=_outputs(code, "save_table"),
+        tables=_outputs(code, "save_table", "show_table"),
         figures=_outputs(code, "save_figure"),
     )
 

@@ -57,7 +57,8 @@ def shareable(
     """
     for cell in nb.cells:
         tags = cell.metadata.get("tags", [])
-        cell.metadata = nbformat.from_dict({"tags": tags})
+        folded = {"jupyter": cell.metadata["jupyter"]} if "jupyter" in cell.metadata else {}
+        cell.metadata = nbformat.from_dict({"tags": tags, **folded})
         if "injected-parameters" in tags:
             cell.id = "injected-parameters"  # papermill draws one
     notes = nb.metadata.get("papermill", {})

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .judge import ABOVE_ZERO, verdict
+from .report import VERDICTS
 from .statistics import Interval, near
 
 # %% ../../nbs/lib/evidence/12_claims.ipynb #e6ecf348
@@ -203,9 +204,6 @@ def summary(
     return "\n".join(lines)
 
 # %% ../../nbs/lib/evidence/12_claims.ipynb #593b2129
-_COLOURS = {"holds": "C2", "undecided": "0.45", "does not hold": "C3"}
-
-
 def _found(claim):
     return [effect for effect in claim.findings.values() if effect is not None]
 
@@ -239,7 +237,7 @@ def _draw_claim(ax, claim, row):
         if effect is None:
             continue
         y, bold = row + 0.64 * (i + 0.5) / size - 0.32, setting == at
-        colour = _COLOURS[verdict(effect, claim.wanted)]
+        colour = VERDICTS[verdict(effect, claim.wanted)]
         ax.plot([effect.low, effect.high], [y, y], color=colour, lw=2 if bold else 0.8, solid_capstyle="butt")
         fill = "w" if claim.seeds in _FEW else colour
         ax.plot(effect.mean, y, "o", color=colour, mfc=fill, ms=4.5 if bold else 2.5)
@@ -282,7 +280,7 @@ def plot_claims(claims: list) -> plt.Figure:
     for ax, (label, part) in zip(axes, panels):
         _draw_panel(ax, part, label, repeated)
     marks = [
-        plt.Line2D([], [], color=colour, marker="o", ms=4.5, label=name) for name, colour in _COLOURS.items()
+        plt.Line2D([], [], color=colour, marker="o", ms=4.5, label=name) for name, colour in VERDICTS.items()
     ]
     marks += [
         plt.Line2D([], [], color="0.2", marker="o", ms=4.5, mfc="w", ls="", label="one or two seeds"),

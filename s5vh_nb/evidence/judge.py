@@ -15,6 +15,7 @@ import pandas as pd
 from ..basics.checks import check, known
 from ..basics.config import to_dict
 from .identity import find_value
+from .report import VERDICTS
 from .statistics import Interval, interval, near, paired_bootstrap
 from .store import Store
 
@@ -141,6 +142,8 @@ def effect(
 ) -> Interval | None:
     """The weighted sum of the rows' scores with its 95 % interval; None when a row has not been run.
 
+    Rows are paired by seed: where one has fewer seeds than another, those that all have count.
+
     Parameters
     ----------
     terms : _Terms
@@ -158,9 +161,11 @@ def effect(
         "one set, to pair the queries",
         f"the fingerprints {sorted(prints)}",
     )
-    seeds = {tuple(_seed_of(record) for record in records) for _, records in terms}
-    check(len(seeds) == 1, "seeds of the rows", "the same, to pair them", sorted(seeds))
-    total = sum(weight * scores_of(records, store, score) for weight, records in terms)  # (seeds, nq)
+    seeds = [{_seed_of(record) for record in records} for _, records in terms]
+    common = set.intersection(*seeds)
+    check(common, "seeds of the rows", "some that all have, to pair them", [sorted(each) for each in seeds])
+    paired = [(weight, [r for r in records if _seed_of(r) in common]) for weight, records in terms]
+    total = sum(weight * scores_of(records, store, score) for weight, records in paired)  # (seeds, nq)
     return paired_bootstrap(total, np.zeros_like(total))
 
 
@@ -353,7 +358,8 @@ def plot_gains(
         draw_gains(ax, rows, names, axis_end(others[others.dataset == dataset]))
         ax.set_title(f"{dataset}, {bits} bits")
     score = "GmAP" if "GmAP" in table else "mAP"
-    fig.supxlabel(f"gain in {score} over {base}, 95 % interval", fontsize="medium")
+    what = f"gain in {score} over {base}, 95 % interval\n(blue: better, orange: worse, grey: undecided)"
+    fig.supxlabel(what, fontsize="medium")
     return fig
 
 
@@ -377,7 +383,9 @@ def draw_gains(
     names: list,  # All rows there may be, from the top; one that is not among `rows` stays empty
     end: float,  # From `axis_end`
 ):
-    """Gains with their intervals, a line each; what lies beyond the end is an arrow with its numbers.
+    """Gains with their intervals, a line each, coloured by what they say: better, worse or neither.
+
+    What lies beyond the end is an arrow with its numbers.
 
     Parameters
     ----------
@@ -391,20 +399,21 @@ def draw_gains(
     """
     for row in rows.itertuples():
         y = len(names) - 1 - names.index(row.row)
+        colour = VERDICTS[verdict(Interval(row.gain, row.low, row.high))]
         if max(-row.low, row.high) <= end:
-            ax.plot([row.low, row.high], [y, y], color="C3", lw=1.5, solid_capstyle="butt")
-            ax.plot(row.gain, y, "o", ms=4, color="C3")
+            ax.plot([row.low, row.high], [y, y], color=colour, lw=1.5, solid_capstyle="butt")
+            ax.plot(row.gain, y, "o", ms=4, color=colour)
         else:
-            _draw_beyond(ax, row, y, end)
+            _draw_beyond(ax, row, y, end, colour)
     ax.axvline(0, color="k", lw=0.8)
     ax.locator_params(axis="x", nbins=4)
     ax.set(xlim=(-end, end), ylim=(-0.6, len(names) - 0.4))
     ax.set_yticks(range(len(names)), names[::-1])
 
 
-def _draw_beyond(ax, row, y, end):
+def _draw_beyond(ax, row, y, end, colour):
     side, align = (1, "right") if row.gain > 0 else (-1, "left")
-    ax.plot(side * 0.95 * end, y, ">" if side > 0 else "<", ms=4, color="C3")
+    ax.plot(side * 0.95 * end, y, ">" if side > 0 else "<", ms=4, color=colour)
     numbers = f"{row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
     box = dict(fc="w", ec="none", pad=1)
     ax.text(side * 0.86 * end, y, numbers, fontsize=7, va="center", ha=align, bbox=box)

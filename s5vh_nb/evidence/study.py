@@ -20,7 +20,7 @@ from ..basics.devices import Device
 from ..basics.profiles import PROFILES, Variant
 from ..datasets.catalog import DATA_ROOT, available, entry_of, is_there
 from .experiments import EXPERIMENTS, Experiment, Fitted, config_of
-from .report import folder_of, save_figure, save_table, style
+from .report import folder_of, save_figure, save_table, show_table, style
 from .store import Store
 from ..models.multiview import Method
 
@@ -89,7 +89,8 @@ class Study:
         if not (at_this_length and self.experiment.runs_on(row, dataset, self.datasets)):
             return None
         place, epochs = (self.rows[row], dataset, self.profile, bits), self.experiment.epochs
-        found = [config_of(*place, seed, epochs.get(self.profile)) for seed in self.seeds]
+        seeds = self.experiment.seeds_of(row, self.seeds)
+        found = [config_of(*place, seed, epochs.get(self.profile)) for seed in seeds]
         return None if None in found else found
 
     def cells(
@@ -195,13 +196,49 @@ class Study:
         folder = folder_of(self.store.root, "results", self.profile) / "tables"
         return save_table(frame, folder / f"{self._paper()}_{name}.csv")
 
+    def show_table(
+        self,
+        frame: pd.DataFrame,  # The whole table, which is saved; an empty one is not
+        name: str,  # Begins with the notebook's stem
+        shown: pd.DataFrame | None = None,  # What the reader sees of it; None: the first 15 rows
+        digits: int = 3,  # Decimals of scores; columns of large numbers get fewer
+    ):
+        """Save a table as `save_table` does, display at most 15 rows of it, rounded, and link the file.
+
+        The link works from the executed copy, in `results/<profile>/executed`.
+
+        Parameters
+        ----------
+        frame : pd.DataFrame
+            The whole table, which is saved; an empty one is not
+        name : str
+            Begins with the notebook's stem
+        shown : pd.DataFrame | None
+            What the reader sees of it; None: the first 15 rows
+        digits : int
+            Decimals of scores; columns of large numbers get fewer
+        """
+        if frame.empty:
+            print(f"{name}: not run yet")
+            return
+        path = self.save_table(frame, name)
+        link = f"[{path.relative_to(self.store.root).as_posix()}](../tables/{path.name})"
+        show_table(frame if shown is None else shown, len(frame), link, digits)
+
+    @property
+    def note(self) -> str:
+        "What keeps the numbers from being results, as a banner of figures; else empty."
+        if self.profile == "smoke":
+            return "Smoke run: it shows only that the notebook runs. These numbers mean nothing."
+        return f"Not a result. {self.short}" if self.short else ""
+
     def save_figure(
         self,
         fig: plt.Figure,
         name: str,  # Begins with the notebook's stem
         **options,  # Of `report.save_figure`
     ) -> Path:
-        """Save as `figures/<profile>/<paper>/<name>.png`; returns the path.
+        """Save as `figures/<profile>/<paper>/<name>.png`, with the banner `note`; returns the path.
 
         Parameters
         ----------
@@ -212,17 +249,20 @@ class Study:
             Of `report.save_figure`
         """
         folder = folder_of(self.store.root, "figures", self.profile) / self._paper()
-        return save_figure(fig, folder / f"{name}.png", **options)
+        return save_figure(fig, folder / f"{name}.png", note=self.note, **options)
 
 
 def _name_left_out(places, label):
-    "One line for all rows of a data set and code length that lack a record."
-    rows_at = {}
+    "One line for the rows that lack a record in the same data sets and code lengths."
+    rows_at, places_of = {}, {}
     for dataset, bits, row in places:
         rows_at.setdefault((dataset, bits), []).append(row)
-    what = f"left out of {label!r}" if label else "left out"
     for (dataset, bits), rows in rows_at.items():
-        print(f"{what}, not all seeds run: {'; '.join(rows)} ({dataset}, {bits} bits)")
+        places_of.setdefault("; ".join(rows), {}).setdefault(dataset, []).append(str(bits))
+    what = f"left out of {label!r}" if label else "left out"
+    for rows, lengths in places_of.items():
+        where = "; ".join(f"{dataset}, {' '.join(bits)} bits" for dataset, bits in lengths.items())
+        print(f"{what}, not all seeds run: {rows} ({where})")
 
 # %% ../../nbs/lib/evidence/10_study.ipynb #0b8b4b68
 def _assigned(cells: list) -> list:  # Code
