@@ -58,19 +58,21 @@ lab: $(READY)  ## JupyterLab for the whole project, opened at the index
 expected: $(READY)  ## results/expected.csv: what the main job should give, from three seeds of it
 	$(BIN)/python tools/expected.py
 
-weights: $(READY)  ## the networks of s5vh_nb/data/plus, trained anew
+weights: $(READY)  ## the networks of s5vh_nb/data/plus, trained anew, and their cards
 	$(BIN)/python tools/weights.py
+	$(BIN)/python tools/cards.py
 
-readme: $(READY)  ## README.md from nbs/index.ipynb
+readme: $(READY)  ## README.md and the pages of nbs/pages, from records and tables
 	$(BIN)/python tools/readme.py
 
-prepare: $(READY)  ## after editing notebooks: format, export the package, clean the notebooks, make drawings, README.md and docs/equations.md
+prepare: $(READY)  ## after editing notebooks: format, export the package, clean the notebooks, make drawings, README.md, pages and docs/equations.md
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format --quiet .
 	$(BIN)/python tools/export.py
 	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level WARN $(wildcard nbs/s5vh/*.ipynb nbs/dmmh/*.ipynb nbs/beyond/*.ipynb)
 	$(BIN)/python tools/pictures.py
 	$(BIN)/nbdev_clean
+	$(BIN)/python tools/path.py
 	$(BIN)/python tools/drawings.py
 	$(BIN)/python tools/readme.py
 	$(BIN)/python tools/equations.py
@@ -84,5 +86,5 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version); this takes some minutes, once"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 setuptools wheel
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev,video,milvus,ray,serve]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev,lab,video,milvus,ray,serve]'
 	@touch $@
