@@ -61,7 +61,7 @@ def _live(draw: Callable, png: bytes, text: str, colours: int, sliders: dict) ->
         name: ipywidgets.SelectionSlider(options=list(values), value=first, description=name)
         for name, (first, values) in sliders.items()
     }
-    picture = ipywidgets.Image(value=png, alt=text)
+    picture = ipywidgets.Image(value=png, alt=text, layout={"align_self": "flex-start"})  # not stretched
 
     def renew(_):
         picture.value = _still(draw(**{name: part.value for name, part in parts.items()}), colours)
