@@ -892,6 +892,14 @@ def test_files_are_few_and_small():
     assert total <= MEGABYTES and len(files) <= FILES, f"{total:.1f} MB in {len(files)} files"
 
 
+def test_lessons_are_small():
+    "Their pictures have palettes, and those in motion have few frames."
+    large = [
+        name_of(path) for path in (ROOT / "nbs" / "learn").glob("*.ipynb") if path.stat().st_size > 300_000
+    ]
+    assert not large
+
+
 @in_checkout
 def test_no_machine_paths():
     "No tracked text names a folder of the machine it was made on."
