@@ -224,8 +224,9 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path):
         super().__init__()
-        self.links, self.loads, self.ids, self.silent, self.dollars = set(), set(), set(), [], []
-        self.inside = []  # open tags whose text is code or a formula
+        self.links, self.loads = set(), set()
+        self.ids, self.silent = set(), []
+        self.dollars, self.inside = [], []  # `inside`: open tags whose text is code or a formula
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
