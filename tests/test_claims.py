@@ -88,10 +88,11 @@ def test_effects_of_made_up_runs(pretend):
     assert share.mean == pytest.approx(100 * over.mean / scores_of(bad, study.store).mean())
 
 
-def test_rows_of_different_seeds_are_not_compared(store):
-    one = store.get(BaselineConfig(bits=16))
-    with pytest.raises(ValueError, match="seeds of the rows: expected the same"):
-        gain([one, one], [one], store)
+def test_rows_are_compared_at_the_seeds_that_both_have(store):
+    first, second = (store.get(BaselineConfig(bits=16, seed=seed)) for seed in (1, 2))
+    assert gain([first, second], [second], store).mean == 0
+    with pytest.raises(ValueError, match="seeds of the rows: expected some that all have"):
+        gain([first], [second], store)
 
 
 def test_rows_of_different_data_are_not_compared(pretend, store):

@@ -342,6 +342,10 @@ def save_figure(
         A banner above the figure: what keeps it from being a result
     """
     if note:
+        fig.draw_without_rendering()
+        fig.set_layout_engine("none")  # what has its place keeps it
+        for legend in fig.legends:
+            legend.set_bbox_to_anchor((0, 0, 1, 1), fig.transFigure)  # not that of the picture with the banner
         text = textwrap.fill(note, round(11 * fig.get_figwidth()))
         fig.text(0.5, 1.02, text, ha="center", va="bottom", **_BANNER)
     drawn = io.BytesIO()
