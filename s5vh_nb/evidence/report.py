@@ -345,7 +345,7 @@ def save_figure(
         fig.draw_without_rendering()
         fig.set_layout_engine("none")  # what has its place keeps it
         for legend in fig.legends:
-            legend.set_bbox_to_anchor((0, 0, 1, 1), fig.transFigure)  # not that of the picture with the banner
+            legend.set_bbox_to_anchor((0, 0, 1, 1), fig.transFigure)  # not of the picture
         text = textwrap.fill(note, round(11 * fig.get_figwidth()))
         fig.text(0.5, 1.02, text, ha="center", va="bottom", **_BANNER)
     drawn = io.BytesIO()
