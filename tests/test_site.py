@@ -233,6 +233,8 @@ def test_the_keyboard_opens_the_sidebar_of_a_phone(view):
     page = view("index", WIDTHS["phone"])
     tab(page, lambda stop: stop.name == "Toggle site navigation sidebar", most=2)
     page.press(" ", 32)
+    arrived = "Promise.all(document.getAnimations().map(each => each.finished)).then(() => true)"
+    page.call("Runtime.evaluate", expression=arrived, awaitPromise=True)
     tab(page, lambda stop: stop.name == "Search", most=8)
 
 
