@@ -586,10 +586,11 @@ class Needed(ast.NodeTransformer):
 def undeclared(trees, requirements):
     "`{package: places}` of what code needs and no requirement names."
     found, known, installed = {}, distributions(requirements), packages_distributions()
+    scripts = {path.stem for path in SCRIPTS + TESTS}
     for where, tree in trees:
         for name in imports(Needed().visit(copy.deepcopy(tree)), "s5vh_nb.wing.module"):
             first = (name or "s5vh_nb").partition(".")[0]
-            ours = first == "s5vh_nb" or first in sys.stdlib_module_names or first in {p.stem for p in TESTS}
+            ours = first == "s5vh_nb" or first in sys.stdlib_module_names or first in scripts
             if not ours and not known & distributions(installed.get(first, [first])):
                 found.setdefault(first, set()).add(where)
     return found

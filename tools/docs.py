@@ -65,7 +65,8 @@ class Site:
         "Where a link in the file `origin` leads on the site; None: nowhere."
         if re.match(r"[a-z]+:|#", link):
             return link
-        name, mark, anchor = link.partition("#")
+        name = link.partition("#")[0]
+        anchor = link.removeprefix(name)
         path = Path(os.path.normpath(origin.parent / unquote(name)))
         if not path.exists() and origin.suffix == ".ipynb":  # a copy whose links still start at its notebook
             path = Path(os.path.normpath((NBS / self.pages[origin]).parent / unquote(name)))
@@ -73,11 +74,11 @@ class Site:
         if not path.exists() or not path.is_relative_to(ROOT):
             return None
         if path in self.pages:
-            return os.path.relpath(self.folder / self.pages[path], here) + mark + anchor
+            return os.path.relpath(self.folder / self.pages[path], here) + anchor
         inside = path.relative_to(ROOT)
         if path.suffix not in DOWNLOADS:
             kind = "tree" if path.is_dir() else "blob"
-            return f"{self.url}/{kind}/{self.branch}/{inside.as_posix()}{mark}{anchor}"
+            return f"{self.url}/{kind}/{self.branch}/{inside.as_posix()}{anchor}"
         copied = self.folder / "files" / inside
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, copied)
@@ -131,9 +132,11 @@ class Site:
                 trees["About"] += [self.pages[path] for path in paths]
                 continue
             self.write(f"{folder}.md", self.contents(title, folder, paths))
-            library, _, wing = folder.rpartition("/")
-            trees["Library" if library else "Notebooks"].append(f"{wing if library else title} <{folder}.md>")
-            if library:
+            wing = folder.removeprefix("lib/")
+            if wing == folder:
+                trees["Notebooks"].append(f"{title} <{folder}.md>")
+            else:
+                trees["Library"].append(f"{wing} <{folder}.md>")
                 self.reference(wing, [path.stem for path in paths])
                 trees["API reference"].append(f"{wing} <api/{wing}.md>")
         for path in (ROOT / "docs" / "equations.md", ROOT / "LOG.md"):
@@ -224,8 +227,9 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path):
         super().__init__()
-        self.links, self.loads, self.ids, self.silent, self.dollars = set(), set(), set(), [], []
-        self.inside = []  # open tags whose text is code or a formula
+        self.links, self.loads = set(), set()
+        self.ids, self.silent = set(), []
+        self.dollars, self.inside = [], []  # `inside`: open tags whose text is code or a formula
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
