@@ -336,7 +336,7 @@ def plot_gains(
     table: pd.DataFrame,  # From `compare`
     base: str,  # Its row is left out
 ) -> plt.Figure:
-    """Gain of every row over the base with its interval, one panel per data set and code length.
+    """Gain of every row over the base with its interval, one panel per data set (across) and code length.
 
     Parameters
     ----------
@@ -351,11 +351,15 @@ def plot_gains(
         ax.set_axis_off()
         ax.text(0.5, 0.5, f"no row but {base} has been run with all seeds", ha="center")
         return fig
-    panels, names = list(others.groupby(["dataset", "bits"], sort=False)), list(dict.fromkeys(others.row))
-    size = 2.2 + 2.7 * len(panels), 0.9 + 0.27 * len(names)
-    fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
-    for ax, ((dataset, bits), rows) in zip(axes[0], panels):
-        draw_gains(ax, rows, names, axis_end(others[others.dataset == dataset]))
+    names = list(dict.fromkeys(others.row))
+    sets, lengths = (list(dict.fromkeys(others[column])) for column in ("dataset", "bits"))
+    places = [[(d, k) for d in sets] for k in lengths] if len(sets) > 1 else [[(sets[0], k) for k in lengths]]
+    shape = len(places), len(places[0])
+    size = 2.2 + 2.3 * shape[1], 0.9 + (0.35 + 0.2 * len(names)) * shape[0]
+    fig, axes = plt.subplots(*shape, figsize=size, sharex="col", sharey=True, squeeze=False)
+    for ax, (dataset, bits) in zip(axes.flat, sum(places, [])):
+        of_set = others[others.dataset == dataset]
+        draw_gains(ax, of_set[of_set.bits == bits], names, axis_end(of_set))
         ax.set_title(f"{dataset}, {bits} bits")
     score = "GmAP" if "GmAP" in table else "mAP"
     what = f"gain in {score} over {base}, 95 % interval\n(blue: better, orange: worse, grey: undecided)"
