@@ -61,16 +61,17 @@ expected: $(READY)  ## results/expected.csv: what the main job should give, from
 weights: $(READY)  ## the networks of s5vh_nb/data/plus, trained anew
 	$(BIN)/python tools/weights.py
 
-readme: $(READY)  ## README.md from nbs/index.ipynb
+readme: $(READY)  ## README.md and the pages of nbs/pages, from records and tables
 	$(BIN)/python tools/readme.py
 
-prepare: $(READY)  ## after editing notebooks: format, export the package, clean the notebooks, make drawings, README.md and docs/equations.md
+prepare: $(READY)  ## after editing notebooks: format, export the package, clean the notebooks, make drawings, README.md, pages and docs/equations.md
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format --quiet .
 	$(BIN)/python tools/export.py
 	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level WARN $(wildcard nbs/s5vh/*.ipynb nbs/dmmh/*.ipynb nbs/beyond/*.ipynb)
 	$(BIN)/python tools/pictures.py
 	$(BIN)/nbdev_clean
+	$(BIN)/python tools/path.py
 	$(BIN)/python tools/drawings.py
 	$(BIN)/python tools/readme.py
 	$(BIN)/python tools/equations.py

@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import configparser
 import copy
 import fnmatch
 import importlib
@@ -743,21 +744,52 @@ def test_artefact_notebook(path):
     assert outputs, "it saves no table and no figure"
     begin = [name == path.stem or name.startswith(f"{path.stem}_") for name in outputs]
     assert all(begin), "outputs begin with the notebook's stem"
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"nbs/{artefact.name}.ipynb" in readme, "not listed in the index (make readme)"
+    listed = (ROOT / "nbs" / "pages" / "artefacts.ipynb").read_text(encoding="utf-8")
+    assert f"(../{artefact.name}.ipynb)" in listed, "not listed in nbs/pages/artefacts.ipynb (make readme)"
 
 
 def test_main_job_has_artefacts():
     assert any(read_artefact(path).default for path in ARTEFACTS)
 
 
+PAGES = [path for path in NOTEBOOKS if path.parent.name == "pages"]
+
+
 def test_readme_is_current():
-    readme, current = load_tool("readme"), (ROOT / "README.md").read_text(encoding="utf-8")
-    stored = readme.to_markdown(nbformat.read(readme.INDEX, as_version=4))
+    tool, current = load_tool("readme"), (ROOT / "README.md").read_text(encoding="utf-8")
+    stored = tool.readme(nbformat.read(tool.INDEX, as_version=4))
     assert stored == current, "README.md differs from the index's stored outputs (make readme)"
-    assert readme.to_markdown(readme.executed_index()) == current, (
-        "the index's outputs are stale (make readme)"
-    )
+
+
+@pytest.mark.parametrize("path", [ROOT / "nbs" / "index.ipynb", *PAGES], ids=name_of)
+def test_pages_are_current(path):
+    "The index and the pages say what their code says now, and hide the code."
+    tool, nb = load_tool("readme"), nbformat.read(path, as_version=4)
+    assert tool.PAGES == PAGES
+    assert all("hide-input" in cell.metadata.get("tags", []) for cell in nb.cells if cell.cell_type == "code")
+    stored = tool.to_markdown(nb)
+    assert tool.to_markdown(tool.executed(path)) == stored, "stale outputs (make readme)"
+
+
+def test_readme_is_short():
+    "One can read it in a few minutes; the pages have the rest."
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    words = [word for line in text.splitlines() if not line.startswith("|") for word in line.split()]
+    assert len(words) <= 1200 and len(text.splitlines()) <= 150
+
+
+def test_project_page_lists_the_library():
+    listed = (ROOT / "nbs" / "pages" / "project.ipynb").read_text(encoding="utf-8")
+    missing = [name_of(p) for p in LIBRARY if f"(../lib/{p.parent.name}/{p.name})" not in listed]
+    assert not missing, f"not listed in nbs/pages/project.ipynb: {missing} (make readme)"
+
+
+def test_readme_clones_what_the_settings_name():
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    about = settings["DEFAULT"]
+    url = about["git_url"] % about
+    assert f"git clone {url} && cd {about['repo']}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_links_lead_somewhere():

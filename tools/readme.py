@@ -1,6 +1,6 @@
-"""README.md from nbs/index.ipynb: execute the notebook, convert it, and make its links start at the root.
+"""README.md and the pages of nbs/pages: execute nbs/index.ipynb and the pages, and convert the index.
 
-The notebook's own code stays out of the README (cells tagged `hide-input`), its outputs come in.
+The README has the index's outputs, not the code of cells tagged `hide-input`; its links start at the root.
 """
 
 import os
@@ -17,14 +17,15 @@ from s5vh_nb.basics.files import atomic_write, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 INDEX = ROOT / "nbs" / "index.ipynb"
+PAGES = sorted((ROOT / "nbs" / "pages").glob("*.ipynb"))
 NOTE = "<!-- made from nbs/index.ipynb by `make readme`; edit the notebook -->\n\n"
 
 
-def executed_index():
-    "The index, executed."
-    nb = nbformat.read(INDEX, as_version=4)
+def executed(path):
+    "A notebook, executed in its folder."
+    nb = nbformat.read(path, as_version=4)
     run = ExecutePreprocessor(timeout=300, kernel_name="python3", extra_arguments=["--log-level=CRITICAL"])
-    run.preprocess(nb, {"metadata": {"path": str(INDEX.parent)}})
+    run.preprocess(nb, {"metadata": {"path": str(path.parent)}})
     return nb
 
 
@@ -37,16 +38,28 @@ def from_root(match):
 
 
 def to_markdown(nb):
+    "The text of an executed notebook: without code that is hidden, and without links to its neighbours."
+    removed = {"enabled": True, "remove_input_tags": ["hide-input"], "remove_cell_tags": ["nav"]}
+    text, _ = MarkdownExporter(config=Config({"TagRemovePreprocessor": removed})).from_notebook_node(nb)
+    return text
+
+
+def readme(nb):
     "The README's text for an executed index."
-    config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": ["hide-input"]}})
-    text, _ = MarkdownExporter(config=config).from_notebook_node(nb)
-    text = re.sub(r"(!?\[[^\]]*\]\()([^)\s]+)(\))", from_root, text)
+    text = re.sub(r"(!?\[[^\]]*\]\()([^)\s]+)(\))", from_root, to_markdown(nb))
     return NOTE + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-if __name__ == "__main__":
-    nb = executed_index()
-    write_text(ROOT / "README.md", to_markdown(nb))
-    with atomic_write(INDEX) as tmp:
+def make(path):
+    "Execute a notebook and write it, clean; returns it."
+    nb = executed(path)
+    with atomic_write(path) as tmp:
         nbformat.write(nb, tmp)
-    nbdev_clean(str(INDEX))
+    nbdev_clean(str(path))
+    return nb
+
+
+if __name__ == "__main__":
+    write_text(ROOT / "README.md", readme(make(INDEX)))
+    for page in PAGES:
+        make(page)

@@ -20,7 +20,7 @@ import papermill as pm
 from PIL import Image
 
 from ..basics.files import user_path, write_text
-from .artefacts import Artefact
+from .artefacts import PAPERS, Artefact
 from ..evidence.report import folder_of
 
 # %% ../../nbs/lib/cli/02_execute.ipynb #6a7dccbf
@@ -103,6 +103,48 @@ def shrink_pictures(
             if png := output.get("data", {}).get("image/png"):
                 output.data["image/png"] = base64.b64encode(_small_png(base64.b64decode(png))).decode()
 
+# %% ../../nbs/lib/cli/02_execute.ipynb #7f889704
+def _copy_of(
+    notebook: Path,  # Of an artefact
+    profile: str,
+) -> Path:
+    "Where the executed copy is kept."
+    folder = folder_of(notebook.parents[2], "results", profile) / "executed"
+    return folder / f"{notebook.parent.name}_{notebook.name}"
+
+
+_LINKS = re.compile(r"(`+).+?\1(?!`)|(?<=\]\()[^)\s]+", re.DOTALL)  # code, or the target of a link
+
+
+def _moved(link: str, notebook: Path, folder: Path) -> str:
+    "A relative link of a notebook as seen from another folder; the same text where it leads nowhere."
+    name, place = re.fullmatch("([^#]*)(.*)", link).groups()
+    target = Path(os.path.normpath(notebook.parent / name))
+    if not name or re.match("[a-z]+:", link) or not target.exists():
+        return link
+    if target.suffix == ".ipynb" and target.parent.name in PAPERS and target != notebook:
+        results = _copy_of(target, "full")
+        target = results if results.is_file() else target
+    return Path(os.path.relpath(target, folder)).as_posix() + place
+
+
+def _move_links(
+    nb,  # An executed notebook, changed in place
+    notebook: Path,  # The one it was made from
+    folder: Path,  # Where it will be kept
+):
+    "Make relative links lead from the folder to where they led from the notebook."
+
+    def moved(text):
+        return _LINKS.sub(lambda found: found[0] if found[1] else _moved(found[0], notebook, folder), text)
+
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            cell.source = moved(cell.source)
+        for output in cell.get("outputs", []):
+            if "text/markdown" in output.get("data", {}):
+                output.data["text/markdown"] = moved(output.data["text/markdown"])
+
 # %% ../../nbs/lib/cli/02_execute.ipynb #cf5f546c
 @contextlib.contextmanager
 def environment(
@@ -181,8 +223,7 @@ def executed_path(artefact: Artefact, profile: str) -> Path:
     artefact : Artefact
     profile : str
     """
-    folder = folder_of(artefact.root, "results", profile) / "executed"
-    return folder / f"{artefact.paper}_{artefact.stem}.ipynb"
+    return _copy_of(artefact.path, profile)
 
 
 def _as_far_as_written(
@@ -242,6 +283,7 @@ def execute(
     try:
         executed, failure = _executed(artefact, parameters)
         shrink_pictures(executed)
+        _move_links(executed, artefact.path, out.parent)
         text = shareable(executed, artefact.root, parameters.get("data_root"))
         write_text(failed if failure else out, text)
     except OSError as error:

@@ -1,0 +1,135 @@
+"What the README says of the evidence, from made-up tables: numbers are counted, words follow signs."
+
+import pandas as pd
+import pytest
+
+from s5vh_nb.evidence.findings import findings
+
+SETS = ("spoken-digits", "asl-words")
+PARTS = ("alignment", "second direction", "Mamba instead of the Transformer")
+DEPTH = "stochastic depth"
+
+
+def claims(*verdicts):
+    return pd.DataFrame({"verdict": verdicts})
+
+
+def lines(*gains, names=("gain", "low", "high"), **columns):
+    "A line per gain, with an interval of 0.02 around it."
+    ends = [dict(zip(names, (gain, gain - 0.01, gain + 0.01))) for gain in gains]
+    return pd.DataFrame(ends).assign(**columns)
+
+
+def parts(depth, others, rival):
+    "The table of parts of two data sets, each with these gains."
+    rows = [(DEPTH, "in S5VH", depth), ("S5VH instead of ConMH-style", f"with {DEPTH}", rival)]
+    rows += [(part, f"with {DEPTH}", others) for part in PARTS]
+    tables = [
+        lines(gain, part=part, when=when, dataset=d, bits=16) for part, when, gain in rows for d in SETS
+    ]
+    return pd.concat(tables)
+
+
+RIVALS = dict(names=("gain", "gain low", "gain high"))
+TABLES = {
+    "s5vh_claims": claims("holds", "holds so far", "does not hold (one seed)", "undecided", "not run yet"),
+    "dmmh_claims": claims("holds", "undecided so far", "not testable here"),
+    "s5vh_gain_parts": parts(0.05, -0.02, -0.03),
+    "s5vh_audit": pd.DataFrame(
+        {
+            "place": ["1 2 10", "10", "6"],
+            "as released": ["the whole release", DEPTH, "best evaluation"],
+            "effect on GmAP": [0.09, 0.06, -0.03],
+        }
+    ),
+    "s5vh_retrieval_verdict": lines(
+        0.05, -0.03, 0.0, **{"best rival": ["ConMH-style", "ITQ, flattened", "ITQ, time mean"]}, **RIVALS
+    ),
+    "s5vh_retrieval_plus": lines(0.125, 0.02, -0.02, **RIVALS),
+    "dmmh_claims_details": pd.concat(
+        [
+            lines(0.1, 0.2, names=("effect", "low", "high"), claim="DMMH beats ITQ"),
+            lines(0.1, 0.0, names=("effect", "low", "high"), claim="DMMH beats itself with a Transformer"),
+            pd.DataFrame({"claim": ["DMMH beats BSTH"]}),  # not run yet
+            lines(-0.1, 0.0, names=("effect", "low", "high"), claim="Mamba helps"),
+        ]
+    ),
+}
+
+
+@pytest.fixture
+def said(tmp_path):
+    "A function of tables that differ from those above: the sentences."
+
+    def of(**changed):
+        for name, table in (TABLES | changed).items():
+            table.to_csv(tmp_path / f"{name}.csv", index=False)
+        return findings(tmp_path)
+
+    return of
+
+
+def test_findings_count(said):
+    found = said()
+    assert found["Claims"] == (
+        "S5VH's claims hold in 2 of 4 checks, fail in 1 and stay undecided in 1 (waiting for runs: 1). "
+        "DMMH's claims hold in 1 of 2 checks, fail in 0 and stay undecided in 1 (not testable here: 1)."
+    )
+    assert (
+        "better in 2 of 2 cases, by up to 0.050 GmAP, and worse in 0. No other" in found["Stochastic depth"]
+    )
+    gain = found["Where the gain comes from"]
+    assert "S5VH is better than a ConMH-style Transformer in 0 of 2 cases and worse in 2." in gain
+    assert "stochastic depth by +0.050, center alignment by -0.020" in gain
+    best = found["The best method"]
+    assert best.startswith("S5VH is better than the best of its rivals in 1 of 3 cases and worse in 1.")
+    assert "worse in 1. There ITQ, which trains no network, is ahead. Our own" in best
+    assert "in 2 of 3 cases, by up to 0.125 GmAP, and worse in 1." in best
+    assert found["DMMH"] == (
+        "DMMH is better than 1 of 2 rivals at every code length. The exception is DMMH with a Transformer. "
+        "At no length is any of them better than DMMH. "
+        "Its Mamba layers make it better in 0 of 2 comparisons and worse in 1."
+    )
+
+
+def test_words_follow_signs(said):
+    "Where more runs turn an effect round, no sentence keeps its old words."
+    audit = TABLES["s5vh_audit"].assign(**{"effect on GmAP": [0.09, -0.01, -0.03]})
+    beaten = lines(-0.05, -0.03, **{"best rival": ["ConMH-style", "ITQ, flattened"]}, **RIVALS)
+    found = said(
+        s5vh_gain_parts=parts(-0.05, 0.02, 0.03),
+        s5vh_audit=audit,
+        s5vh_retrieval_verdict=beaten,
+        s5vh_retrieval_plus=lines(-0.2, **RIVALS),
+    )
+    assert "better in 0 of 2 cases and worse in 2. The difference" in found["Stochastic depth"]
+    assert found["Stochastic depth"].endswith("changes GmAP most is another one: best evaluation.")
+    gain = found["Where the gain comes from"]
+    assert "in 2 of 2 cases and worse in 0." in gain and gain.endswith("and stochastic depth by -0.050.")
+    assert "worse in 2. There ConMH-style and ITQ are ahead. Our own" in found["The best method"]
+    assert found["The best method"].endswith("in 0 of 1 cases and worse in 1.")
+    rivals = lines(0.1, -0.1, names=("effect", "low", "high"), claim=["DMMH beats ITQ", "DMMH beats LSH"])
+    stands = said(dmmh_claims_details=rivals)["DMMH"]
+    assert stands.endswith("The exception is LSH. At some length DMMH is worse than LSH.")
+    ahead = said(s5vh_retrieval_verdict=lines(0.05, **{"best rival": "ITQ, flattened"}, **RIVALS))
+    assert "in 1 of 1 cases and worse in 0. Our own" in ahead["The best method"]
+
+
+def test_nothing_is_said_of_what_has_not_been_run(said):
+    "Empty tables, and data sets of which a part is missing."
+    empty = {name: table.iloc[:0] for name, table in TABLES.items() if not name.endswith("claims")}
+    assert set(said(**empty)) == {"Claims"}
+    some = TABLES["s5vh_gain_parts"]
+    without = some[(some.part != "alignment") | (some.dataset != "asl-words")]
+    assert "stochastic depth by +0.050" in said(s5vh_gain_parts=without)["Where the gain comes from"]
+    without = some[some.part != "alignment"]
+    assert "On average" not in said(s5vh_gain_parts=without)["Where the gain comes from"]
+
+
+def test_unknown_verdicts_and_missing_tables_are_named(said, tmp_path):
+    with pytest.raises(ValueError, match="verdict: expected one that begins with one of .*, found 'maybe'"):
+        said(s5vh_claims=claims("maybe"))
+    said()
+    (tmp_path / "s5vh_audit.csv").unlink()
+    with pytest.raises(FileNotFoundError, match="s5vh_audit.csv: expected a table"):
+        findings(tmp_path)
