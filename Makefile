@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GOMP_SPINCOUNT := 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce report test test-python test-lib test-artefacts lab expected weights readme prepare clean
+.PHONY: help reproduce report test test-python test-lib test-artefacts lab docs docs-serve expected weights readme prepare clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,11 +55,18 @@ lab: $(READY)  ## JupyterLab for the whole project, opened at the index
 	@echo '$(NEWS)' > $(VENV)/etc/jupyter/labconfig/default_setting_overrides.json
 	$(BIN)/jupyter lab --config=tools/lab.py --ServerApp.root_dir="$(CURDIR)" nbs/index.ipynb
 
+docs: $(READY)  ## the site, in docs/_build/html: all notebooks, API reference, search; any warning or dead link ends it
+	$(BIN)/python tools/docs.py
+
+docs-serve: docs  ## the site on this machine, at http://127.0.0.1:8000
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory docs/_build/html 8000
+
 expected: $(READY)  ## results/expected.csv: what the main job should give, from three seeds of it
 	$(BIN)/python tools/expected.py
 
-weights: $(READY)  ## the networks of s5vh_nb/data/plus, trained anew
+weights: $(READY)  ## the networks of s5vh_nb/data/plus, trained anew, and their cards
 	$(BIN)/python tools/weights.py
+	$(BIN)/python tools/cards.py
 
 readme: $(READY)  ## README.md and the pages of nbs/pages, from records and tables
 	$(BIN)/python tools/readme.py
@@ -76,8 +83,8 @@ prepare: $(READY)  ## after editing notebooks: format, export the package, clean
 	$(BIN)/python tools/readme.py
 	$(BIN)/python tools/equations.py
 
-clean:  ## remove the environment, what smoke and quick runs wrote, and all checkpoints
-	rm -rf $(VENV) results/smoke results/quick results/checkpoints figures/smoke figures/quick
+clean:  ## remove the environment, the site, what smoke and quick runs wrote, and all checkpoints
+	rm -rf $(VENV) docs/_build results/smoke results/quick results/checkpoints figures/smoke figures/quick
 
 # torch first and by name: where the index offers a CPU build, that one is taken; elsewhere the ordinary build
 $(READY): pyproject.toml constraints.txt
@@ -85,5 +92,5 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version); this takes some minutes, once"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 setuptools wheel
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev,video,milvus,ray,serve]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev,docs,lab,video,milvus,ray,serve]'
 	@touch $@

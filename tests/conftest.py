@@ -1,10 +1,12 @@
 "Shared by several tests: scratch projects, made-up records in them, and notebooks run cell by cell."
 
+import contextlib
 import shutil
 
 import nbformat
 import numpy as np
 import pytest
+from browser import CHROMIUM, Browser
 
 from s5vh_nb.basics.config import BaselineConfig, to_dict
 from s5vh_nb.basics.files import find_root, scratch_project
@@ -17,6 +19,14 @@ from s5vh_nb.evidence.store import NO_TRAINING, Store
 ROOT = find_root()
 TERMS = ("loss", "reconstruction", "contrast", "alignment")
 VIEWS = {"flat": ", flattened", "mean": ", time mean", "pair": ""}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium, which shows the page")
+    with contextlib.closing(Browser(CHROMIUM, tmp_path_factory.mktemp("chromium"))) as browser:
+        yield browser
 
 
 @pytest.fixture

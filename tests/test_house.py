@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import tomllib
 import zipfile
@@ -28,7 +29,10 @@ from matplotlib.textpath import TextPath
 from nbdev.showdoc import show_doc
 from traitlets.config import PyFileConfigLoader
 
+import s5vh_nb
 from s5vh_nb.basics.config import S5VHConfig
+from s5vh_nb.basics.files import find_root
+from s5vh_nb.cli import artefacts as cli_artefacts
 from s5vh_nb.cli.artefacts import PAPERS, read_artefact
 from s5vh_nb.search.scores import average_precision
 
@@ -39,13 +43,22 @@ NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_c
 LIBRARY = [path for path in NOTEBOOKS if path.parent.parent.name == "lib"]
 ARTEFACTS = [path for path in NOTEBOOKS if path.parent.name in PAPERS]
 SCRIPTS = sorted(path for folder in ("benchmarks", "tools") for path in (ROOT / folder).rglob("*.py"))
+SCRIPTS += [ROOT / "setup.py"]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
+READERS = [  # what a wheel brings along beside the package, see setup.py
+    name
+    for part in """CITATION.cff LICENSE LOG.md README.md settings.ini nbs figures/drawings figures/full
+        results/earlier results/expected results/expected.csv results/published results/full/evidence
+        results/full/executed results/full/tables""".split()
+    for path in (ROOT / part, *(ROOT / part).rglob("*"))
+    if path.is_file() and "/." not in (name := path.relative_to(ROOT).as_posix())
+]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 KERNELS = PYPROJECT["tool"]["ruff"]["lint"]["per-file-ignores"]  # patterns of notebooks with compiled kernels
 
 WINGS = ("basics", "datasets", "ops", "models", "learning", "search", "measure", "evidence", "cli")
 PARAMETERS = {"profile", "dataset", "bits", "seeds", "device", "data_root"}
-MEGABYTES, FILES = 35, 560  # of tracked files, at most
+MEGABYTES, FILES = 40, 600  # of tracked files, at most
 
 # the contracts: public names that may wait for their first user in the repository
 PUBLIC = """
@@ -77,18 +90,22 @@ def remade():
     "A copy of the project in which the package was exported anew and the notebooks were cleaned."
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("settings.ini", "pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy(ROOT / name, copy)
-        shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+        for name in READERS:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
         shutil.copytree(PACKAGE / "data", copy / "s5vh_nb" / "data")
-        for name in ("__init__.py", "py.typed"):
-            shutil.copy(PACKAGE / name, copy / "s5vh_nb")
-        (copy / "tools").mkdir()
-        shutil.copy(ROOT / "tools" / "export.py", copy / "tools")
-        for command in ([sys.executable, "tools/export.py"], [BIN / "nbdev_clean"]):
-            env = {**os.environ, "PYTHONPATH": ""}
-            subprocess.run(command, cwd=copy, check=True, capture_output=True, env=env)
+        export(copy)
+        subprocess.run([BIN / "nbdev_clean"], cwd=copy, check=True, capture_output=True)
         yield copy
+
+
+def export(copy):
+    "The package of a copy of the project, from its notebooks."
+    for name in ("s5vh_nb/__init__.py", "s5vh_nb/py.typed", "tools/export.py", "pyproject.toml", "setup.py"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    env = {**os.environ, "PYTHONPATH": ""}
+    subprocess.run([sys.executable, "tools/export.py"], cwd=copy, check=True, capture_output=True, env=env)
 
 
 def test_package_equals_notebooks(remade):
@@ -129,28 +146,67 @@ def test_lab_takes_a_notebook_for_unchanged(remade, monkeypatch):
     assert not with_widgets, "Lab writes the numbers of widgets anew"
 
 
-def test_wheel_has_everything(remade):
-    "All modules, the data files, and the command's function."
-    words = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        "wheels",
-        ".",
-    ]
-    subprocess.run(words, cwd=remade, check=True, capture_output=True)
-    with zipfile.ZipFile(next((remade / "wheels").glob("*.whl"))) as wheel:
-        names = set(wheel.namelist())
-        entry = wheel.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
-        module, function = re.search(r"^s5vh-nb = ([\w.]+):(\w+)$", entry, re.MULTILINE).groups()
-        assert f"def {function}(" in wheel.read(module.replace(".", "/") + ".py").decode()
+@pytest.fixture(scope="module")
+def wheel(remade):
+    "A wheel from a source distribution, from a folder in which notebooks have been opened and run."
+    left = "nbs/.ipynb_checkpoints/old.ipynb", "nbs/lib/.last_checked", "nbs/index.ipynb.tmp-1"
+    for name in (*left, "results/full/runs/one.json", "results/quick/two.json"):
+        (remade / name).parent.mkdir(parents=True, exist_ok=True)
+        (remade / name).write_text("{}", encoding="utf-8")
+    code = "from setuptools import build_meta; build_meta.build_sdist('.')"
+    subprocess.run([sys.executable, "-c", code], cwd=remade, check=True, capture_output=True)
+    with tarfile.open(next(remade.glob("*.tar.gz"))) as source:
+        source.extractall(remade / "source", filter="data")
+    words = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "."]
+    subprocess.run([*words, next((remade / "source").iterdir())], cwd=remade, check=True, capture_output=True)
+    with zipfile.ZipFile(next(remade.glob("*.whl"))) as file:
+        yield file
+
+
+def test_wheel_has_everything(wheel):
+    "All modules, the data files, licences, how to cite it, and the command's function."
+    names = set(wheel.namelist())
+    entry = wheel.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+    module, function = re.search(r"^s5vh-nb = ([\w.]+):(\w+)$", entry, re.MULTILINE).groups()
+    assert f"def {function}(" in wheel.read(module.replace(".", "/") + ".py").decode()
     data = {name_of(path) for path in (PACKAGE / "data").rglob("*") if path.is_file()}
     assert data | {name_of(path) for path in PACKAGE.rglob("*.py")} | {"s5vh_nb/py.typed"} <= names
+    about = {name.partition(".dist-info/")[2] for name in names}
+    assert {f"licenses/{n}" for n in ("LICENSE", "CITATION.cff", "s5vh_nb/data/LICENSES.md")} <= about
+    metadata = wheel.read(next(name for name in names if name.endswith("METADATA"))).decode()
+    assert f"\nVersion: {s5vh_nb.__version__}\n" in metadata
+
+
+def test_wheel_brings_the_notebooks_and_what_they_read(wheel, tmp_path, monkeypatch):
+    "No less than is committed, and nothing that newcomers' runs wrote."
+    (tmp_path / "notebooks.zip").write_bytes(wheel.read("s5vh_nb/notebooks.zip"))
+    monkeypatch.setattr(cli_artefacts, "_NOTEBOOKS", tmp_path / "notebooks.zip")
+    root = cli_artefacts.unpack_notebooks(tmp_path / "mine")
+    found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    assert found == set(READERS)
+    monkeypatch.chdir(root / "nbs" / "s5vh")
+    assert find_root() == root and len(cli_artefacts.artefacts()) == len(ARTEFACTS)
+
+
+def test_version_comes_from_settings(tmp_path):
+    "A new one there reaches the package, its metadata and the citation."
+    cited = re.search(r"(?m)^version: (.*)", (ROOT / "CITATION.cff").read_text(encoding="utf-8"))[1]
+    settings = (ROOT / "settings.ini").read_text(encoding="utf-8")
+    stated = re.search(r"(?m)^version = (.*)", settings)[1]
+    assert stated == cited == s5vh_nb.__version__ and "version" in PYPROJECT["project"]["dynamic"]
+    (tmp_path / "nbs/lib/basics").mkdir(parents=True)
+    for name in ("CITATION.cff", "README.md", "LICENSE", name_of(LIBRARY[0])):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "settings.ini").write_text(
+        settings.replace(f"version = {stated}", "version = 7.8.9"), "utf-8"
+    )
+    export(tmp_path)
+    for name in ("s5vh_nb/__init__.py", "CITATION.cff"):
+        assert (
+            "7.8.9"
+            in (tmp_path / name).read_text(encoding="utf-8")
+            != (ROOT / name).read_text(encoding="utf-8")
+        )
 
 
 def test_docstrings_are_free_of_cell_markers():
@@ -530,10 +586,11 @@ class Needed(ast.NodeTransformer):
 def undeclared(trees, requirements):
     "`{package: places}` of what code needs and no requirement names."
     found, known, installed = {}, distributions(requirements), packages_distributions()
+    scripts = {path.stem for path in SCRIPTS + TESTS}
     for where, tree in trees:
         for name in imports(Needed().visit(copy.deepcopy(tree)), "s5vh_nb.wing.module"):
             first = (name or "s5vh_nb").partition(".")[0]
-            ours = first == "s5vh_nb" or first in sys.stdlib_module_names or first in {p.stem for p in TESTS}
+            ours = first == "s5vh_nb" or first in sys.stdlib_module_names or first in scripts
             if not ours and not known & distributions(installed.get(first, [first])):
                 found.setdefault(first, set()).add(where)
     return found
@@ -546,7 +603,7 @@ def test_imported_packages_are_declared():
     optional = sum((extras[name] for name in ("gpu", "milvus", "ray", "serve", "video")), [])
     assert not undeclared(MODULES.items(), needed + optional)
     notebooks = [path for path in NOTEBOOKS if path.parent.name != "data"]
-    assert not undeclared(code(notebooks, SCRIPTS + TESTS), needed + optional + extras["dev"])
+    assert not undeclared(code(notebooks, SCRIPTS + TESTS), needed + optional + extras["dev"] + extras["lab"])
     tree = ast.parse("import sklearn, made_up\ntry:\n    import rare\nexcept ImportError:\n    import dear")
     assert set(undeclared([("here", tree)], ["scikit-learn>=1.5"])) == {"made_up", "dear"}
 
@@ -801,6 +858,20 @@ def test_links_lead_somewhere():
         assert len(links) > 10 and not missing, (page, missing)
 
 
+def test_log_is_short_and_newest_first():
+    "Entries have a date, a title and at most five lines."
+    log = (ROOT / "LOG.md").read_text(encoding="utf-8")
+    head, *entries = re.split(r"^## ", log, flags=re.MULTILINE)
+    dates, titles = zip(*(re.match(r"(\d{4}-\d\d-\d\d): (.+)", entry).groups() for entry in entries))
+    assert list(dates) == sorted(dates, reverse=True) and len(set(titles)) == len(titles) > 30
+    long = [entry.splitlines()[0] for entry in entries if not 1 < len(entry.strip().splitlines()) <= 6]
+    assert not long, f"expected one to five lines: {long}"
+    wide = [line for line in log.splitlines() if len(line) > 250]
+    assert not wide and not re.search(r"^#", head.partition("\n")[2], re.MULTILINE), wide
+    asked = re.search(r"its entry \*(.+?)\*", (ROOT / "nbs/s5vh/claims.ipynb").read_text(encoding="utf-8"))
+    assert not asked or asked[1] in titles, "a notebook names an entry that is not there"
+
+
 def test_readme_script_runs(tmp_path):
     "The example for scripts, in the smoke profile."
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -820,6 +891,14 @@ def test_files_are_few_and_small():
     files = tracked()
     total = sum(path.stat().st_size for path in files) / 1e6
     assert total <= MEGABYTES and len(files) <= FILES, f"{total:.1f} MB in {len(files)} files"
+
+
+def test_lessons_are_small():
+    "Their pictures have palettes, and those in motion have few frames."
+    large = [
+        name_of(path) for path in (ROOT / "nbs" / "learn").glob("*.ipynb") if path.stat().st_size > 300_000
+    ]
+    assert not large
 
 
 @in_checkout

@@ -290,8 +290,8 @@ def test_outside_of_a_checkout(tmp_path, capsys, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     assert command.main(words) == 2
     said = capsys.readouterr()
-    assert said.out == "" and f"{tmp_path}: expected a checkout of s5vh_nb" in said.err
-    assert "clone the project and `cd` into it" in said.err
+    assert said.out == "" and f"{tmp_path}: expected the notebooks of s5vh_nb" in said.err
+    assert "`s5vh-nb notebooks FOLDER` unpacks them" in said.err
 
 
 def test_version(capsys):

@@ -2,18 +2,24 @@
 
 import contextlib
 import re
+import runpy
 import shlex
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
+from huggingface_hub import HfApi
 from PIL import Image, ImageDraw
 
 from s5vh_nb.basics.files import only_run
 from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.cli.command import main
+from s5vh_nb.datasets.catalog import load
 from s5vh_nb.datasets.decode import read_clip
 from s5vh_nb.datasets.extract import EXTRACTION, make_extractor, read_settings
 from s5vh_nb.datasets.video_files import read_manifest
@@ -21,7 +27,7 @@ from s5vh_nb.evidence import trained
 from s5vh_nb.evidence.records import from_line
 from s5vh_nb.evidence.trained import RECORD, model_card, train_into
 from s5vh_nb.learning import training
-from s5vh_nb.models.plus import WEIGHTS, Plus
+from s5vh_nb.models.plus import WEIGHTS, Plus, pretrained
 from s5vh_nb.search.index import HashIndex
 from s5vh_nb.search.queries import Search
 from s5vh_nb.search.videos import encode_videos, load_network, open_set
@@ -172,12 +178,65 @@ def test_the_card_is_made_from_the_record(way):
         "library_name",
     ):
         assert told in text
-    block = re.search(r"```python\n(.+?)```", text, re.DOTALL)[1]
-    space = {"features": data.train.frames[:]}
-    with contextlib.chdir("model"):
+    low, high = map(float, re.search(r"\| GmAP \| .+ \[(.+), (.+)\] \|", text).groups())
+    assert low < round(record.metrics["GmAP"], 3) < high < low + 0.4
+    space = run_example("model")
+    codes, expected = (
+        space["network"].encode(data.train.frames[:]),
+        encode_videos("model", data, "cpu", progress=False),
+    )
+    np.testing.assert_array_equal(codes.numpy(), expected["codes"][: len(data.train)])
+    assert space["codes"].shape == (2, codes.shape[1])
+
+
+def run_example(folder):
+    "What the example of a card makes, in the card's folder."
+    block = re.search(r"```python\n(.+?)```", Path(folder, "README.md").read_text("utf-8"), re.DOTALL)[1]
+    space = {}
+    with contextlib.chdir(folder):
         exec(block, space)
-    expected = encode_videos("model", data, "cpu", progress=False)["codes"][: len(data.train)]
-    np.testing.assert_array_equal(space["codes"].numpy(), expected)
+    return space
+
+
+@pytest.mark.parametrize("name", ["animated-emoji", "spoken-digits", "spoken-pairs"])
+def test_cards_of_bundled_networks_are_current(name):
+    "They state the network's scores of today, and the evidence; their example runs, and gives its codes."
+    text = (WEIGHTS / name / "README.md").read_text(encoding="utf-8")
+    number = re.compile(r"0\.\d{3}")
+    made = runpy.run_path(str(ROOT / "tools" / "cards.py"))["card"](name)
+    assert number.sub("", made) == number.sub("", text), "a card is stale (python tools/cards.py)"
+    near = zip(map(float, number.findall(made)), map(float, number.findall(text)), strict=True)
+    assert all(abs(new - old) <= 0.002 for new, old in near), "scores differ (python tools/cards.py)"
+    codes = run_example(WEIGHTS / name)["codes"]
+    assert torch.equal(codes, pretrained(name).encode(load(name).query.frames))
+
+
+@pytest.mark.parametrize("variant", ["paper", "bsth"])
+def test_the_example_for_pairs_runs(tmp_path, variant):
+    config = train_config("emoji", "smoke", variant, bits=16, epochs=1)
+    train_into(tmp_path, config, load("emoji"), "cpu", progress=False)
+    assert run_example(tmp_path)["codes"].shape == (len(load("emoji").query), 2)
+
+
+def test_a_network_goes_to_the_hub_and_comes_back(way, tmp_path, monkeypatch):
+    "The Hub is a folder here: what is sent arrives, and `from_pretrained` takes it."
+    hub = tmp_path / "hub"
+
+    def upload(self, repo_id, folder_path, **options):
+        shutil.copytree(folder_path, hub / repo_id)
+
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda self, repo_id, **options: SimpleNamespace(repo_id=repo_id)
+    )
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    network = load_network("model")
+    network.push_to_hub("somebody/videos")
+    HfApi().upload_folder("somebody/whole", way / "model")
+    x = open_set("features").train.frames[:3]
+    for name in ("videos", "whole"):
+        again = type(network).from_pretrained(hub / "somebody" / name)
+        assert torch.equal(again.encode(x), network.encode(x))
+    assert run_example(hub / "somebody" / "whole")["codes"].shape[0] == 2
 
 
 def test_a_bundled_set_and_the_papers_network(way, capsys):

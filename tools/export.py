@@ -1,5 +1,8 @@
 """The package from nbs/lib: `nbdev_export`, then the comments behind parameters as parts of the docstrings.
 
+`nbdev_export` puts the version of settings.ini into the package, pyproject.toml takes it from there, and here
+it goes into CITATION.cff: settings.ini is the one place to change it.
+
 In a notebook each parameter has its comment beside it. `help`, Jupyter, editors and Sphinx show docstrings
 only. So in the package a docstring ends with parameters and result, in NumPy's style. nbdev knows that style
 and shows nothing twice.
@@ -12,6 +15,7 @@ import re
 import tokenize
 from pathlib import Path
 
+from nbdev.config import get_config
 from nbdev.doclinks import nbdev_export
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,3 +136,6 @@ if __name__ == "__main__":
     nbdev_export()
     for path in sorted(ROOT.glob("s5vh_nb/*/*.py")):
         path.write_text(documented(path.read_text(encoding="utf-8")), encoding="utf-8")
+    cited = ROOT / "CITATION.cff"
+    text = re.sub(r"(?m)^version: .*", f"version: {get_config().version}", cited.read_text(encoding="utf-8"))
+    cited.write_text(text, encoding="utf-8")

@@ -2,7 +2,7 @@
 
 Lab writes the name and the version of the kernel into a notebook that it opens, and marks it as changed
 where the file has others. Committed notebooks have none, so Lab gets a notebook with those of this machine
-and saves it as it is committed: without them, and an artefact notebook without outputs.
+and saves it as it is committed: without them and without sliders, and an artefact notebook without outputs.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from jupyter_server.services.contents.largefilemanager import AsyncLargeFileMana
 from nbdev.clean import clean_jupyter
 
 from s5vh_nb.cli.artefacts import PAPERS
+from s5vh_nb.evidence.lessons import stand_still
 
 KERNEL = "python3"
 
@@ -38,7 +39,10 @@ class Contents(AsyncLargeFileManager):
 def clean(model, path, **_):
     "Before a notebook is saved, make it what is committed."
     clean_jupyter(path, model)
-    if model["type"] == "notebook" and Path(path).parent.name in PAPERS:
+    if model["type"] != "notebook":
+        return
+    stand_still(model["content"])
+    if Path(path).parent.name in PAPERS:
         for cell in model["content"]["cells"]:
             if cell["cell_type"] == "code":
                 cell["outputs"] = []

@@ -11,4 +11,4 @@ if __name__ == "__main__":
     for name in NAMES:
         config = train_config(name, "full", "plus", bits=64, seed=1)
         train(config, load(name), device="cpu").model.half().save_pretrained(WEIGHTS / name)
-        (WEIGHTS / name / "README.md").unlink()  # a card for the Hub
+        (WEIGHTS / name / "README.md").unlink()  # tools/cards.py writes a better one

@@ -145,7 +145,7 @@ def _lock(place: int, folder, wait: bool):
         pass
 
 # %% ../../nbs/lib/basics/01_files.ipynb #56778692
-def _is_checkout(folder: Path) -> bool:
+def _is_project(folder: Path) -> bool:
     settings = folder / "settings.ini"
     if not settings.is_file() or not (folder / "nbs").is_dir():
         return False
@@ -167,9 +167,10 @@ def find_root(
         return user_path(root).absolute()
     here = Path.cwd()
     installed_from = Path(s5vh_nb.__file__).parent.parent
-    found = next(filter(_is_checkout, (here, *here.parents, installed_from)), None)
-    cure = "a checkout of s5vh_nb in it or above it (clone the project and `cd` into it, or pass `root`)"
-    check(found is not None, str(here), cure, "none", FileNotFoundError)
+    found = next(filter(_is_project, (here, *here.parents, installed_from)), None)
+    cure = "`s5vh-nb notebooks FOLDER` unpacks them: `cd` into it"
+    expected = f"the notebooks of s5vh_nb in it or above it ({cure})"
+    check(found is not None, str(here), expected, "none", FileNotFoundError)
     return found
 
 # %% ../../nbs/lib/basics/01_files.ipynb #f9910cf2

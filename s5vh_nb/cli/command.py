@@ -25,7 +25,7 @@ from ..basics.files import atomic_write, check_writable, find_root, only_run, us
 from ..basics.parallel import is_first, joined
 from ..basics.pools import RayPool
 from ..basics.profiles import PROFILES, PUBLISHED, train_config
-from .artefacts import Artefact, artefacts, select
+from .artefacts import Artefact, artefacts, select, unpack_notebooks
 from .execute import environment, execute, executed_path, last_words
 from .parameters import parameters_for, parse_pairs
 from .service import serve
@@ -477,6 +477,9 @@ def _parser() -> argparse.ArgumentParser:
     help = "import a module of your own first, for models of its networks; may be repeated"
     parser.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help=help)
     commands = parser.add_subparsers(dest="command", required=True)
+    help = "unpack the notebooks of an installed package, with the records that they draw from"
+    notebooks = commands.add_parser("notebooks", help=help, description=help[0].upper() + help[1:] + ".")
+    notebooks.add_argument("folder", metavar="FOLDER", help="a new or an empty folder")
     commands.add_parser("list", help="what there is: artefacts, their parameters and outputs")
     help = "run artefact notebooks; runs whose record exists are not run again"
     reproduce = _add_run(commands, "reproduce", "quick", "the main job", help)
@@ -527,6 +530,14 @@ def _reproduce_on(ray: str, args) -> int:
         return _reproduce(args, everything=args.all)
 
 
+def _notebooks(folder: str):
+    "Unpack them and say what can be done with them."
+    place = shlex.quote(str(unpack_notebooks(folder)))
+    print(f"{place}: notebooks, and the records, tables and figures that they read")
+    print(f"Run one:  cd {place} && s5vh-nb reproduce s5vh/retrieval --profile smoke")
+    print(f"Open all: cd {place} && jupyter lab nbs/index.ipynb  # needs the extra lab")
+
+
 def _get(
     folder: str | None,  # Where the file goes; None for the data root of the environment
     clone: str | None,  # A git clone of its repository
@@ -555,6 +566,8 @@ def _dispatch(args) -> int:
     if args.command == "pack":
         for path in pack(find_root(), args.profile):
             print(path)
+    elif args.command == "notebooks":
+        _notebooks(args.folder)
     elif args.command == "get":
         _get(args.folder, args.clone)
     elif args.command == "features":
