@@ -186,7 +186,7 @@ def test_headings_make_a_table_of_contents():
 READER = re.compile(r"^\*\*You need\*\* (.+[.)]) \*\*You get\*\* (.+\.)$", re.MULTILINE)
 
 
-TOLD = [*(f"lib/{wing}" for wing in path.WINGS), "data", "learn", "pages"]
+TOLD = [*(f"lib/{wing}" for wing in path.WINGS), "data", "learn", "pages", "s5vh", "dmmh", "beyond"]
 
 
 @pytest.mark.parametrize("folder", TOLD)

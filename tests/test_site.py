@@ -23,7 +23,8 @@ from s5vh_nb.basics.files import find_root
 pytest.importorskip("sphinx", reason="the extra `docs` is not installed")
 ROOT = find_root()
 WIDTHS = {"phone": 390, "desktop": 1280}
-SAMPLE = ("index", "lib/learning/02_losses", "s5vh/retrieval", "api/models/s5vh", "equations", "genindex")
+SAMPLE = ("index", "lib/learning/02_losses", "s5vh/retrieval", "learn/02_selective_scan", "api/models/s5vh")
+SAMPLE += ("equations", "genindex")
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +274,7 @@ CONTRAST = """(() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", SAMPLE[:4])
+@pytest.mark.parametrize("name", SAMPLE[:5])
 def test_text_stands_out_from_its_ground(view, name, scheme):
     "Contrast of all text, WCAG 2.2 AA: 4.5 to 1, and 3 to 1 for large letters."
     page = view(name, WIDTHS["desktop"], scheme)

@@ -68,8 +68,6 @@ class Site:
         name = link.partition("#")[0]
         anchor = link.removeprefix(name)
         path = Path(os.path.normpath(origin.parent / unquote(name)))
-        if not path.exists() and origin.suffix == ".ipynb":  # a copy whose links still start at its notebook
-            path = Path(os.path.normpath((NBS / self.pages[origin]).parent / unquote(name)))
         here = (self.folder / self.pages[origin]).parent
         if not path.exists() or not path.is_relative_to(ROOT):
             return None
