@@ -11,7 +11,7 @@ DEPTH = "stochastic depth"
 
 
 def claims(*verdicts):
-    return pd.DataFrame({"verdict": verdicts})
+    return pd.DataFrame({"claim": [f"S5VH beats {i}" for i in range(len(verdicts))], "verdict": verdicts})
 
 
 def lines(*gains, names=("gain", "low", "high"), **columns):
@@ -39,13 +39,17 @@ TABLES = {
         {
             "place": ["1 2 10", "10", "6"],
             "as released": ["the whole release", DEPTH, "best evaluation"],
+            "dataset": SETS[0],
+            "bits": 64,
             "effect on GmAP": [0.09, 0.06, -0.03],
         }
     ),
     "s5vh_retrieval_verdict": lines(
         0.05, -0.03, 0.0, **{"best rival": ["ConMH-style", "ITQ, flattened", "ITQ, time mean"]}, **RIVALS
     ),
-    "s5vh_retrieval_plus": lines(0.125, 0.02, -0.02, **RIVALS),
+    "s5vh_retrieval_plus": lines(
+        0.125, 0.02, -0.02, dataset=["asl-words", "animated-emoji", "asl-words"], **RIVALS
+    ),
     "dmmh_claims_details": pd.concat(
         [
             lines(0.1, 0.2, names=("effect", "low", "high"), claim="DMMH beats ITQ"),
@@ -72,23 +76,33 @@ def said(tmp_path):
 def test_findings_count(said):
     found = said()
     assert found["Claims"] == (
-        "S5VH's claims hold in 2 of 4 checks, fail in 1 and stay undecided in 1 (waiting for runs: 1). "
-        "DMMH's claims hold in 1 of 2 checks, fail in 0 and stay undecided in 1 (not testable here: 1)."
+        "S5VH's claims hold in 2 of 4 checks, fail at one setting or more in 1 and are undecided in 1. "
+        "Beside these, 1 waits for runs. "
+        "DMMH's claims hold in 1 of 2 checks, fail at one setting or more in 0 and are undecided in 1. "
+        "Beside these, 1 cannot be tested here."
     )
-    assert (
-        "better in 2 of 2 cases, by up to 0.050 GmAP, and worse in 0. No other" in found["Stochastic depth"]
-    )
+    depth = found["Stochastic depth"]
+    assert "better in 2 of 2 cases, by up to 0.050 GmAP, and worse in 0. On spoken-digits at 64" in depth
+    assert depth.endswith("bits, no other single difference between code and paper changes GmAP as much.")
     gain = found["Where the gain comes from"]
+    assert gain.startswith(
+        "With stochastic depth in every network, on spoken-digits and asl-words at 16 bits: S"
+    )
     assert "S5VH is better than a ConMH-style Transformer in 0 of 2 cases and worse in 2." in gain
-    assert "stochastic depth by +0.050, center alignment by -0.020" in gain
+    assert "better with center alignment in 0 of 2 (worse in 2), with a second direction in 0 of 2" in gain
     best = found["The best method"]
     assert best.startswith("S5VH is better than the best of its rivals in 1 of 3 cases and worse in 1.")
-    assert "worse in 1. There ITQ, which trains no network, is ahead. Our own" in best
-    assert "in 2 of 3 cases, by up to 0.125 GmAP, and worse in 1." in best
+    assert "worse in 1. There ITQ, which trains no network, is ahead. In these cases" in best
+    assert "has stochastic depth, and rivals as published are still being run. Our own" in best
+    assert (
+        "in 2 of 3 cases, by up to 0.125 GmAP, and worse in 1: better in 1 of 2 on asl-words, whose" in best
+    )
+    assert best.endswith("; better in 1 of 1 on animated-emoji, where nothing was chosen.")
     assert found["DMMH"] == (
         "DMMH is better than 1 of 2 rivals at every code length. The exception is DMMH with a Transformer. "
-        "At no length is any of them better than DMMH. "
-        "Its Mamba layers make it better in 0 of 2 comparisons and worse in 1."
+        "DMMH is nowhere worse. "
+        "Its Mamba layers are better than no sequence layer in 0 of 2 (worse in 1) and "
+        "better than a Transformer in 1 of 2 (worse in 0)."
     )
 
 
@@ -100,19 +114,27 @@ def test_words_follow_signs(said):
         s5vh_gain_parts=parts(-0.05, 0.02, 0.03),
         s5vh_audit=audit,
         s5vh_retrieval_verdict=beaten,
-        s5vh_retrieval_plus=lines(-0.2, **RIVALS),
+        s5vh_retrieval_plus=lines(-0.2, dataset="animated-emoji", **RIVALS),
+        s5vh_claims=claims("holds"),
     )
-    assert "better in 0 of 2 cases and worse in 2. The difference" in found["Stochastic depth"]
-    assert found["Stochastic depth"].endswith("changes GmAP most is another one: best evaluation.")
+    assert "better in 0 of 2 cases and worse in 2. On spoken-digits" in found["Stochastic depth"]
+    assert found["Stochastic depth"].endswith("another difference changes GmAP most: best evaluation.")
     gain = found["Where the gain comes from"]
-    assert "in 2 of 2 cases and worse in 0." in gain and gain.endswith("and stochastic depth by -0.050.")
-    assert "worse in 2. There ConMH-style and ITQ are ahead. Our own" in found["The best method"]
-    assert found["The best method"].endswith("in 0 of 1 cases and worse in 1.")
+    assert "in 2 of 2 cases and worse in 0." in gain
+    assert gain.endswith("and with Mamba in place of a Transformer in 2 of 2 (worse in 0).")
+    assert "worse in 2. There ConMH-style and ITQ are ahead. In these cases" in found["The best method"]
+    assert "alone has stochastic depth. Our own" in found["The best method"]
+    assert found["The best method"].endswith(
+        "worse in 1: better in 0 of 1 on animated-emoji, where nothing was chosen."
+    )
+    assert found["Claims"].startswith(
+        "S5VH's claims hold in 1 of 1 checks, fail at one setting or more in 0 and are undecided in 0. DMMH's"
+    )
     rivals = lines(0.1, -0.1, names=("effect", "low", "high"), claim=["DMMH beats ITQ", "DMMH beats LSH"])
     stands = said(dmmh_claims_details=rivals)["DMMH"]
     assert stands.endswith("The exception is LSH. At some length DMMH is worse than LSH.")
     ahead = said(s5vh_retrieval_verdict=lines(0.05, **{"best rival": "ITQ, flattened"}, **RIVALS))
-    assert "in 1 of 1 cases and worse in 0. Our own" in ahead["The best method"]
+    assert "in 1 of 1 cases and worse in 0. In these cases" in ahead["The best method"]
 
 
 def test_nothing_is_said_of_what_has_not_been_run(said):
@@ -121,9 +143,10 @@ def test_nothing_is_said_of_what_has_not_been_run(said):
     assert set(said(**empty)) == {"Claims"}
     some = TABLES["s5vh_gain_parts"]
     without = some[(some.part != "alignment") | (some.dataset != "asl-words")]
-    assert "stochastic depth by +0.050" in said(s5vh_gain_parts=without)["Where the gain comes from"]
+    gain = said(s5vh_gain_parts=without)["Where the gain comes from"]
+    assert "center alignment in 0 of 1 (worse in 1), with a second direction in 0 of 2" in gain
     without = some[some.part != "alignment"]
-    assert "On average" not in said(s5vh_gain_parts=without)["Where the gain comes from"]
+    assert "alignment" not in said(s5vh_gain_parts=without)["Where the gain comes from"]
 
 
 def test_unknown_verdicts_and_missing_tables_are_named(said, tmp_path):
