@@ -136,8 +136,8 @@ def _of_rivals(verdict, plus, running):
         told = []
         for rows, what in ((plus[chosen], _CHOICE), (plus[~chosen], "where nothing was chosen")):
             if len(rows):
-                sets, (better, _) = _listed(rows.dataset.unique()), _counts(rows, *ends)
-                told.append(f"better in {better} of {len(rows)} on {sets}, {what}")
+                better, _ = _counts(rows, *ends)
+                told.append(f"better in {better} of {len(rows)} on {_listed(rows.dataset.unique())}, {what}")
         yield "; ".join(told) + "."
 
 
