@@ -428,7 +428,8 @@ def show_table(
     texts = {"text/html": short.to_html(index=index), "text/plain": short.to_string(index=index)}
     display(texts, raw=True)
     cut = f"The first {len(short)} rows. " * (len(short) < len(frame))
-    display(Markdown(f"{cut}The whole table, {total} rows: {link}"))
+    rows = f"{total} row" + "s" * (total > 1)
+    display(Markdown(f"{cut}The whole table, {rows}: {link}"))
 
 
 def folder_of(
