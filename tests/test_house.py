@@ -150,14 +150,10 @@ def test_lab_takes_a_notebook_for_unchanged(remade, monkeypatch):
     Image.effect_noise((99, 99), 50).convert("RGBA").save(file, "PNG")
     data = {"image/png": base64.b64encode(file.getvalue()).decode()}
     output = {"output_type": "display_data", "data": data, "metadata": {}}
-    content = {
-        "metadata": {},
-        "cells": [{"cell_type": "code", "metadata": {}, "source": "", "outputs": [output]}],
-    }
-    files.run_pre_save_hooks(model={"type": "notebook", "content": content}, path="mine.ipynb")
-    assert Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).mode == "P", (
-        "a picture as it was drawn"
-    )
+    cell = {"cell_type": "code", "metadata": {}, "execution_count": 1, "source": "", "outputs": [output]}
+    content = {"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [cell]}
+    files.run_pre_save_hooks(model={"type": "notebook", "content": content}, path=name_of(LIBRARY[0]))
+    assert Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).mode == "P"
     with_widgets = [name_of(path) for path in NOTEBOOKS if b"widget-view" in path.read_bytes()]
     assert not with_widgets, "Lab writes the numbers of widgets anew"
 

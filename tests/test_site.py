@@ -84,7 +84,8 @@ def test_links_of_the_site(docs, tmp_path):
     for link, wanted in {
         "https://arxiv.org/abs/2412.14518": "https://arxiv.org/abs/2412.14518",
         "#shapes": "#shapes",
-        "01_mamba.ipynb#the-layer": "01_mamba.ipynb#the-layer",
+        "#The-layer": "#the-layer",
+        "01_mamba.ipynb#The-layer": "01_mamba.ipynb#the-layer",
         "../../s5vh/retrieval.ipynb": "../../s5vh/retrieval.ipynb",
         "../../../README.md": "../../index.ipynb",
         "../../../LOG.md": "../../log.md",
