@@ -70,8 +70,9 @@ class Browser:
         return answer["result"]
 
     def js(self, code):
-        "The value of an expression in the page."
-        return self.call("Runtime.evaluate", expression=code, returnByValue=True)["result"].get("value")
+        "The value of an expression in the page, or what it promises."
+        answer = self.call("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
+        return answer["result"].get("value")
 
     def loading(self, method, **params):
         "A command after which a new page is loaded."

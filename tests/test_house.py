@@ -2,11 +2,13 @@
 
 import ast
 import asyncio
+import base64
 import configparser
 import copy
 import fnmatch
 import importlib
 import inspect
+import io
 import os
 import re
 import shutil
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import tomllib
 import zipfile
 from importlib.metadata import packages_distributions
@@ -27,6 +30,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 from nbdev.showdoc import show_doc
+from PIL import Image
 from traitlets.config import PyFileConfigLoader
 
 import s5vh_nb
@@ -123,7 +127,7 @@ def test_notebooks_are_clean(remade):
 def test_lab_takes_a_notebook_for_unchanged(remade, monkeypatch):
     """Lab finds in a notebook what it writes into it once a kernel has started, so it marks nothing.
 
-    The notebook is saved as it was committed, and an artefact notebook that ran as well.
+    The notebook is saved as it was committed, an artefact notebook that ran as well. Pictures become small.
     """
     assert "jupyter lab --config=tools/lab.py" in (ROOT / "Makefile").read_text(encoding="utf-8")
     config = PyFileConfigLoader("lab.py", ROOT / "tools").load_config()
@@ -142,8 +146,71 @@ def test_lab_takes_a_notebook_for_unchanged(remade, monkeypatch):
             ran.update(execution_count=1, outputs=[nbformat.v4.new_output("stream", text="done")])
         asyncio.run(files.save(model, path))
         assert (remade / path).read_bytes() == (ROOT / path).read_bytes(), path
+    file = io.BytesIO()
+    Image.effect_noise((99, 99), 50).convert("RGBA").save(file, "PNG")
+    data = {"image/png": base64.b64encode(file.getvalue()).decode()}
+    output = {"output_type": "display_data", "data": data, "metadata": {}}
+    cell = {"cell_type": "code", "metadata": {}, "execution_count": 1, "source": "", "outputs": [output]}
+    content = {"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [cell]}
+    files.run_pre_save_hooks(model={"type": "notebook", "content": content}, path=name_of(LIBRARY[0]))
+    assert Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).mode == "P"
     with_widgets = [name_of(path) for path in NOTEBOOKS if b"widget-view" in path.read_bytes()]
     assert not with_widgets, "Lab writes the numbers of widgets anew"
+
+
+@pytest.fixture
+def lab(remade, tmp_path):
+    "Port and token of JupyterLab in the copy of the project, set as `make lab` sets it, while it runs."
+    pytest.importorskip("jupyterlab", reason="the extra `lab` is not installed")
+    words = [BIN / "jupyter", "lab", f"--config={ROOT}/tools/lab.py", f"--ServerApp.root_dir={remade}"]
+    words += ["--no-browser", "--allow-root", "--expose-app-in-browser"]
+    env = {**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path)}
+    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
+        try:
+            for line in map(bytes.decode, server.stdout):
+                if found := re.search(r"127\.0\.0\.1:(\d+)/lab\?token=(\w+)", line):
+                    threading.Thread(target=server.stdout.read).start()
+                    yield found.groups()
+                    break
+        finally:
+            server.terminate()
+
+
+UNTIL = """window.until = async get => {
+    let got;
+    while (!(got = get())) await new Promise(done => setTimeout(done, 50));
+    return got;
+}; true"""
+OPENED = """(async () => {
+    const widgets = () => [...(window.jupyterapp?.shell.widgets("main") ?? [])];
+    window.panel = await until(() => widgets().find(each => each.context?.path.endsWith(".ipynb")));
+    await panel.context.ready;
+    await (await until(() => panel.sessionContext.session?.kernel)).info;
+    await until(() => panel.sessionContext.session.kernel.status == "idle");
+    return panel.context.model.dirty;
+})()"""
+MOVED = """(async () => {
+    const slider = await until(() => panel.node.querySelector("[role=slider]"));
+    const picture = () => slider.closest(".jp-OutputArea").querySelector("img");
+    const first = picture().src;
+    slider.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight", bubbles: true}));
+    await until(() => picture().src != first);
+    return picture().alt;
+})()"""
+
+
+def test_lab_runs_a_notebook_and_saves_what_was_committed(remade, lab, browser):
+    "Opened, it is not marked; run, it has a slider that redraws its picture, which has a text; then saved."
+    name = "nbs/lib/evidence/17_lessons.ipynb"
+    browser.open("http://127.0.0.1:{}/lab/tree/{}?token={}".format(lab[0], name, lab[1]))
+    browser.js(UNTIL)
+    assert browser.js(OPENED) is False
+    assert browser.js("jupyterapp.commands.execute('notebook:run-all-cells')") is True
+    assert browser.js(MOVED) == "A sine wave of two periods."
+    assert browser.js("panel.context.save().then(() => panel.context.model.dirty)") is False
+    before, after = ((folder / name).read_text(encoding="utf-8") for folder in (ROOT, remade))
+    pictures = re.compile(r'"image/png": "[^"]+"')
+    assert pictures.sub("", after) == pictures.sub("", before)
 
 
 @pytest.fixture(scope="module")

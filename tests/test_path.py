@@ -127,10 +127,8 @@ def test_links_are_current():
 
 
 def anchors(text):
-    "Headings as the ends of links, in GitHub's form and in JupyterLab's."
-    titles = re.findall(r"^#{1,6} +(.+)$", plain(text), re.MULTILINE)
-    github = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-    return github | {title.replace(" ", "-") for title in titles}
+    "Headings of a notebook as the ends of links, in the form of JupyterLab, which GitHub shares."
+    return {title.replace(" ", "-") for title in re.findall(r"^#{1,6} +(.+)$", plain(text), re.MULTILINE)}
 
 
 def dead_links(notebook):
@@ -223,7 +221,8 @@ def test_anchors_and_lines_of_the_page(page):
         code = (equations.PAGE.parent / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
         assert re.match(rf"\s*(def|class) {name.rpartition('.')[2]}\b", code), (name, file, line)
     places = re.findall(r"\]\(#([^)]+)\)", page)
-    assert len(places) == sum(map(len, equations.PARTS.values())) and set(places) <= anchors(page)
+    github = {re.sub(r"[^\w\-]", "", each.lower()) for each in anchors(page)}
+    assert len(places) == sum(map(len, equations.PARTS.values())) and set(places) <= github
 
 
 def test_cells_of_the_page(page):

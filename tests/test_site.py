@@ -84,7 +84,8 @@ def test_links_of_the_site(docs, tmp_path):
     for link, wanted in {
         "https://arxiv.org/abs/2412.14518": "https://arxiv.org/abs/2412.14518",
         "#shapes": "#shapes",
-        "01_mamba.ipynb#the-layer": "01_mamba.ipynb#the-layer",
+        "#The-layer": "#the-layer",
+        "01_mamba.ipynb#The-layer": "01_mamba.ipynb#the-layer",
         "../../s5vh/retrieval.ipynb": "../../s5vh/retrieval.ipynb",
         "../../../README.md": "../../index.ipynb",
         "../../../LOG.md": "../../log.md",
@@ -177,8 +178,7 @@ def view(browser, address):
         browser.said.clear()
         browser.look(width, scheme)
         browser.open(f"{address}/{name}.html")
-        wait = "window.MathJax ? MathJax.startup.promise.then(() => true) : true"
-        browser.call("Runtime.evaluate", expression=wait, awaitPromise=True)
+        browser.js("window.MathJax && MathJax.startup.promise.then(() => true)")
         return browser
 
     return open
@@ -234,8 +234,7 @@ def test_the_keyboard_opens_the_sidebar_of_a_phone(view):
     page = view("index", WIDTHS["phone"])
     tab(page, lambda stop: stop.name == "Toggle site navigation sidebar", most=2)
     page.press(" ", 32)
-    arrived = "Promise.all(document.getAnimations().map(each => each.finished)).then(() => true)"
-    page.call("Runtime.evaluate", expression=arrived, awaitPromise=True)
+    page.js("Promise.all(document.getAnimations().map(each => each.finished)).then(() => true)")
     tab(page, lambda stop: stop.name == "Search", most=8)
 
 
@@ -290,5 +289,5 @@ def test_the_search_finds(view):
     page.loading("Page.navigate", url=page.js("location.href") + "?q=debiased")
     wait = "new Promise(done => { const look = () => document.querySelector('ul.search li a') ? done(true) : "
     wait += "setTimeout(look, 50); look(); })"
-    page.call("Runtime.evaluate", expression=wait, awaitPromise=True)
+    page.js(wait)
     assert "Losses" in page.js("document.querySelector('ul.search').innerText")

@@ -63,8 +63,10 @@ class Site:
 
     def target(self, link: str, origin: Path) -> str | None:
         "Where a link in the file `origin` leads on the site; None: nowhere."
-        if re.match(r"[a-z]+:|#", link):
+        if re.match(r"[a-z]+:", link):
             return link
+        if link.startswith("#"):  # JupyterLab and GitHub keep the capitals of a notebook's headings
+            return link.lower()
         name = link.partition("#")[0]
         anchor = link.removeprefix(name)
         path = Path(os.path.normpath(origin.parent / unquote(name)))
@@ -72,7 +74,7 @@ class Site:
         if not path.exists() or not path.is_relative_to(ROOT):
             return None
         if path in self.pages:
-            return os.path.relpath(self.folder / self.pages[path], here) + anchor
+            return os.path.relpath(self.folder / self.pages[path], here) + anchor.lower()
         inside = path.relative_to(ROOT)
         if path.suffix not in DOWNLOADS:
             kind = "tree" if path.is_dir() else "blob"

@@ -2,7 +2,8 @@
 
 Lab writes the name and the version of the kernel into a notebook that it opens, and marks it as changed
 where the file has others. Committed notebooks have none, so Lab gets a notebook with those of this machine
-and saves it as it is committed: without them and without sliders, and an artefact notebook without outputs.
+and saves it as it is committed: without them, with small pictures, without sliders, and an artefact notebook
+without outputs.
 """
 
 from pathlib import Path
@@ -13,6 +14,7 @@ from jupyter_server.services.contents.largefilemanager import AsyncLargeFileMana
 from nbdev.clean import clean_jupyter
 
 from s5vh_nb.cli.artefacts import PAPERS
+from s5vh_nb.cli.execute import shrink_pictures
 from s5vh_nb.evidence.lessons import stand_still
 
 KERNEL = "python3"
@@ -41,6 +43,7 @@ def clean(model, path, **_):
     clean_jupyter(path, model)
     if model["type"] != "notebook":
         return
+    shrink_pictures(model["content"])
     stand_still(model["content"])
     if Path(path).parent.name in PAPERS:
         for cell in model["content"]["cells"]:

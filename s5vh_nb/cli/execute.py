@@ -89,19 +89,19 @@ def _small_png(png: bytes) -> bytes:
 
 
 def shrink_pictures(
-    nb,  # A notebook, changed in place
+    nb: dict,  # A notebook, changed in place
 ):
     """Make the PNG pictures in the notebook's outputs smaller; none becomes larger.
 
     Parameters
     ----------
-    nb
+    nb : dict
         A notebook, changed in place
     """
-    for cell in nb.cells:
+    for cell in nb["cells"]:
         for output in cell.get("outputs", []):
             if png := output.get("data", {}).get("image/png"):
-                output.data["image/png"] = base64.b64encode(_small_png(base64.b64decode(png))).decode()
+                output["data"]["image/png"] = base64.b64encode(_small_png(base64.b64decode(png))).decode()
 
 # %% ../../nbs/lib/cli/02_execute.ipynb #7f889704
 def _copy_of(

@@ -296,7 +296,7 @@ def plot_verdicts(claims: list) -> plt.Figure:
     fig, ax = plt.subplots(figsize=(3.4 + 1.05 * len(columns), 0.9 + 0.25 * len(rows)))
     for claim, (column, row) in zip(judged, places):
         _fill_cell(ax, claim, columns.index(column), rows.index(row))
-    ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    ax.set(xlim=(-0.5, max(len(columns), 1) - 0.5), ylim=(max(len(rows), 1) - 0.5, -0.5))
     ax.set_xticks(range(len(columns)), columns)
     ax.set_yticks(range(len(rows)), rows)
     ax.tick_params(length=0, labelsize=9, top=True, bottom=False, labeltop=True, labelbottom=False)

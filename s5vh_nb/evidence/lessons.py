@@ -6,6 +6,8 @@
 __all__ = ['with_sliders', 'stand_still', 'in_motion']
 
 # %% ../../nbs/lib/evidence/17_lessons.ipynb #c638d3b7
+import base64
+import html
 import io
 from collections.abc import Callable, Sequence
 
@@ -61,10 +63,15 @@ def _live(draw: Callable, png: bytes, text: str, colours: int, sliders: dict) ->
         name: ipywidgets.SelectionSlider(options=list(values), value=first, description=name)
         for name, (first, values) in sliders.items()
     }
-    picture = ipywidgets.Image(value=png, alt=text, layout={"align_self": "flex-start"})  # not stretched
+
+    def shown(png):  # not as `ipywidgets.Image`, which has no place for the text
+        data = base64.b64encode(png).decode()
+        return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
+
+    picture = ipywidgets.HTML(shown(png))
 
     def renew(_):
-        picture.value = _still(draw(**{name: part.value for name, part in parts.items()}), colours)
+        picture.value = shown(_still(draw(**{name: part.value for name, part in parts.items()}), colours))
 
     for part in parts.values():
         part.observe(renew, "value")
