@@ -227,10 +227,10 @@ class Study:
 
     @property
     def note(self) -> str:
-        "What keeps the numbers from being results, as a banner of figures; else empty."
+        "What a short or smoke run can show, as a banner of figures; else empty."
         if self.profile == "smoke":
             return "Smoke run: it shows only that the notebook runs. These numbers mean nothing."
-        return f"Not a result. {self.short}" if self.short else ""
+        return self.short
 
     def save_figure(
         self,
