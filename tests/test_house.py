@@ -213,6 +213,22 @@ def test_lab_runs_a_notebook_and_saves_what_was_committed(remade, lab, browser):
     assert pictures.sub("", after) == pictures.sub("", before)
 
 
+OUTPUTS = """panel.content.widgets.filter(cell => cell.model.type == "code").map(cell =>
+    cell.model.outputs.toJSON().map(each => each.output_type == "stream" ? each.name : each.output_type)
+).flat()"""
+
+
+def test_lab_runs_an_artefact(lab, browser):
+    "All cells of a notebook that trains nothing: a figure and tables, no error, nothing on stderr."
+    address = "http://127.0.0.1:{}/lab/tree/nbs/dmmh/table1.ipynb?token={}"
+    browser.open(address.format(*lab))
+    browser.js(UNTIL)
+    assert browser.js(OPENED) is False
+    assert browser.js("jupyterapp.commands.execute('notebook:run-all-cells')") is True
+    kinds = browser.js(OUTPUTS)
+    assert "display_data" in kinds and not {"error", "stderr"} & set(kinds), kinds
+
+
 @pytest.fixture(scope="module")
 def wheel(remade):
     "A wheel from a source distribution, from a folder in which notebooks have been opened and run."
