@@ -100,7 +100,7 @@ def test_findings_count(said):
     assert best.endswith("; better in 1 of 1 on animated-emoji, where nothing was chosen.")
     assert found["DMMH"] == (
         "DMMH is better than 1 of 2 rivals at every code length. The exception is DMMH with a Transformer. "
-        "DMMH is nowhere worse. "
+        "No rival is better than DMMH at any length. "
         "Its Mamba layers are better than no sequence layer in 0 of 2 (worse in 1) and "
         "better than a Transformer in 1 of 2 (worse in 0)."
     )

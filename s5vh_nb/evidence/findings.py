@@ -164,7 +164,9 @@ def _of_dmmh(details):
             plural = "exceptions are" if len(spared) > 1 else "exception is"
             yield f"The {plural} {_listed(spared)}."
         yield (
-            f"At some length DMMH is worse than {_listed(ahead)}." if len(ahead) else "DMMH is nowhere worse."
+            f"At some length DMMH is worse than {_listed(ahead)}."
+            if len(ahead)
+            else "No rival is better than DMMH at any length."
         )
     told = []
     for claim, other in _SEQUENCES.items():
