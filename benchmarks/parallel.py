@@ -6,9 +6,9 @@
 Writes one record into the archive of the profile. Both trainings have the same batch and run one after the
 other under torchrun. The processes of the second one take GPUs in turn. Where there are too few they share a
 GPU or the CPU, which shows that it works but saves no time. The time of a step is that of the median epoch
-after the first, divided by its steps. One process replays a step as a CUDA graph; several do not. Products
-are float32, so that only the order of sums differs. How far apart the weights end is a share of the way that
-they went.
+after the first, divided by its steps. On a GPU a step is replayed as a CUDA graph, by several processes only
+where NCCL connects them. Products are float32, so that only the order of sums differs. How far apart the
+weights end is a share of the way that they went.
 """
 
 import argparse

@@ -183,7 +183,8 @@ class AutoSSVH(VideoNetwork, library_name="s5vh_nb", tags=["video-hashing"]):
         x : Tensor
             (b, t, d)
         """
-        return self.conmh.encoder.embed(x) + positions(x.shape[1], self.config.m, x.device).to(x.dtype)
+        embed = self.conmh.encoder.embed
+        return embed(x) + positions(x.shape[1], self.config.m, x.device).to(embed.weight.dtype)
 
     def codes_of(
         self,

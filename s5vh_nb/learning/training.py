@@ -25,7 +25,7 @@ from ..basics.checks import check
 from ..basics.config import MetricConfig, TrainConfig, check_config
 from ..basics.devices import Device, as_tensor, free_memory, pick_device
 from ..basics.files import check_writable, user_path
-from ..basics.parallel import Part, average, from_first, is_first, n_processes
+from ..basics.parallel import Part, average, fits_into_a_graph, from_first, is_first
 from ..datasets.catalog import load
 from ..datasets.rows import to_tensor
 from ..datasets.splits import Dataset
@@ -194,14 +194,14 @@ def _make_step(
 ):
     """A function that takes a batch of `_batches` and makes one step; all batches have one shape.
 
-    Several processes take ordinary steps: a graph can't hold what they tell each other, except through NCCL.
+    Several processes that talk through anything but NCCL take ordinary steps: a graph can't hold their words.
     """
 
     def step_on_rows(rows, *others):
         return step(run, past_warmup, *(x[rows] for x in inputs), rows, *others)
 
     take_step = step_on_rows if _on_device(inputs) else functools.partial(step, run, past_warmup)
-    return GraphedCall(take_step) if n_processes() == 1 else take_step
+    return GraphedCall(take_step) if fits_into_a_graph() else take_step
 
 # %% ../../nbs/lib/learning/07_training.ipynb #3f7547a4
 @contextlib.contextmanager

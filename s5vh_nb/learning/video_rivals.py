@@ -323,7 +323,7 @@ class BTHNetwork(VideoNetwork, library_name="s5vh_nb", tags=["video-hashing"]):
             (b, t, d) frame features
         """
         p = positions(x.shape[1], self.config.m, x.device)  # (t, m)
-        return self.layers(self.drop(self.embed(x) + p.to(x.dtype)))
+        return self.layers(self.drop(self.embed(x) + p.to(self.embed.weight.dtype)))
 
     def codes(
         self,

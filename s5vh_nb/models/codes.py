@@ -7,10 +7,15 @@ __all__ = ['sign_ste', 'relax', 'pack', 'unpack', 'check_array', 'check_largest'
            'network_class']
 
 # %% ../../nbs/lib/models/00_codes.ipynb #3bb39ecf
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import pkgutil
+import threading
+import weakref
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +34,7 @@ from ..basics.config import NetworkConfig, bits_of, check_config, to_dict
 from ..basics.devices import Device, as_tensor, pick_device
 from ..basics.files import atomic_write, user_path
 from ..datasets.rows import LARGEST
+from ..ops.dispatch import chosen_backend
 from ..ops.streams import GraphedCall
 
 # %% ../../nbs/lib/models/00_codes.ipynb #33ef2b62
@@ -194,6 +200,31 @@ def _check_config(path: Path, cls: type):
     check(not unknown, str(path), expected, f"also {', '.join(unknown)}")
 
 
+def _codes_and_largest(net, device, *parts):
+    "Packed codes of a batch and the largest absolute value of its inputs."
+    options = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    ends = [end for x in parts if x is not None for end in torch.aminmax(x)]
+    with torch.autocast(device, *options, cache_enabled=False):  # a graph would outlive what is cached
+        return pack(net.h(*parts)), torch.stack(ends).abs().amax()
+
+
+_ON_A_GPU = threading.RLock()  # graphs have one set of buffers
+_RECORDED = weakref.WeakKeyDictionary()  # network -> (what its graphs depend on, how to call them)
+
+
+def _recorded(net: "HashNetwork") -> GraphedCall:
+    "`_codes_and_largest` of a network, with the graphs of earlier calls while they hold."
+    like = next(net.parameters())
+    device = like.device.type
+    numbers = like.dtype, torch.get_float32_matmul_precision(), torch.get_autocast_dtype(device)
+    weights = [x.data_ptr() for x in chain(net.parameters(), net.buffers())]  # a graph reads them there
+    state = *numbers, torch.is_autocast_enabled(device), chosen_backend(), *weights
+    if net not in _RECORDED or _RECORDED[net][0] != state:
+        call = GraphedCall(functools.partial(_codes_and_largest, evaluation_view(net), device))
+        _RECORDED[net] = state, call
+    return _RECORDED[net][1]
+
+
 class HashNetwork(nn.Module, PyTorchModelHubMixin):
     """A network with a configuration; it encodes block by block, and is saved and loaded without pickle.
 
@@ -271,7 +302,7 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         progress : bool
             Show a bar
         """
-        net, like = evaluation_view(self), next(self.parameters())
+        like = next(self.parameters())
         n = next(len(x) for x in inputs if x is not None)
         check(n > 0, "features", "at least one item", "none")
         check(batch > 0, "batch", "at least 1 item", batch)
@@ -282,19 +313,16 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
             x = as_tensor(x[start : start + batch])
             return x.to(like.device) if x.ndim == 1 else x.to(like)  # lengths stay whole numbers
 
-        def encode(*parts):
-            return pack(net.h(*parts))
-
-        # capturing a CUDA graph takes as long as some blocks
-        call = GraphedCall(encode) if n > 8 * batch else encode
-        codes, ends = [], []
+        found = []
         starts = tqdm(range(0, n, batch), "encode", unit="batch", leave=False, disable=not progress)
-        for start in starts:
-            parts = [block(x, start) for x in inputs]
-            codes.append(call(*parts).clone())
-            ends += [end for x in parts if x is not None for end in torch.aminmax(x)]
-        check_largest(torch.stack(ends).abs().amax().item())
-        return torch.cat(codes).cpu()
+        with _ON_A_GPU if like.is_cuda else contextlib.nullcontext():
+            call = _recorded(self)
+            for start in starts:
+                outputs = call(*(block(x, start) for x in inputs))
+                found.append([x.clone() for x in outputs])  # the next block overwrites them
+            codes, largest = zip(*found)
+            check_largest(torch.stack(largest).amax().item())
+            return torch.cat(codes).cpu()
 
     def program_of(
         self,

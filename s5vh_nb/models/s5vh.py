@@ -149,7 +149,8 @@ class _Encoder(nn.Module):
         p = positions(x.shape[1], self.embed.out_features, x.device)  # (t, m)
         if visible is not None:
             x, p = take(x, visible), p[visible]  # (views*b, v, d), (views*b, v, m)
-        z = self.embed(x) + p.to(x.dtype)  # (views*b, v, m)
+        # under autocast products are bfloat16, and what goes from layer to layer is float32
+        z = self.embed(x) + p.to(self.embed.weight.dtype)  # (views*b, v, m)
         return norm_linear(self.layers(z, lengths=lengths), self.norm, self.head)
 
     def step(
@@ -178,7 +179,7 @@ class _Encoder(nn.Module):
             (b, keep, m), the states after these
         """
         frames = torch.arange(start, start + x.shape[1], device=x.device)
-        p = _sinusoids(frames, self.embed.out_features).to(x.dtype)  # (s, m)
+        p = _sinusoids(frames, self.embed.out_features).to(self.embed.weight.dtype)  # (s, m)
         z, states = self.layers.step(self.embed(x) + p, states, keep)  # (b, s, m)
         return norm_linear(z[:, :keep], self.norm, self.head), states
 

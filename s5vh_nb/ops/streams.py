@@ -71,10 +71,32 @@ class SideStream:
             x.record_stream(torch.cuda.current_stream())
 
 # %% ../../nbs/lib/ops/00_streams.ipynb #629333db
-class GraphedCall:
-    """`call`, replayed as a CUDA graph from its second use on; the next use overwrites the outputs.
+_KEPT = 4  # graphs of a call
 
-    It stays an ordinary call on a CPU, and for inputs whose shapes or dtypes differ from the recorded ones.
+
+class _Graph:
+    "A call as it was recorded."
+
+    def __init__(self, call, inputs, pool):
+        self.buffers = [None if x is None else x.clone() for x in inputs]
+        self.graph = torch.cuda.CUDAGraph()
+        # "thread_local": another thread may pin the memory of the next batch meanwhile
+        with torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
+            self.outputs = call(*self.buffers)
+
+    def __call__(self, inputs):
+        for x, buffer in zip(inputs, self.buffers):
+            if buffer is not None:
+                buffer.copy_(x)
+        self.graph.replay()
+        return self.outputs
+
+
+class GraphedCall:
+    """`call`, replayed as a CUDA graph from the second use on that has inputs of these shapes and dtypes.
+
+    The next use overwrites the outputs. Graphs of the four kinds of inputs that were used last are kept.
+    On a CPU it stays an ordinary call.
 
     Parameters
     ----------
@@ -86,41 +108,27 @@ class GraphedCall:
         self,
         call: Callable,  # Tensors (or None) of one device -> tensors; it must not wait for the GPU
     ):
-        self.call, self.graph = call, None
-        self.is_set_up = False
+        self.call, self.pool = call, None
+        self.graphs = {}  # shapes and dtypes -> their graph, None after the first use; the latest comes last
 
     def __call__(self, *inputs: torch.Tensor | None):
         if not any(x is not None and x.is_cuda for x in inputs):
             return self.call(*inputs)
-        if not self.is_set_up:
-            return self._first_call(inputs)
-        if self.graph is None:
-            self._record(inputs)
-        if self._signature(inputs) != self._signature(self.buffers):
-            return self.call(*inputs)
-        for x, buffer in zip(inputs, self.buffers):
-            if buffer is not None:
-                buffer.copy_(x)
-        self.graph.replay()
-        return self.outputs
+        kind = tuple(None if x is None else (x.shape, x.dtype) for x in inputs)
+        is_known, graph = kind in self.graphs, self.graphs.pop(kind, None)
+        if is_known and graph is None:
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            graph = _Graph(self.call, inputs, self.pool)
+        self.graphs[kind] = graph
+        if len(self.graphs) > _KEPT:
+            del self.graphs[next(iter(self.graphs))]
+        return self._beside(inputs) if graph is None else graph(inputs)
 
-    @staticmethod
-    def _signature(inputs):
-        return [None if x is None else (x.shape, x.dtype) for x in inputs]
-
-    def _first_call(self, inputs):
+    def _beside(self, inputs):
         "An ordinary call, but on a side stream: recording will not use the main one either."
         side = _side_stream(torch.cuda.current_device())
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             outputs = self.call(*inputs)
         torch.cuda.current_stream().wait_stream(side)
-        self.is_set_up = True
         return outputs
-
-    def _record(self, inputs):
-        self.buffers = [None if x is None else x.clone() for x in inputs]
-        self.graph = torch.cuda.CUDAGraph()
-        # "thread_local": another thread may pin the memory of the next batch meanwhile
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.outputs = self.call(*self.buffers)

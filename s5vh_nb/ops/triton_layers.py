@@ -541,7 +541,15 @@ def mamba_layers_triton(
         ready = prepare()
     g, d = ready[2].shape[1:3]
     keep = torch.is_grad_enabled() and any(v.requires_grad for v in (x, *ready))
-    return _Layers.apply(x.contiguous(), factors, eps, (g - backward) * d, keep, *ready)
+    options = eps, (g - backward) * d, keep
+    videos = max(32, 32768 // x.shape[1])
+    if keep or len(x) <= videos:
+        return _Layers.apply(x.contiguous(), factors, *options, *ready)
+    out, parts = torch.empty_like(x), x.split(videos)  # nothing is kept: what lies between fits into a slice
+    factors = [None] * len(parts) if factors is None else factors.split(videos, 1)
+    for into, part, of_part in zip(out.split(videos), parts, factors):
+        into.copy_(_Layers.apply(part.contiguous(), of_part, *options, *ready))
+    return out
 
 # %% ../../nbs/lib/ops/04_triton_layers.ipynb #71a0c2f1
 @triton.jit

@@ -129,6 +129,12 @@ def _forward_segment(
 
 
 @triton.jit
+def _saved_at(saved, b, t, s, d, N: tl.constexpr, SAVE: tl.constexpr):
+    "Where the state after `s` steps is kept."
+    return saved + (b * ((t - 1) // SAVE) + s // SAVE - 1) * d * N
+
+
+@triton.jit
 def _forward_kernel(
     u,  # (pointer, stride of a sequence, stride of a step), (b, t, d)
     delta,  # Likewise
@@ -139,7 +145,7 @@ def _forward_kernel(
     A,  # (d, n)
     D,  # (d,) or None
     bias,  # (d,) or None
-    saved,  # States at the starts of segments (b, segments - 1, d, n), or None
+    saved,  # States after every SAVE steps (b, (t - 1) // SAVE, d, n), or None
     last,  # States after the last step (b, d, n), or None
     summary,  # From `_summary_kernel`; None where a chunk is the whole sequence
     t,  # Steps
@@ -151,6 +157,7 @@ def _forward_kernel(
     SOFTPLUS: tl.constexpr,  # Whether step sizes pass through softplus
     GATED: tl.constexpr,  # Whether there is a gate
     K: tl.constexpr,  # Steps of a segment
+    SAVE: tl.constexpr,  # Steps between two saved states: whole segments
     N: tl.constexpr,  # States
     DB: tl.constexpr,  # Channels of a block
     NB: tl.constexpr,  # States of a block, a power of two
@@ -172,18 +179,27 @@ def _forward_kernel(
     for s in range(start, end, K):
         ahead = _rows(by_channel, by_state, s + K, stop, lanes, K)
         if saved is not None:
-            tl.store(saved + (b * ((t - 1) // K) + s // K - 1) * d * N + tile, h, m_dn & (s > 0))
+            if s % SAVE == 0:
+                tl.store(_saved_at(saved, b, t, s, d, N, SAVE) + tile, h, m_dn & (s > 0))
         h = _forward_segment(h, rows, s, out, A2, bias, skip, lanes, SOFTPLUS, GATED, K)
         rows = ahead
     if REST > 0:
         if end < stop:
             if saved is not None:
-                tl.store(saved + (b * ((t - 1) // K) + end // K - 1) * d * N + tile, h, m_dn & (end > 0))
+                if end % SAVE == 0:
+                    tl.store(_saved_at(saved, b, t, end, d, N, SAVE) + tile, h, m_dn & (end > 0))
             h = _forward_segment(h, rows, end, out, A2, bias, skip, lanes, SOFTPLUS, GATED, REST)
     if last is not None:
         tl.store(last + b * d * N + tile, h, m_dn & (stop == t))
 
 # %% ../../nbs/lib/ops/03_triton_scan.ipynb #a2c5ebb5
+@triton.jit
+def _step_state(h, raw, x, B, A2, bias, SOFTPLUS: tl.constexpr):
+    "The state after a step, and the step's size."
+    dt = _step_size(raw, bias, SOFTPLUS)
+    return tl.exp2(dt[:, None] * A2) * h + (dt * x.to(tl.float32))[:, None] * B.to(tl.float32)[None, :], dt
+
+
 @triton.jit
 def _backward_segment(
     h,
@@ -206,11 +222,7 @@ def _backward_segment(
     g, dA, dD, dbias = grads
     dts, hs = (), (h,)
     for k in tl.static_range(K):
-        dt = _step_size(rows[k][1], bias, SOFTPLUS)
-        h = (
-            tl.exp2(dt[:, None] * A2) * h
-            + (dt * rows[k][0].to(tl.float32))[:, None] * rows[k][4].to(tl.float32)[None, :]
-        )
+        h, dt = _step_state(h, rows[k][1], rows[k][0], rows[k][4], A2, bias, SOFTPLUS)
         dts, hs = dts + (dt,), hs + (h,)
     slots = tl.arange(0, triton.next_power_of_2(2 * K))  # dB and dC of each step, in turn
     both = tl.zeros((triton.next_power_of_2(2 * K), states.shape[0]), tl.float32)
@@ -261,6 +273,7 @@ def _backward_kernel(
     D,
     bias,
     saved,  # As the forward kernel left them
+    between,  # Room for the states between two saved ones (programs, SAVE // K, DB, NB); None where SAVE is K
     summary,  # Of the gradient's scan
     du,  # (b, t, d)
     ddelta,  # (b, t, d)
@@ -276,6 +289,7 @@ def _backward_kernel(
     SOFTPLUS: tl.constexpr,
     GATED: tl.constexpr,
     K: tl.constexpr,
+    SAVE: tl.constexpr,
     N: tl.constexpr,
     DB: tl.constexpr,
     NB: tl.constexpr,
@@ -304,34 +318,46 @@ def _backward_kernel(
     else:
         g = _fold(summary, (b + 1) * chunks - 1, -1, chunks - 1 - c, A2, lanes, tile, m_dn, d, N)
     grads = g, tl.zeros_like(A2), tl.zeros_like(skip), tl.zeros_like(skip)
-    end = start + (stop - start) // K * K  # whole segments end there
-    if REST > 0:
-        if end < stop:
-            h = tl.load(saved + (b * ((t - 1) // K) + end // K - 1) * d * N + tile, m_dn & (end > 0), 0.0)
-            grads = _backward_segment(
-                h,
-                _rows(by_channel, by_state, end, None, lanes, REST),
-                grads,
-                end,
-                outs,
-                A2,
-                bias,
-                skip,
-                lanes,
-                SOFTPLUS,
-                GATED,
-                REST,
-                N,
-            )
-    s = end - K  # the last whole segment
-    saved += (b * ((t - 1) // K) + s // K - 1) * d * N
-    h = tl.load(saved + tile, m_dn & (s > 0), 0.0)
-    for i in range((end - start) // K):
-        saved -= d * N
-        h_ahead = tl.load(saved + tile, m_dn & (s > K) & (s > start), 0.0)
-        rows = _rows(by_channel, by_state, s, None, lanes, K)
-        grads = _backward_segment(h, rows, grads, s, outs, A2, bias, skip, lanes, SOFTPLUS, GATED, K, N)
-        h, s = h_ahead, s - K
+    to_state, of_state = by_channel[:2], by_state[:1]
+    if SAVE > K:
+        program = (b * chunks + c) * tl.num_programs(0) + tl.program_id(0)
+        between += (
+            program * (SAVE // K) * DB * NB + tl.arange(0, DB)[:, None] * NB + tl.arange(0, NB)[None, :]
+        )
+    base = start + (stop - 1 - start) // SAVE * SAVE  # where the last saved state is
+    h_ahead = tl.load(_saved_at(saved, b, t, base, d, N, SAVE) + tile, m_dn & (base > 0), 0.0)
+    for part in range(tl.cdiv(stop - start, SAVE)):
+        h, segments = h_ahead, tl.cdiv(tl.minimum(stop - base, SAVE), K)
+        at = _saved_at(saved, b, t, base - SAVE, d, N, SAVE)
+        h_ahead = tl.load(at + tile, m_dn & (base > SAVE) & (base > start), 0.0)
+        if SAVE > K:
+            for i in range(segments - 1):  # to the start of the last segment
+                tl.store(between + i * DB * NB, h)
+                rows = _rows(to_state, of_state, base + i * K, None, lanes, K)
+                for k in tl.static_range(K):
+                    h, dt = _step_state(h, rows[k][1], rows[k][0], rows[k][2], A2, bias, SOFTPLUS)
+            tl.debug_barrier()
+        if REST > 0:
+            if base + segments * K > stop:
+                segments -= 1
+                s = base + segments * K
+                rows = _rows(by_channel, by_state, s, None, lanes, REST)
+                grads = _backward_segment(
+                    h, rows, grads, s, outs, A2, bias, skip, lanes, SOFTPLUS, GATED, REST, N
+                )
+                if SAVE > K:
+                    h = tl.load(between + (segments - 1) * DB * NB, m_dn & (segments > 0), 0.0)
+        for i in range(segments - 1, -1, -1):
+            h_before = h
+            if SAVE > K:
+                h_before = tl.load(between + (i - 1) * DB * NB, m_dn & (i > 0), 0.0)
+            s = base + i * K
+            rows = _rows(by_channel, by_state, s, None, lanes, K)
+            grads = _backward_segment(h, rows, grads, s, outs, A2, bias, skip, lanes, SOFTPLUS, GATED, K, N)
+            h = h_before
+        if SAVE > K:
+            tl.debug_barrier()  # before the room is used again
+        base -= SAVE
     row = dweights + (b * chunks + c) * d * (N + 2)  # this program's dA, dD, dbias
     tl.store(row + tile, grads[1], m_dn)
     tl.store(row + d * N + lanes[0], grads[2], lanes[2])
@@ -438,22 +464,26 @@ def sum_parts(
     return out
 
 # %% ../../nbs/lib/ops/03_triton_scan.ipynb #2539c20a
+_LONG, _SEGMENTS = 64, 8  # of longer sequences, every eighth segment's first state is saved
+
+
 def _plan(
     b: int,  # Sequences
     t: int,  # Steps
     d: int,  # Channels
     g: int,  # Groups
     n: int,  # States
-) -> tuple:  # Launch grid, arguments by name
+) -> tuple:  # Launch grid, arguments by name, steps between two saved states
     "Launch grid and the sizes that all kernels of one scan share."
     NB, K = triton.next_power_of_2(n), min(t, 3)
     DB = min(64, max(8, 512 // NB), triton.next_power_of_2(d // g))
     blocks = g * triton.cdiv(d // g, DB)
     chunks = max(1, min(t // 64, 2048 // (b * blocks)))
-    chunk = triton.cdiv(triton.cdiv(t, chunks), K) * K
+    save = K if t <= _LONG else _SEGMENTS * K
+    chunk = triton.cdiv(triton.cdiv(t, chunks), save) * save
     grid = blocks, triton.cdiv(t, chunk), b
     sizes = dict(t=t, d=d, group_size=d // g, chunk=chunk, K=K, N=n, DB=DB, NB=NB)
-    return grid, dict(**sizes, num_warps=1, num_stages=1)
+    return grid, dict(**sizes, num_warps=1, num_stages=1), save
 
 
 def _channels_side_by_side(x: torch.Tensor) -> torch.Tensor:
@@ -527,10 +557,10 @@ def scan_forward(
     """
     b, t = u.shape[:2]
     d, n = A.shape
-    grid, plan = _plan(b, t, d, B.shape[2], n)
+    grid, plan, save = _plan(b, t, d, B.shape[2], n)
     plan |= dict(reversed_from=reversed_from, SOFTPLUS=softplus)
     out, gate = u.new_empty(b, t, d), u if z is None else z
-    saved = u.new_empty(b, (t - 1) // plan["K"], d, n, dtype=torch.float32) if keep else None
+    saved = u.new_empty(b, (t - 1) // save, d, n, dtype=torch.float32) if keep else None
     last = u.new_empty(b, d, n, dtype=torch.float32) if want_last else None
     summary = _room_for_summaries(u, grid, d, n)
     if summary:
@@ -540,7 +570,7 @@ def scan_forward(
         map(_with_strides, (u, delta, gate, B, C, out)),
         dict(REST=t % plan["K"], GATED=z is not None),
     )
-    _forward_kernel[grid](*tensors, A, D, bias, saved, last, summary, **flags, **plan, maxnreg=128)
+    _forward_kernel[grid](*tensors, A, D, bias, saved, last, summary, SAVE=save, **flags, **plan, maxnreg=128)
     return _ForwardScan(out, last, saved)
 
 
@@ -606,7 +636,7 @@ def scan_backward(
     b, t = u.shape[:2]
     g, n = B.shape[2:]
     d = u.shape[2]
-    grid, plan = _plan(b, t, d, g, n)
+    grid, plan, save = _plan(b, t, d, g, n)
     plan |= dict(reversed_from=reversed_from, SOFTPLUS=softplus, GATED=z is not None)
     du, ddelta = u.new_empty(b, t, d), u.new_empty(b, t, d)
     if z is not None and dz is None:
@@ -620,10 +650,12 @@ def scan_backward(
     if summary:
         tensors = map(_with_strides, (dout, delta, gate, C))
         _summary_kernel[grid](*tensors, A, bias, summary, ADJOINT=True, **plan)
-    inputs = *map(_with_strides, (u, delta, gate, dout, B, C)), A, D, bias, saved, summary
+    room = grid[0] * grid[1] * b, save // plan["K"], plan["DB"], plan["NB"]
+    between = u.new_empty(room, dtype=torch.float32) if save > plan["K"] else None
+    inputs = *map(_with_strides, (u, delta, gate, dout, B, C)), A, D, bias, saved, between, summary
     BC_outputs = BC_parts, *BC_parts.stride()[1:3], BC_parts.stride(0)
     outputs = du, ddelta, _with_strides(dgate), BC_outputs, weight_parts
-    _backward_kernel[grid](*inputs, *outputs, REST=t % plan["K"], **plan)
+    _backward_kernel[grid](*inputs, *outputs, REST=t % plan["K"], SAVE=save, **plan)
     return _ScanGradients(du, ddelta, dz, sum_parts(BC_parts, dBC), weight_parts)
 
 
