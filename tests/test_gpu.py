@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -149,6 +150,52 @@ def test_codes_of_a_graph_are_those_of_one_block(half):
         model.encode(torch.full_like(x, torch.nan), batch=4)
 
 
+def small():
+    torch.manual_seed(0)
+    return S5VH(S5VHConfig(d=8, m=32, depth=2, decoder_m=16, bits=32)).cuda()
+
+
+def test_graphs_of_earlier_calls_hold_while_the_weights_lie_there():
+    "Short calls are replayed from the second on; they follow updates, casts, precision and backend."
+    model, x = small(), torch.randn(45, 25, 8, device="cuda")
+    first = model.encode(x)
+    for _ in range(3):
+        assert torch.equal(model.encode(x), first)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(-1)
+    assert torch.equal(model.encode(x), copy.deepcopy(model).encode(x))  # a copy has no graph yet
+    assert (model.encode(x) != first).float().mean() > 0.1
+    with torch.autocast("cuda", torch.bfloat16):
+        half = [model.encode(x) for _ in range(3)]
+    assert torch.equal(half[0], half[1]) and torch.equal(half[1], half[2])
+    assert torch.equal(model.encode(x), copy.deepcopy(model).encode(x))
+    assert torch.equal(model.half().encode(x), copy.deepcopy(model).encode(x))
+    model.float()
+    with use_backend("torch"):
+        plain = [model.encode(x) for _ in range(3)]
+    assert torch.equal(plain[0], plain[2])
+
+
+def test_threads_share_the_graphs_of_a_network():
+    model = small()
+    inputs = [torch.randn(9, 25, 8, device="cuda") for _ in range(8)]
+    alone = [model.encode(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for mine, wanted in zip(pool.map(model.encode, inputs), alone):
+                assert torch.equal(mine, wanted)
+
+
+@torch.no_grad()
+def test_slices_of_videos_are_the_whole():
+    "80 videos of 1000 frames are more than a slice."
+    torch.manual_seed(0)
+    net, x = layers(2, 32).cuda(), torch.randn(80, 1000, 32, device="cuda")
+    sliced, alone = net(x), torch.cat([net(part) for part in x.split(20)])
+    assert_near([sliced], [alone], 1e-6)
+
+
 def test_gradients_of_a_captured_step():
     "Side streams in a CUDA graph, at the papers' size: on every replay the gradients of the plain layers."
     torch.manual_seed(0)
@@ -173,6 +220,10 @@ def test_inputs_of_another_kind_get_an_ordinary_call():
     assert torch.equal(total(ones, None), ones)
     assert torch.equal(total(ones[:2], ones[:2]), 2 * ones[:2])
     assert total(ones.double(), ones.double()).dtype == torch.float64
+    for n in (1, 2, 3, 1, 2, 3, 4, 5, 6, 1, 1, 1):  # more shapes than are kept
+        x = torch.randn(n, device="cuda")
+        assert torch.equal(total(x, x), 2 * x)
+    assert len(total.graphs) == 4
 
 
 CONFIG = train_config("spoken-digits", "smoke", epochs=4, warmup=1, precision="float32")

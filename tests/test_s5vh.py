@@ -221,3 +221,19 @@ def test_positions_follow_the_default_dtype():
             assert positions(6, 16).dtype == dtype
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("features", [torch.float32, torch.bfloat16])
+def test_frames_go_from_layer_to_layer_in_float32_under_autocast(features):
+    "On a GPU only layers on float32 are one step; features that training keeps in bfloat16 change nothing."
+    model, seen = S5VH(S5VHConfig(d=4, m=8, depth=2, decoder_m=4, bits=8)), []
+    model.encoder.layers.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    model.decoder.layers.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    visible = torch.tensor([[0, 2], [1, 2]])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(torch.randn(2, 4, 4, dtype=features), visible)
+        model.decoder(out.codes, visible, out.hidden)
+    assert seen == [torch.float32] * 2
+    model.bfloat16()
+    model(torch.randn(2, 4, 4, dtype=torch.bfloat16))
+    assert seen[2:] == [torch.bfloat16]

@@ -465,6 +465,7 @@ def sum_parts(
 
 # %% ../../nbs/lib/ops/03_triton_scan.ipynb #2539c20a
 _LONG, _SEGMENTS = 64, 8  # of longer sequences, every eighth segment's first state is saved
+_PROGRAMS = 2048  # enough to fill a GPU
 
 
 def _plan(
@@ -473,13 +474,16 @@ def _plan(
     d: int,  # Channels
     g: int,  # Groups
     n: int,  # States
+    wide: bool = False,  # Larger blocks, and a row at a time, where they are enough to fill a GPU
 ) -> tuple:  # Launch grid, arguments by name, steps between two saved states
-    "Launch grid and the sizes that all kernels of one scan share."
+    "Launch grid and the sizes that the kernels of one pass share."
     NB, K = triton.next_power_of_2(n), min(t, 3)
-    DB = min(64, max(8, 512 // NB), triton.next_power_of_2(d // g))
-    blocks = g * triton.cdiv(d // g, DB)
-    chunks = max(1, min(t // 64, 2048 // (b * blocks)))
     save = K if t <= _LONG else _SEGMENTS * K
+    DB = min(64, max(8, 512 // NB), triton.next_power_of_2(d // g))
+    if wide and b * g * (d // g // (2 * DB)) >= _PROGRAMS:
+        DB, K = 2 * DB, 1
+    blocks = g * triton.cdiv(d // g, DB)
+    chunks = max(1, min(t // 64, _PROGRAMS // (b * blocks)))
     chunk = triton.cdiv(triton.cdiv(t, chunks), save) * save
     grid = blocks, triton.cdiv(t, chunk), b
     sizes = dict(t=t, d=d, group_size=d // g, chunk=chunk, K=K, N=n, DB=DB, NB=NB)
@@ -557,7 +561,7 @@ def scan_forward(
     """
     b, t = u.shape[:2]
     d, n = A.shape
-    grid, plan, save = _plan(b, t, d, B.shape[2], n)
+    grid, plan, save = _plan(b, t, d, B.shape[2], n, wide=True)
     plan |= dict(reversed_from=reversed_from, SOFTPLUS=softplus)
     out, gate = u.new_empty(b, t, d), u if z is None else z
     saved = u.new_empty(b, (t - 1) // save, d, n, dtype=torch.float32) if keep else None
