@@ -200,20 +200,24 @@ def _check_config(path: Path, cls: type):
     check(not unknown, str(path), expected, f"also {', '.join(unknown)}")
 
 
-def _codes_and_largest(net, device, *parts):
-    "Packed codes of a batch and the largest absolute value of its inputs."
+def _codes_of(net, device, *projected):
+    "Packed codes of what the network has projected."
+    with _without_copies(device):
+        return pack(net.h_of_projected(*projected))
+
+
+def _without_copies(device):
+    "The autocast around this call, but without its copies of weights: a graph would outlive them."
     options = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-    ends = [end for x in parts if x is not None for end in torch.aminmax(x)]
-    with torch.autocast(device, *options, cache_enabled=False):  # a graph would outlive what is cached
-        return pack(net.h(*parts)), torch.stack(ends).abs().amax()
+    return torch.autocast(device, *options, cache_enabled=False)
 
 
 _ON_A_GPU = threading.RLock()  # graphs have one set of buffers
-_RECORDED = weakref.WeakKeyDictionary()  # network -> (what its graphs depend on, how to call them)
+_RECORDED = weakref.WeakKeyDictionary()  # network -> (what its graphs depend on, its view, how to call them)
 
 
-def _recorded(net: "HashNetwork") -> GraphedCall:
-    "`_codes_and_largest` of a network, with the graphs of earlier calls while they hold."
+def _recorded(net: "HashNetwork") -> tuple:
+    "The network in evaluation mode, and `_codes_of` with the graphs of earlier calls while they hold."
     like = next(net.parameters())
     device = like.device.type
     numbers = like.dtype, torch.get_float32_matmul_precision(), torch.get_autocast_dtype(device)
@@ -222,9 +226,9 @@ def _recorded(net: "HashNetwork") -> GraphedCall:
     weights = [x.data_ptr() for x in tensors if x is not None]
     state = *numbers, torch.is_autocast_enabled(device), chosen_backend(), *weights
     if net not in _RECORDED or _RECORDED[net][0] != state:
-        call = GraphedCall(functools.partial(_codes_and_largest, evaluation_view(net), device))
-        _RECORDED[net] = state, call
-    return _RECORDED[net][1]
+        view = evaluation_view(net)
+        _RECORDED[net] = state, view, GraphedCall(functools.partial(_codes_of, view, device))
+    return _RECORDED[net][1:]
 
 
 class HashNetwork(nn.Module, PyTorchModelHubMixin):
@@ -283,6 +287,35 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         """
         raise NotImplementedError(f"{type(self).__name__}.h")
 
+    def project(
+        self,
+        *inputs: Tensor | None,  # As for `h`
+    ) -> tuple:
+        """What `h_of_projected` takes: the inputs.
+
+        A network whose first product makes large inputs small overrides both. On a GPU all that follows it
+        is a graph, which has copies of what it takes.
+
+        Parameters
+        ----------
+        *inputs : Tensor | None
+            As for `h`
+        """
+        return inputs
+
+    def h_of_projected(
+        self,
+        *projected: Tensor | None,  # From `project`
+    ) -> Tensor:
+        """`h` of the inputs that were projected, (b, k).
+
+        Parameters
+        ----------
+        *projected : Tensor | None
+            From `project`
+        """
+        return self.h(*projected)
+
     @torch.no_grad()
     def packed(
         self,
@@ -315,15 +348,17 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
             x = as_tensor(x[start : start + batch])
             return x.to(like.device) if x.ndim == 1 else x.to(like)  # lengths stay whole numbers
 
-        found = []
+        codes, ends = [], []
         starts = tqdm(range(0, n, batch), "encode", unit="batch", leave=False, disable=not progress)
         with _ON_A_GPU if like.is_cuda else contextlib.nullcontext():
-            call = _recorded(self)
+            view, call = _recorded(self)
             for start in starts:
-                outputs = call(*(block(x, start) for x in inputs))
-                found.append([x.clone() for x in outputs])  # the next block overwrites them
-            codes, largest = zip(*found)
-            check_largest(torch.stack(largest).amax().item())
+                parts = [block(x, start) for x in inputs]
+                with _without_copies(like.device.type):
+                    projected = view.project(*parts)
+                codes.append(call(*projected).clone())  # the next block overwrites them
+                ends += [end for x in parts if x is not None for end in torch.aminmax(x)]
+            check_largest(torch.stack(ends).abs().amax().item())
             return torch.cat(codes).cpu()
 
     def program_of(

@@ -146,11 +146,52 @@ class _Encoder(nn.Module):
         Tensor
             (views*b, v, m)
         """
+        return self.embeddings(self.project(x, visible), lengths)
+
+    def project(
+        self,
+        x: Tensor,  # (b, t, d) frame features
+        visible: Tensor | None = None,  # (views*b, v) frame numbers; None: all frames
+    ) -> Tensor:  # (views*b, v, m)
+        """The frames and their positions, as the first layer takes them.
+
+        Parameters
+        ----------
+        x : Tensor
+            (b, t, d) frame features
+        visible : Tensor | None
+            (views*b, v) frame numbers; None: all frames
+
+        Returns
+        -------
+        Tensor
+            (views*b, v, m)
+        """
         p = positions(x.shape[1], self.embed.out_features, x.device)  # (t, m)
         if visible is not None:
             x, p = take(x, visible), p[visible]  # (views*b, v, d), (views*b, v, m)
         # under autocast products are bfloat16, and what goes from layer to layer is float32
-        z = self.embed(x) + p.to(self.embed.weight.dtype)  # (views*b, v, m)
+        return self.embed(x) + p.to(self.embed.weight.dtype)  # (views*b, v, m)
+
+    def embeddings(
+        self,
+        z: Tensor,  # (b, v, m) from `project`
+        lengths: Tensor | None = None,  # (b,) how many frames count, the first ones; None: all
+    ) -> Tensor:  # (b, v, m)
+        """What the layers make of the frames.
+
+        Parameters
+        ----------
+        z : Tensor
+            (b, v, m) from `project`
+        lengths : Tensor | None
+            (b,) how many frames count, the first ones; None: all
+
+        Returns
+        -------
+        Tensor
+            (b, v, m)
+        """
         return norm_linear(self.layers(z, lengths=lengths), self.norm, self.head)
 
     def step(
@@ -554,6 +595,32 @@ class S5VH(VideoNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"]
             (b, t, d)
         """
         return self(x).h
+
+    def project(
+        self,
+        x: Tensor,  # (b, t, d)
+    ) -> tuple:
+        """The projected frames (b, t, m).
+
+        Parameters
+        ----------
+        x : Tensor
+            (b, t, d)
+        """
+        return (self.encoder.project(x),)
+
+    def h_of_projected(
+        self,
+        z: Tensor,  # (b, t, m)
+    ) -> Tensor:
+        """`h` of the frames that were projected, (b, k).
+
+        Parameters
+        ----------
+        z : Tensor
+            (b, t, m)
+        """
+        return self.hash(self.encoder.embeddings(z)).mean(1)
 
     def stream(
         self,
