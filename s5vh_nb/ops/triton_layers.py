@@ -542,7 +542,7 @@ def mamba_layers_triton(
     g, d = ready[2].shape[1:3]
     keep = torch.is_grad_enabled() and any(v.requires_grad for v in (x, *ready))
     options = eps, (g - backward) * d, keep
-    videos = max(32, 32768 // x.shape[1])
+    videos = max(64, 32768 // x.shape[1])
     if keep or len(x) <= videos:
         return _Layers.apply(x.contiguous(), factors, *options, *ready)
     out, parts = torch.empty_like(x), x.split(videos)  # nothing is kept: what lies between fits into a slice
