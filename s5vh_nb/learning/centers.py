@@ -29,6 +29,9 @@ from ..datasets.rows import hdf5_array, open_hdf5
 from .admm import ADMM, improve_center, improvements
 
 # %% ../../nbs/lib/learning/01_centers.ipynb #f91c92bd
+_WIDE = 1000  # numbers of a feature: of more, principal components take seconds on a CPU
+
+
 def _check_classes(classes, n, n_centers):
     "`ValueError` unless (n, c) with a sample of each class and a class of each sample."
     expected = f"shape {(n, n_centers)}, {n} samples and {n_centers} classes"
@@ -39,12 +42,32 @@ def _check_classes(classes, n, n_centers):
         check(not len(empty), "classes", f"at least one {of} of each {what}", f"none of {what} {empty[:3]}")
 
 
+def _exact_components(
+    x: np.ndarray,  # (n, d)
+    p: int,
+    device: str | torch.device,  # Where to compute
+) -> np.ndarray:
+    "What the first p principal components say of each row, (n, p)."
+    x = torch.as_tensor(x, dtype=torch.float64, device=device)
+    x = x - x.mean(0)
+    _, vectors = torch.linalg.eigh(x.T @ x)  # in ascending order
+    return (x @ vectors[:, -p:].flip(1)).cpu().numpy()
+
+
+def _components(x, p, seed, device) -> np.ndarray:
+    "Likewise: on a GPU of wide features the exact ones, else scikit-learn's."
+    if x.shape[1] > _WIDE and torch.device(device).type == "cuda":
+        return _exact_components(x, p, device)
+    return PCA(p, random_state=seed).fit_transform(x)
+
+
 def semantic_vectors(
     features,  # (n, d) time means, or (n, t, d) frame features: array or CPU tensor
     n_centers: int,  # c, at most the number of distinct rows
     pca: int = 512,  # Principal components kept, at most min(n, d)
     seed: int = 0,  # Of k-means
     classes: np.ndarray | None = None,  # (n, c) bool, from `class_matrix`: they take the place of k-means
+    device: str | torch.device = "cpu",  # Where to find the components of wide features
 ) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors W (c, p), and cluster numbers (n,), of several classes the first (S5VH, hash centers).
 
@@ -62,6 +85,8 @@ def semantic_vectors(
         Of k-means
     classes : np.ndarray | None
         (n, c) bool, from `class_matrix`: they take the place of k-means
+    device : str | torch.device
+        Where to find the components of wide features
     """
     x = np.asarray(features)
     check(x.ndim in (2, 3), "features", "shape (n, d) or (n, t, d)", x.shape)
@@ -76,7 +101,7 @@ def semantic_vectors(
         check(n_centers <= distinct, "n_centers", expected, n_centers)
     else:
         _check_classes(classes, len(x), n_centers)
-    x = PCA(min(pca, *x.shape), random_state=seed).fit_transform(x)  # (n, p)
+    x = _components(x, min(pca, *x.shape), seed, device)  # (n, p)
     if classes is not None:
         means = classes.T.astype(float) @ x / classes.sum(0)[:, None]  # (c, p)
         return normalize(means), classes.argmax(1)
@@ -413,6 +438,7 @@ def hash_centers(
     classes: np.ndarray | None = None,  # (n, c) bool, from `class_matrix`: one center per class
     admm: ADMM = ADMM(),  # Schedule
     progress: bool = True,  # Show a bar over the sweeps
+    device: str | torch.device = "cpu",  # As for `semantic_vectors`
 ) -> HashCenters:
     """One center per k-means cluster of the features, or per class (S5VH, hash centers).
 
@@ -444,6 +470,8 @@ def hash_centers(
         Schedule
     progress : bool
         Show a bar over the sweeps
+    device : str | torch.device
+        As for `semantic_vectors`
     """
     check_bits(bits)
     check(n_centers <= 2**bits, "n_centers", f"at most 2^{bits}, the number of codes", n_centers)
@@ -451,7 +479,7 @@ def hash_centers(
     check(0 <= semantic < np.inf, "semantic", "a finite weight of at least 0", semantic)
     if given is not None:
         given = _checked(np.asarray(given), "given", n_centers, bits)
-    W, labels = semantic_vectors(features, n_centers, pca, seed, classes)
+    W, labels = semantic_vectors(features, n_centers, pca, seed, classes, device)
     if given is None:
         H = start_centers(n_centers, bits, init, np.random.default_rng(seed))
     else:

@@ -381,6 +381,7 @@ class SLGObjective(Objective):
             given=centers_from_file(self.config, data),
             classes=classes,
             progress=progress,
+            device=device,
         )
         sizes = self.c.n_centers, self.centers.shape[1]
         found = hash_centers(means, *sizes, seed=self.seed, **options)
