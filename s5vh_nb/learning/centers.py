@@ -51,7 +51,7 @@ def _exact_components(
     x = torch.as_tensor(x, dtype=torch.float64, device=device)
     x = x - x.mean(0)
     _, vectors = torch.linalg.eigh(x.T @ x)  # in ascending order
-    return (x @ vectors[:, -p:].flip(1)).cpu().numpy()
+    return (x @ vectors[:, -p:].flip(1)).float().cpu().numpy()
 
 
 def _components(x, p, seed, device) -> np.ndarray:
