@@ -4,9 +4,9 @@
 
 Random inputs (a stand-in: the kernels cost the same on real ones), d 512, n 16, gated, softplus, on a GPU
 bfloat16. Times on a GPU: "graph" replays a CUDA graph, as the training step does; "eager" calls the function,
-autograd included. Beside them is the floor: bytes that must move, over the bandwidth of a copy.
-Inputs lie frame by frame, as layers make them; mamba_ssm wants them channel by channel, and its time includes
-turning them. Writes one record into the archive of the profile.
+autograd included. Beside them is the floor: bytes that must move, over the bandwidth of a copy. Peak memory is
+that of both passes beyond the inputs. Inputs lie frame by frame, as layers make them; mamba_ssm wants them
+channel by channel, and its figures include turning them. Writes one record into the archive of the profile.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from s5vh_nb.basics.files import find_root
 from s5vh_nb.basics.profiles import PROFILES
 from s5vh_nb.evidence.archive import Archive
 from s5vh_nb.evidence.records import RunRecord, device_name, git_commit
-from s5vh_nb.measure.efficiency import ceilings, replayed, seconds_per_call
+from s5vh_nb.measure.efficiency import ceilings, peak_bytes, replayed, seconds_per_call
 from s5vh_nb.ops.dispatch import causal_conv1d, selective_scan
 
 CONVOLUTION = functools.partial(causal_conv1d, activation="silu")
@@ -99,6 +99,18 @@ def times(function, given, backend, device, graph, limit) -> dict:
     return {"forward": forward, "with backward": median_seconds(both, device, graph, limit)}
 
 
+def megabytes(shape, device, dtype, backends) -> dict:
+    "Peak memory of a scan's two passes beyond its inputs: backend -> MB."
+    function, given, _ = next(iter(work(shape, device, dtype).values()))
+    leaves, found = list(given.values()), {}
+    for backend in backends:
+        if too_slow(backend, function, shape, device):
+            continue
+        call = functools.partial(function, **given, backend=backend)
+        found[backend] = peak_bytes(lambda call=call: torch.autograd.grad(call().sum(), leaves), device) / 1e6
+    return found
+
+
 def too_slow(backend, function, shape, device) -> bool:
     "What a backend does not have, or takes minutes for."
     absent = backend == "mamba_ssm" and function is CONVOLUTION
@@ -151,9 +163,10 @@ def measure(shapes, device, limit) -> RunRecord:
         "seed": 0,
     }
     copied = limits["bytes_per_second"] / 1e12
+    peaks = {f"{b} x t {t}": megabytes((b, t), device, kinds[-1], backends) for b, t in shapes}
     return RunRecord(
         config=config,
-        metrics={"relative_error": errors, "copy_tb_per_s": copied, "times": rows},
+        metrics={"relative_error": errors, "copy_tb_per_s": copied, "times": rows, "peak_mb": peaks},
         data={"name": "random numbers", "stand_in": True},
         device=device_name(device),
         seconds={"all": time.perf_counter() - begun},
@@ -181,12 +194,14 @@ def parser() -> argparse.ArgumentParser:
 def main():
     given = parser().parse_args()
     device = pick_device(given.device)
-    default = [(512, 13), (256, 25), (32, 1000)] if device.type == "cuda" else [(16, 13)]
+    default = [(512, 13), (256, 25), (32, 1000), (8, 8192)] if device.type == "cuda" else [(16, 13)]
     record = measure(given.shapes or default, device, given.milliseconds / 1000)
     Archive(find_root(), given.profile).save(record, {})
     copied = record.metrics["copy_tb_per_s"]
     print(f"{record.device}; copy {copied:.2f} TB/s; milliseconds, floor = bytes over that bandwidth")
     print(pd.DataFrame(record.metrics["times"]).T.to_string(float_format="{:.3f}".format, na_rep="-"))
+    print("peak memory of both passes, MB")
+    print(pd.DataFrame(record.metrics["peak_mb"]).T.to_string(float_format="{:.1f}".format, na_rep="-"))
     errors = (f"{name} {error:.1e}" for name, error in record.metrics["relative_error"].items())
     print("largest relative error against float64:", "  ".join(errors))
     print(record.name)
