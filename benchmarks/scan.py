@@ -4,10 +4,9 @@
 
 Random inputs (a stand-in: the kernels cost the same on real ones), d 512, n 16, gated, softplus, on a GPU
 bfloat16. Times on a GPU: "graph" replays a CUDA graph, as the training step does; "eager" calls the function,
-autograd included. Beside them is the floor: bytes that must move, over the bandwidth of a copy. Peak memory is
-that of both passes beyond the inputs. Inputs lie frame by frame, as layers make them; mamba_ssm wants them
-channel by channel, and its figures include turning them. Writes one record into the archive of
-the profile.
+autograd included. Beside them is the floor: bytes that must move, over the bandwidth of a copy. Peak memory
+is that of both passes beyond the inputs. Inputs lie frame by frame, as layers make them; mamba_ssm wants them
+channel by channel, and its figures include turning them. Writes one record into the archive of the profile.
 """
 
 import argparse

@@ -15,6 +15,7 @@ from s5vh_nb.datasets.catalog import load
 from s5vh_nb.learning import training
 from s5vh_nb.learning.losses import reconstruction_loss
 from s5vh_nb.learning.objectives import SLGObjective
+from s5vh_nb.models import codes
 from s5vh_nb.models.mamba import Bidirectional, Layers, Mamba
 from s5vh_nb.models.mixers import RWKV, RetNet
 from s5vh_nb.models.s5vh import S5VH, take
@@ -155,26 +156,42 @@ def small():
     return S5VH(S5VHConfig(d=8, m=32, depth=2, decoder_m=16, bits=32)).cuda()
 
 
-def test_graphs_of_earlier_calls_hold_while_the_weights_lie_there():
-    "Short calls are replayed from the second on; they follow updates, casts, precision and backend."
-    model, x = small(), torch.randn(45, 25, 8, device="cuda")
-    first = model.encode(x)
-    for _ in range(3):
-        assert torch.equal(model.encode(x), first)
+def same_as_a_copy(model, x, times=4):
+    "The codes of a call, replayed ones too, are those of a copy, which has no graphs yet."
+    wanted = copy.deepcopy(model).encode(x)
+    assert all(torch.equal(model.encode(x), wanted) for _ in range(times))
+    return wanted
+
+
+def test_graphs_of_earlier_calls_hold_while_a_network_stays_as_it_was():
+    "They follow updates; after a change of numbers, precision, backend, attributes or hooks others are made."
+    model, x = small(), torch.randn(2000, 25, 8, device="cuda")
+    first = same_as_a_copy(model, x)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(-1)
-    assert torch.equal(model.encode(x), copy.deepcopy(model).encode(x))  # a copy has no graph yet
-    assert (model.encode(x) != first).float().mean() > 0.1
+    updated = same_as_a_copy(model, x)
+    assert (updated != first).float().mean() > 0.1
+    others = []
     with torch.autocast("cuda", torch.bfloat16):
-        half = [model.encode(x) for _ in range(3)]
-    assert torch.equal(half[0], half[1]) and torch.equal(half[1], half[2])
-    assert torch.equal(model.encode(x), copy.deepcopy(model).encode(x))
-    assert torch.equal(model.half().encode(x), copy.deepcopy(model).encode(x))
-    model.float()
-    with use_backend("torch"):
-        plain = [model.encode(x) for _ in range(3)]
-    assert torch.equal(plain[0], plain[2])
+        others.append(same_as_a_copy(model, x))
+    with training.matmul_precision("tf32"):
+        others.append(same_as_a_copy(model, x))
+    with use_backend("torch"):  # its codes are hardly ever others
+        assert codes._state_of(model, "cuda")[0] == "torch"
+        same_as_a_copy(model, x)
+    for layer in model.encoder.layers:
+        layer.directions = "forward"
+    others.append(same_as_a_copy(model, x))
+    for layer in model.encoder.layers:
+        layer.directions = "both"
+    others.append(same_as_a_copy(model.half(), x))
+    assert all((other != updated).any() for other in others)
+    assert torch.equal(same_as_a_copy(model.half(), x), others[-1])
+    hook = model.hash.register_forward_hook(lambda module, inputs, out: -out)
+    assert (same_as_a_copy(model, x) != others[-1]).float().mean() > 0.9
+    hook.remove()
+    assert torch.equal(same_as_a_copy(model, x), others[-1])
 
 
 def test_threads_share_the_graphs_of_a_network():
@@ -192,8 +209,10 @@ def test_slices_of_videos_are_the_whole():
     "100 videos of 600 frames are more than a slice."
     torch.manual_seed(0)
     net, x = layers(2, 32).cuda(), torch.randn(100, 600, 32, device="cuda")
-    sliced, alone = net(x), torch.cat([net(part) for part in x.split(20)])
-    assert_near([sliced], [alone], 1e-6)
+    for factors in (None, torch.rand(2, 100, device="cuda")):
+        of_parts = [None] * 5 if factors is None else factors.split(20, 1)
+        alone = [net(part, factors=own) for part, own in zip(x.split(20), of_parts)]
+        assert_near([net(x, factors=factors)], [torch.cat(alone)], 1e-6)
 
 
 def test_gradients_of_a_captured_step():
@@ -220,7 +239,7 @@ def test_inputs_of_another_kind_get_an_ordinary_call():
     assert torch.equal(total(ones, None), ones)
     assert torch.equal(total(ones[:2], ones[:2]), 2 * ones[:2])
     assert total(ones.double(), ones.double()).dtype == torch.float64
-    for n in (1, 2, 3, 1, 2, 3, 4, 5, 6, 1, 1, 1):  # more shapes than are kept
+    for n in (4, 5, 6, 7, 8) * 4:  # more shapes than have graphs
         x = torch.randn(n, device="cuda")
         assert torch.equal(total(x, x), 2 * x)
     assert len(total.graphs) == 4

@@ -7,9 +7,7 @@ __all__ = ['sign_ste', 'relax', 'pack', 'unpack', 'check_array', 'check_largest'
            'network_class']
 
 # %% ../../nbs/lib/models/00_codes.ipynb #3bb39ecf
-import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import pkgutil
@@ -200,35 +198,73 @@ def _check_config(path: Path, cls: type):
     check(not unknown, str(path), expected, f"also {', '.join(unknown)}")
 
 
-def _codes_of(net, device, *projected):
-    "Packed codes of what the network has projected."
-    with _without_copies(device):
-        return pack(net.h_of_projected(*projected))
-
-
 def _without_copies(device):
     "The autocast around this call, but without its copies of weights: a graph would outlive them."
     options = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     return torch.autocast(device, *options, cache_enabled=False)
 
 
-_ON_A_GPU = threading.RLock()  # graphs have one set of buffers
-_RECORDED = weakref.WeakKeyDictionary()  # network -> (what its graphs depend on, its view, how to call them)
+class _Encoder:
+    """The way from inputs on a device to packed codes, in evaluation mode.
+
+    On a GPU all behind `project` is replayed as a CUDA graph; threads take turns on its buffers.
+    """
+
+    def __init__(
+        self,
+        net: "HashNetwork",
+        device: str,  # Its kind
+        graphs: bool,  # Whether batches are replayed, on a GPU
+    ):
+        self.net, self.device = evaluation_view(net), device
+        self.repeated, self.lock = GraphedCall(self._codes), threading.Lock()
+        self.done = torch.cuda.Event() if graphs else None
+
+    def _codes(self, *projected):
+        with _without_copies(self.device):
+            return pack(self.net.h_of_projected(*projected))
+
+    def __call__(self, *inputs):
+        with _without_copies(self.device):
+            projected = self.net.project(*inputs)
+        if not self.done:
+            return self._codes(*projected)
+        with self.lock:
+            self.done.wait()  # another thread may have used another stream
+            codes = self.repeated(*projected).clone()
+            self.done.record()
+        return codes
 
 
-def _recorded(net: "HashNetwork") -> tuple:
-    "The network in evaluation mode, and `_codes_of` with the graphs of earlier calls while they hold."
-    like = next(net.parameters())
-    device = like.device.type
-    numbers = like.dtype, torch.get_float32_matmul_precision(), torch.get_autocast_dtype(device)
-    # where a graph reads the weights; `parameters` takes twice as long, a third of a short batch's time
-    tensors = (x for m in net.modules() for x in chain(m._parameters.values(), m._buffers.values()))
-    weights = [x.data_ptr() for x in tensors if x is not None]
-    state = *numbers, torch.is_autocast_enabled(device), chosen_backend(), *weights
-    if net not in _RECORDED or _RECORDED[net][0] != state:
-        view = evaluation_view(net)
-        _RECORDED[net] = state, view, GraphedCall(functools.partial(_codes_of, view, device))
-    return _RECORDED[net][1:]
+def _state_of(net: "HashNetwork", device: str) -> tuple | None:
+    """What the kernels of a network depend on beside its inputs and the numbers in its weights.
+
+    None where a hook wants to be called each time.
+    """
+    modules, found = list(net.modules()), [chosen_backend(), torch.get_float32_matmul_precision()]
+    if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+        return None
+    found += [torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)]
+    for m in modules:
+        tensors = chain(m._parameters.values(), m._buffers.values())
+        found += [id(m), type(m), *((x.data_ptr(), x.dtype) for x in tensors if x is not None)]
+        own = ((name, x) for name, x in vars(m).items() if name[0] != "_" and type(x) in _PLAIN)
+        found += [x for name, x in own if name != "training"]
+    return tuple(found)
+
+
+_PLAIN = bool, int, float, str, tuple
+_ENCODERS = weakref.WeakKeyDictionary()  # network on a GPU -> (its state, its encoder)
+
+
+def _encoder_of(net: "HashNetwork", device: str) -> _Encoder:
+    "A new encoder, or on a GPU the one that there is while the network stays as it was."
+    state = _state_of(net, device) if device == "cuda" else None
+    if state is None:
+        return _Encoder(net, device, graphs=False)
+    if net not in _ENCODERS or _ENCODERS[net][0] != state:
+        _ENCODERS[net] = state, _Encoder(net, device, graphs=True)
+    return _ENCODERS[net][1]
 
 
 class HashNetwork(nn.Module, PyTorchModelHubMixin):
@@ -293,8 +329,8 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
     ) -> tuple:
         """What `h_of_projected` takes: the inputs.
 
-        A network whose first product makes large inputs small overrides both. On a GPU all that follows it
-        is a graph, which has copies of what it takes.
+        A network whose first product makes large inputs small overrides both. On a GPU the rest is replayed
+        as a CUDA graph, whose inputs are copied.
 
         Parameters
         ----------
@@ -350,13 +386,11 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
 
         codes, ends = [], []
         starts = tqdm(range(0, n, batch), "encode", unit="batch", leave=False, disable=not progress)
-        with _ON_A_GPU if like.is_cuda else contextlib.nullcontext():
-            view, call = _recorded(self)
+        with torch.cuda.device_of(like):
+            encoder = _encoder_of(self, like.device.type)
             for start in starts:
                 parts = [block(x, start) for x in inputs]
-                with _without_copies(like.device.type):
-                    projected = view.project(*parts)
-                codes.append(call(*projected).clone())  # the next block overwrites them
+                codes.append(encoder(*parts))
                 ends += [end for x in parts if x is not None for end in torch.aminmax(x)]
             check_largest(torch.stack(ends).abs().amax().item())
             return torch.cat(codes).cpu()

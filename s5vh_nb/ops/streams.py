@@ -7,6 +7,8 @@ __all__ = ['SideStream', 'GraphedCall']
 
 # %% ../../nbs/lib/ops/00_streams.ipynb #ad8fddf8
 import functools
+import threading
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -71,7 +73,9 @@ class SideStream:
             x.record_stream(torch.cuda.current_stream())
 
 # %% ../../nbs/lib/ops/00_streams.ipynb #629333db
-_KEPT = 4  # graphs of a call
+_RECORDED = 4  # graphs of a call, at most
+_FIRST = 2  # ordinary calls with inputs of a kind
+_RECORDING = threading.Lock()  # torch records on one stream of its own
 
 
 class _Graph:
@@ -81,7 +85,7 @@ class _Graph:
         self.buffers = [None if x is None else x.clone() for x in inputs]
         self.graph = torch.cuda.CUDAGraph()
         # "thread_local": another thread may pin the memory of the next batch meanwhile
-        with torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
+        with _RECORDING, torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
             self.outputs = call(*self.buffers)
 
     def __call__(self, inputs):
@@ -93,9 +97,9 @@ class _Graph:
 
 
 class GraphedCall:
-    """`call`, replayed as a CUDA graph from the second use on that has inputs of these shapes and dtypes.
+    """`call`, replayed as a CUDA graph from the third use on that has inputs of these shapes and dtypes.
 
-    The next use overwrites the outputs. Graphs of the four kinds of inputs that were used last are kept.
+    The next use overwrites the outputs. Four kinds of inputs have graphs, those that are used thrice first.
     On a CPU it stays an ordinary call.
 
     Parameters
@@ -109,23 +113,23 @@ class GraphedCall:
         call: Callable,  # Tensors (or None) of one device -> tensors; it must not wait for the GPU
     ):
         self.call, self.pool = call, None
-        self.graphs = {}  # shapes and dtypes -> their graph, None after the first use; the latest comes last
+        self.uses, self.graphs = Counter(), {}  # by shapes and dtypes of the inputs
 
     def __call__(self, *inputs: torch.Tensor | None):
         if not any(x is not None and x.is_cuda for x in inputs):
             return self.call(*inputs)
         kind = tuple(None if x is None else (x.shape, x.dtype) for x in inputs)
-        is_known, graph = kind in self.graphs, self.graphs.pop(kind, None)
-        if is_known and graph is None:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            graph = _Graph(self.call, inputs, self.pool)
-        self.graphs[kind] = graph
-        if len(self.graphs) > _KEPT:
-            del self.graphs[next(iter(self.graphs))]
-        return self._beside(inputs) if graph is None else graph(inputs)
+        if kind in self.graphs:
+            return self.graphs[kind](inputs)
+        self.uses[kind] += 1
+        if self.uses[kind] <= _FIRST or len(self.graphs) == _RECORDED:
+            return self._ordinary(inputs)
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        self.graphs[kind] = _Graph(self.call, inputs, self.pool)
+        return self.graphs[kind](inputs)
 
-    def _beside(self, inputs):
-        "An ordinary call, but on a side stream: recording will not use the main one either."
+    def _ordinary(self, inputs):
+        "A call on a side stream: recording will not use the main one either."
         side = _side_stream(torch.cuda.current_device())
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
