@@ -101,7 +101,7 @@ def times(function, given, backend, device, graph, limit) -> dict:
 
 def megabytes(shape, device, dtype, backends) -> dict:
     "Peak memory of a scan's two passes beyond its inputs: backend -> MB."
-    function, given, _ = next(iter(work(shape, device, dtype).values()))
+    function, given = next(iter(work(shape, device, dtype).values()))[:2]
     leaves, found = list(given.values()), {}
     for backend in backends:
         if too_slow(backend, function, shape, device):

@@ -116,8 +116,8 @@ def _of_rivals(verdict, plus, running):
     if len(verdict):
         better, worse = _counts(verdict, *ends)
         yield (
-            f"S5VH is better than the best of its rivals in {better} of {len(verdict)} cases and worse in "
-            f"{worse}."
+            "S5VH is better than the best of its rivals, picked by these same scores, in "
+            f"{better} of {len(verdict)} cases and worse in {worse}."
         )
         if worse:
             there = verdict[verdict["gain high"] < 0]["best rival"].str.split(",").str[0].unique()
@@ -145,9 +145,9 @@ def _rival(claim):
     return claim.removeprefix("DMMH beats ").replace("itself", "DMMH")
 
 
-_SEQUENCES = {  # claim about DMMH's Mamba layers -> what is in their place
-    "Mamba helps": "no sequence layer",
-    "DMMH beats itself with a Transformer": "a Transformer",
+_SEQUENCES = {  # claim about DMMH's Mamba layers -> the network without them
+    "Mamba helps": "without its Mamba layers",
+    "DMMH beats itself with a Transformer": "with a Transformer in their place",
 }
 
 
@@ -173,9 +173,9 @@ def _of_dmmh(details):
         rows = run[run.claim == claim]
         if len(rows):
             better, worse = _counts(rows)
-            told.append(f"better than {other} in {better} of {len(rows)} (worse in {worse})")
+            told.append(f"{other} in {worse} of {len(rows)} (worse in {better})")
     if told:
-        yield f"Its Mamba layers are {_listed(told)}."
+        yield f"DMMH is better {_listed(told)}."
 
 
 def findings(

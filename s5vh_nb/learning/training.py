@@ -194,7 +194,7 @@ def _make_step(
 ):
     """A function that takes a batch of `_batches` and makes one step; all batches have one shape.
 
-    Several processes that talk through anything but NCCL take ordinary steps: a graph can't hold their words.
+    Several processes take ordinary steps where they do not talk through NCCL: a graph holds GPU work only.
     """
 
     def step_on_rows(rows, *others):

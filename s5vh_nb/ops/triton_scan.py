@@ -513,7 +513,7 @@ class _ForwardScan(NamedTuple):
 
     out: torch.Tensor  # (b, t, d)
     last: torch.Tensor | None  # States after the last step (b, d, n), float32
-    saved: torch.Tensor | None  # States between segments, for the backward pass
+    saved: torch.Tensor | None  # States after every SAVE steps, for the backward pass
 
 
 def scan_forward(
@@ -598,7 +598,7 @@ def scan_backward(
     D: torch.Tensor | None,
     z: torch.Tensor | None,
     bias: torch.Tensor | None,
-    saved: torch.Tensor,  # States between segments, from `scan_forward`
+    saved: torch.Tensor,  # States, from `scan_forward`
     softplus: bool,
     reversed_from: int,
     dz: torch.Tensor | None = None,  # Where the gradient of z goes
@@ -627,7 +627,7 @@ def scan_backward(
     bias : torch.Tensor | None
         (d,)
     saved : torch.Tensor
-        States between segments, from `scan_forward`
+        States, from `scan_forward`
     softplus : bool
         Pass step sizes through softplus
     reversed_from : int
