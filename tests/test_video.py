@@ -23,6 +23,7 @@ from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.cli.command import main
 from s5vh_nb.datasets import decode, extract
 from s5vh_nb.datasets.catalog import is_there, load
+from s5vh_nb.datasets.copies import EDITS, _video_file, filmstrip_clip
 from s5vh_nb.datasets.decode import MOST_PIXELS, View, evenly, read_clip
 from s5vh_nb.datasets.extract import extract_features, find_videos, make_extractor
 from s5vh_nb.datasets.video_files import read_manifest
@@ -311,11 +312,21 @@ def test_lite_is_the_packages_network():
 
 
 def test_histogram():
-    x = np.zeros((1, 2, 2, 3), np.uint8)
-    x[0, 0] = 255, 32, 0
+    x = np.zeros((2, 2, 2, 3), np.uint8)
+    x[0, 0], x[1, 0, 0] = (255, 32, 0), (0, 0, 64)
     found = make_extractor("histogram")(x)
-    assert found.shape == (1, 512) and found.dtype == np.float32
-    np.testing.assert_allclose(found[0, [0, 7 * 64 + 8]] ** 2, [0.5, 0.5])
+    assert found.shape == (2, 512) and found.dtype == np.float32
+    np.testing.assert_allclose(found[:, [0, 7 * 64 + 8, 2]] ** 2, [[0.5, 0.5, 0], [0.75, 0, 0.25]])
+
+
+def test_an_edited_copy_is_the_same_file_each_time():
+    "Whatever is in the memory that the encoder gets."
+    clip, found = EDITS["cropped"](filmstrip_clip(0, 260)), set()
+    for _ in range(4):
+        used = [os.urandom(n) for n in (5_000, 20_000, 60_000, 200_000) for _ in range(20)]
+        del used
+        found.add(_video_file(clip))
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize(

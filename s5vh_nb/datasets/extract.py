@@ -77,9 +77,9 @@ def _network(net: Callable, mean, std, device: torch.device) -> Callable:
 
 def _histogram(frames: np.ndarray) -> np.ndarray:
     "Square roots of the shares of 8 x 8 x 8 colours, (n, 512): their products compare distributions."
-    numbers = (frames // 32).reshape(len(frames), -1, 3) @ np.array([64, 8, 1])  # (n, pixels)
+    numbers = ((x // 32).reshape(-1, 3) @ np.array([64, 8, 1]) for x in frames)  # (pixels,) each
     counts = np.stack([np.bincount(row, minlength=512) for row in numbers])  # (n, 512)
-    return np.sqrt(counts / numbers.shape[1]).astype(np.float32)
+    return np.sqrt(counts / counts.sum(1, keepdims=True)).astype(np.float32)
 
 
 def _weights_file(size: str) -> Path:
