@@ -508,7 +508,7 @@ _GRID = {  # profile -> frames and videos of a batch
     "quick": dict(frames=(25, 50, 100, 200, 400), batches=(1, 8, 32), d=256, patience=0.15, window=0.05),
     "full": dict(
         frames=(25, 50, 100, 200, 400, 1000, 2000, 4000, 8000),
-        batches=(1, 8, 32, 128, 1024),
+        batches=(1, 32, 128, 1024),
         d=4096,
         patience=0.2,
         window=0.2,
