@@ -114,7 +114,7 @@ MEET = {  # figures of curves and their rows; others show a row on a line of its
     "copies": list(EXPERIMENTS["beyond/copies"].rows),
     "table2": list(EXPERIMENTS["dmmh/table2"].rows),
     "speed": list(EXPERIMENTS["dmmh/speed"].rows),
-    "efficiency": ["S5VH", "Transformer", "LSTM", "RetNet", "RWKV"],
+    "efficiency": ["S5VH", "Transformer", "LSTM", "RetNet", "RWKV", "Mamba-2"],
 }
 
 

@@ -503,28 +503,45 @@ _PAPER1 = {
 }
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #05970259
-_SIZES = {
-    "smoke": dict(frames=(4, 8, 16), batch=2, d=16, patience=1.0, limit=0.01),
-    "quick": dict(frames=(25, 50, 100, 200, 400), batch=16, d=256, patience=0.5, limit=0.3),
+_GRID = {  # profile -> frames and videos of a batch
+    "smoke": dict(frames=(4, 8, 16), batches=(1, 2), d=16, patience=1.0, window=0.01),
+    "quick": dict(frames=(25, 50, 100, 200, 400), batches=(1, 8, 32), d=256, patience=0.15, window=0.05),
     "full": dict(
-        frames=(25, 50, 100, 200, 400, 1000, 2000, 4000), batch=128, d=4096, patience=0.6, limit=0.1
+        frames=(25, 50, 100, 200, 400, 1000, 2000, 4000, 8000),
+        batches=(1, 32, 128, 1024),
+        d=4096,
+        patience=0.2,
+        window=0.2,
     ),
 }
-_SIZES["paper"] = _SIZES["full"]
+_HOURS = {  # profile -> frames of a video; frames of a piece, and ahead of it
+    "smoke": dict(frames=(8, 24, 48), piece=4, ahead=2, d=16),
+    "quick": dict(frames=(1500, 15_000), piece=250, ahead=100, d=256),
+    "full": dict(frames=(1500, 15_000, 90_000), piece=250, ahead=100, d=4096),
+}
+_SIZES = {"efficiency": _GRID, "long-videos": _HOURS}  # kind of measurement -> profile -> sizes
 
 
-def efficiency_config(profile: str, bits: int, seed: int) -> dict:
-    """What decides the one measurement of `s5vh/efficiency`: sizes, and the network by its differences.
+def efficiency_config(
+    profile: str,
+    bits: int,
+    seed: int,
+    kind: str = "efficiency",  # or "long-videos"
+) -> dict:
+    """What decides a kind of measurement of `s5vh/efficiency`: sizes, and the network by its differences.
 
     Parameters
     ----------
     profile : str
     bits : int
     seed : int
+    kind : str
+        or "long-videos"
     """
-    size = _SIZES[known(profile, _SIZES, "profile")]
+    sizes = _SIZES[known(kind, _SIZES, "kind")]
+    size = sizes[known("full" if profile == "paper" else profile, sizes, "profile")]
     network = train_config(profile=profile, bits=bits, d=size["d"]).model
-    return {"kind": "efficiency", "bits": bits, "seed": seed, **size, "model": differences(network)}
+    return {"kind": kind, "bits": bits, "seed": seed, **size, "model": differences(network)}
 
 # %% ../../nbs/lib/evidence/09_experiments.ipynb #890481e2
 _NETWORKS = {
