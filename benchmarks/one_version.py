@@ -13,13 +13,13 @@ try:
     from s5vh_nb.datasets.catalog import load
     from s5vh_nb.learning.training import train
 
-    EVALUATE, EVERY, FRAMES = "evaluate", "evaluate_every", "frames"
+    NAMES = {"hook": "evaluate", "every": "evaluate_every", "frames": "frames"}
 except ImportError:  # a commit before d968454 (2026-11-28)
     from s5vh_nb.config import train_config
     from s5vh_nb.datasets import load
     from s5vh_nb.training import train
 
-    EVALUATE, EVERY, FRAMES = "look", "watch", "features"
+    NAMES = {"hook": "look", "every": "watch", "frames": "features"}
 
 
 def clocks() -> tuple:
@@ -49,11 +49,11 @@ class Turns:
 def main():
     dataset, profile, encodings, *changes = json.loads(sys.argv[1])
     data, turns = load(dataset), Turns()
-    config = train_config(dataset, profile, **changes[0], **{EVERY: 1})
+    config = train_config(dataset, profile, **changes[0], **{NAMES["every"]: 1})
     turns.wait()
-    run = train(config, data, device="cpu", progress=False, **{EVALUATE: turns})
+    run = train(config, data, device="cpu", progress=False, **{NAMES["hook"]: turns})
     for _ in range(encodings):
-        run.model.encode(getattr(data.train, FRAMES))
+        run.model.encode(getattr(data.train, NAMES["frames"]))
         turns.done(run)
         turns.wait()
 

@@ -268,7 +268,7 @@ LARGEST = 1e15  # of a feature: sums of squares of larger ones may leave the ran
 def check_finite(
     x: np.ndarray,  # (rows, ...)
     where: str,  # What `x` is, for the message
-    first: int = 0,  # Number of the first row, for the message
+    rows=None,  # Numbers of the rows, for the message; None: 0, 1, ...
 ):
     """`ValueError` with the number of the first row that holds NaN, infinity or a number beyond 1e15.
 
@@ -278,13 +278,13 @@ def check_finite(
         (rows, ...)
     where : str
         What `x` is, for the message
-    first : int
-        Number of the first row, for the message
+    rows
+        Numbers of the rows, for the message; None: 0, 1, ...
     """
     axes = tuple(range(1, x.ndim))
     size = np.maximum(x.max(axes), -x.min(axes))  # (rows,), NaN where one is NaN
     wrong = np.flatnonzero(~(size <= LARGEST))  # numbers of rows
-    found = "".join(f"{size[row]:g} in row {first + row}" for row in wrong[:1])
+    found = "".join(f"{size[i]:g} in row {i if rows is None else rows[i]}" for i in wrong[:1])
     check(len(wrong) == 0, where, f"finite numbers of at most {LARGEST:g}", found)
 
 
@@ -440,7 +440,7 @@ class HDF5Rows(RowStore):
                 f.seek(self.offset + int(row) * place.nbytes)
                 read, expected = f.readinto(place), "a complete HDF5 file"
                 check(read == place.nbytes, f"{self.path}", expected, f"an end inside of row {row}")
-                check_finite(place[None], f"{self.path}[{self.key}]", row)
+        check_finite(out, f"{self.path}[{self.key}]", rows)
 
     def part(
         self,
@@ -460,7 +460,7 @@ class HDF5Rows(RowStore):
             x = f[self.key][..., columns, rows].T if self.items_last else f[self.key][rows, columns]
         with np.errstate(over="ignore"):  # what is too large becomes infinite, and is found
             x = np.ascontiguousarray(x, np.float32)  # (rows, columns, ...)
-        check_finite(x, f"{self.path}[{self.key}]", rows.start or 0)
+        check_finite(x, f"{self.path}[{self.key}]", range(len(self))[rows])
         return x
 
 # %% ../../nbs/lib/datasets/00_rows.ipynb #c222bbf9
