@@ -47,12 +47,12 @@ class Turns:
 
 
 def main():
-    dataset, profile, encodings, *changes = json.loads(sys.argv[1])
-    data, turns = load(dataset), Turns()
-    config = train_config(dataset, profile, **changes[0], **{NAMES["every"]: 1})
+    given, turns = json.loads(sys.argv[1]), Turns()
+    data = load(given["dataset"])
+    config = train_config(given["dataset"], given["network"], **given["changes"], **{NAMES["every"]: 1})
     turns.wait()
     run = train(config, data, device="cpu", progress=False, **{NAMES["hook"]: turns})
-    for _ in range(encodings):
+    for _ in range(given["encodings"]):
         run.model.encode(getattr(data.train, NAMES["frames"]))
         turns.done(run)
         turns.wait()

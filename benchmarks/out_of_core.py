@@ -101,8 +101,8 @@ def three_runs(config, data, device) -> dict:
 
 def train_all(runs, data) -> dict:
     "Seconds and bytes from the disk of every epoch, (epochs, 2), of the runs and of reading alone."
-    frames, config, device = data.train.frames, runs["cold"].config, runs["cold"].device
-    moved = training.move_if_they_fit((frames,), device, config.precision)
+    frames, config = data.train.frames, runs["cold"].config
+    moved = training.move_if_they_fit((frames,), runs["cold"].device, config.precision)
     check(isinstance(moved[0], torch.Tensor), "--videos", "features that fit into memory", len(frames))
     inputs = {"cold": (frames,), "warm": (frames,), "memory": moved}
     steps = {name: training.make_step(run, True, inputs[name]) for name, run in runs.items()}

@@ -45,7 +45,7 @@ def is_before(commit: str, other: str) -> bool:
     return subprocess.run(words, cwd=find_root()).returncode == 1
 
 
-def started(folder: Path, given: list) -> subprocess.Popen:
+def started(folder: Path, given: dict) -> subprocess.Popen:
     "A process that works with the package in the folder when it is told to."
     words = [sys.executable, str(Path(__file__).with_name("one_version.py")), json.dumps(given)]
     environment = os.environ | {"PYTHONPATH": str(folder)}
@@ -89,14 +89,13 @@ def measure(given) -> RunRecord:
         changes |= {"warmup": 0}
     depth = {"drop_path": 0.0} if is_before(commit, DEPTH) else {}
     variant = {} if depth else {"variant": given.variant}
-    encodings = given.turns + 1
     asked = [changes | variant, changes | depth | {"variant": given.variant}]
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(git("archive", commit, "s5vh_nb"))) as package:
             package.extractall(folder, filter="data")
-        folders = [Path(folder), find_root()]
-        work = [[given.dataset, given.network, encodings, wanted] for wanted in asked]
-        processes = [started(*each) for each in zip(folders, work)]
+        work = {"dataset": given.dataset, "network": given.network, "encodings": given.turns + 1}
+        places = zip([Path(folder), find_root()], asked)
+        processes = [started(place, work | {"changes": wanted}) for place, wanted in places]
         epochs = in_turn(processes, given.turns)
         codes = in_turn(processes, given.turns)
         for process in processes:
