@@ -116,7 +116,7 @@ def in_float64():
 
 def train(name, watch=lambda run, terms: None, **options):
     "A training in float64; `watch` is called after each step."
-    make_step = training._make_step
+    make_step = training.make_step
 
     def make_watched(run, *args):
         take_step = make_step(run, *args)
@@ -128,7 +128,7 @@ def train(name, watch=lambda run, terms: None, **options):
 
         return step
 
-    with in_float64(), mock.patch.object(training, "_make_step", make_watched):
+    with in_float64(), mock.patch.object(training, "make_step", make_watched):
         return training.train(*case(name), device="cpu", progress=False, **options)
 
 

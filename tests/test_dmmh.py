@@ -84,7 +84,7 @@ def test_captured_steps_are_the_ordinary_steps(data, monkeypatch):
     def ordinary_step(run, past_warmup, inputs):
         return lambda rows: training.step(run, past_warmup, *(x[rows] for x in inputs), rows)
 
-    monkeypatch.setattr(training, "_make_step", ordinary_step)
+    monkeypatch.setattr(training, "make_step", ordinary_step)
     ordinary = train(data, replace(CONFIG, precision="float32"), device="cuda")
     losses = [[h["loss"] for h in run.history] for run in (captured, ordinary)]
     assert np.allclose(*losses, atol=1e-5)

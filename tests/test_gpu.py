@@ -270,7 +270,7 @@ def losses(run):
 
 
 def ordinary_step(run, past_warmup, inputs):
-    "In place of `_make_step`: nothing is captured."
+    "In place of `make_step`: nothing is captured."
 
     def take_step(rows, *others):
         return training.step(run, past_warmup, *(x[rows] for x in inputs), rows, *others)
@@ -282,7 +282,7 @@ def ordinary_step(run, past_warmup, inputs):
 def test_captured_steps_of_plus_draw_new_views(monkeypatch, ragged):
     "The draws of views and dropout in a captured step are those of an ordinary one."
     captured = trained(ragged, PLUS)
-    monkeypatch.setattr(training, "_make_step", ordinary_step)
+    monkeypatch.setattr(training, "make_step", ordinary_step)
     ordinary = trained(ragged, PLUS)
     assert torch.allclose(losses(captured), losses(ordinary), rtol=1e-3)
     codes = [run.model.encode(load("spoken-digits").query.frames) for run in (captured, ordinary)]
@@ -293,7 +293,7 @@ def test_captured_steps_of_plus_draw_new_views(monkeypatch, ragged):
 def test_captured_steps_are_the_ordinary_steps(monkeypatch, ragged):
     "Before and after the warm-up, with labels that move and a learning rate that falls."
     captured = trained(ragged)
-    monkeypatch.setattr(training, "_make_step", ordinary_step)
+    monkeypatch.setattr(training, "make_step", ordinary_step)
     ordinary = trained(ragged)
     assert torch.allclose(losses(captured), losses(ordinary), rtol=1e-3)
     labels = [run.objective.soft_labels for run in (captured, ordinary)]
@@ -309,7 +309,7 @@ def test_captured_steps_of_rivals(monkeypatch, kind, name):
     data = digits(False) if kind == "videos" else load("emoji")
     config = train_config(data.name, "smoke", name, epochs=4, precision="float32")
     captured = training.train(config, data, device="cuda", progress=False)
-    monkeypatch.setattr(training, "_make_step", ordinary_step)
+    monkeypatch.setattr(training, "make_step", ordinary_step)
     ordinary = training.train(config, data, device="cuda", progress=False)
     both = [[h["loss"] for h in run.history] for run in (captured, ordinary)]
     np.testing.assert_allclose(*both, rtol=1e-3)
@@ -333,14 +333,13 @@ def test_the_loss_of_videos_of_different_lengths_is_that_on_a_cpu(mixer):
     assert_near(*reversed(found), 1e-3)
 
 
-def test_features_that_do_not_fit_are_fetched_meanwhile(monkeypatch):
-    """Another thread pins the next batch, also while a step is captured.
-
-    The numbers are those of features that lie on the GPU.
-    """
-    moved = trained()
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_features_that_do_not_fit_are_fetched_meanwhile(precision, monkeypatch):
+    "Threads read the next batches, also while a step is captured; features on the GPU give the same numbers."
+    config = replace(CONFIG, precision=precision)
+    moved = trained(config=config)
     monkeypatch.setattr(training, "move_if_they_fit", lambda inputs, device, precision: inputs)
-    fetched = trained()
+    fetched = trained(config=config)
     assert fetched.history == moved.history
     assert torch.equal(fetched.objective.soft_labels, moved.objective.soft_labels)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'RowStore', 'row_blocks', 'PickedRows', 'check_lengths', 'own_frames', 'zeros_after', 'RaggedRows',
-           'check_finite', 'open_hdf5', 'hdf5_keys', 'hdf5_array', 'HDF5Rows', 'rows_of', 'to_tensor', 'time_means',
-           'write_rows']
+           'check_finite', 'open_hdf5', 'hdf5_keys', 'hdf5_array', 'HDF5Rows', 'rows_of', 'read_rows', 'to_tensor',
+           'time_means', 'write_rows']
 
 # %% ../../nbs/lib/datasets/00_rows.ipynb #78e9c7a2
 import contextlib
@@ -49,6 +49,22 @@ class RowStore:
             return found[0]  # a plain slice needs no copy
         found = np.concatenate([np.empty((0, *self.shape[1:]), self.dtype), *found])  # (wanted, ...)
         return found[place.reshape(index.shape)]  # (*index.shape, ...)
+
+    def read_into(
+        self,
+        rows: np.ndarray,  # (b,) numbers
+        out: np.ndarray,  # (b, ...) float32
+    ):
+        """Write these rows into `out`.
+
+        Parameters
+        ----------
+        rows : np.ndarray
+            (b,) numbers
+        out : np.ndarray
+            (b, ...) float32
+        """
+        out[:] = self[rows]
 
     def leading(
         self,
@@ -116,6 +132,22 @@ class PickedRows(RowStore):
         device : str | torch.device
         """
         return torch.from_numpy(self.store[self.rows[start:stop]]).to(device)
+
+    def read_into(
+        self,
+        rows: np.ndarray,  # (b,) numbers
+        out: np.ndarray,  # (b, ...) float32
+    ):
+        """Write these rows into `out`.
+
+        Parameters
+        ----------
+        rows : np.ndarray
+            (b,) numbers
+        out : np.ndarray
+            (b, ...) float32
+        """
+        self.store.read_into(self.rows[rows], out)
 
     def leading(
         self,
@@ -236,7 +268,7 @@ LARGEST = 1e15  # of a feature: sums of squares of larger ones may leave the ran
 def check_finite(
     x: np.ndarray,  # (rows, ...)
     where: str,  # What `x` is, for the message
-    first: int = 0,  # Number of the first row, for the message
+    rows=None,  # Numbers of the rows, for the message; None: 0, 1, ...
 ):
     """`ValueError` with the number of the first row that holds NaN, infinity or a number beyond 1e15.
 
@@ -246,13 +278,13 @@ def check_finite(
         (rows, ...)
     where : str
         What `x` is, for the message
-    first : int
-        Number of the first row, for the message
+    rows
+        Numbers of the rows, for the message; None: 0, 1, ...
     """
     axes = tuple(range(1, x.ndim))
     size = np.maximum(x.max(axes), -x.min(axes))  # (rows,), NaN where one is NaN
     wrong = np.flatnonzero(~(size <= LARGEST))  # numbers of rows
-    found = "".join(f"{size[row]:g} in row {first + row}" for row in wrong[:1])
+    found = "".join(f"{size[i]:g} in row {i if rows is None else rows[i]}" for i in wrong[:1])
     check(len(wrong) == 0, where, f"finite numbers of at most {LARGEST:g}", found)
 
 
@@ -336,6 +368,8 @@ class HDF5Rows(RowStore):
         with open_hdf5(self.path) as f:
             found = hdf5_array(f, key)
             shape, dtype = found.shape, found.dtype
+            plain = dtype == np.float32 and not items_last
+            self.offset = found.id.get_offset() if plain else None  # of rows that lie in the file as they are
         where, named = f"{path}[{key}]", {2: "(n, width)", 3: "(n, t, d)"}
         check(len(shape) == rank, where, f"rank {rank} {named[rank]}", f"shape {shape}")
         wanted = "floating-point numbers" if numbers == "f" else "numbers"
@@ -347,6 +381,7 @@ class HDF5Rows(RowStore):
         "The same array with its axes in reverse order."
         turned = copy.copy(self)
         turned.items_last, turned.shape = not self.items_last, self.shape[::-1]
+        turned.offset = None
         return turned
 
     def read(
@@ -381,6 +416,32 @@ class HDF5Rows(RowStore):
         columns = -(-k // math.prod(self.shape[2:]))
         return self.part(slice(None), slice(columns)).reshape(len(self), -1)[:, :k]
 
+    def read_into(
+        self,
+        rows: np.ndarray,  # (b,) numbers
+        out: np.ndarray,  # (b, ...) float32
+    ):
+        """Write these rows into `out`; `ValueError` at NaN and infinity.
+
+        Threads do this side by side where the file holds rows as they are: not in chunks, in float32.
+
+        Parameters
+        ----------
+        rows : np.ndarray
+            (b,) numbers
+        out : np.ndarray
+            (b, ...) float32
+        """
+        if self.offset is None:
+            super().read_into(rows, out)
+            return
+        with open(self.path, "rb") as f:
+            for row, place in zip(rows, out):
+                f.seek(self.offset + int(row) * place.nbytes)
+                read, expected = f.readinto(place), "a complete HDF5 file"
+                check(read == place.nbytes, f"{self.path}", expected, f"an end inside of row {row}")
+        check_finite(out, f"{self.path}[{self.key}]", rows)
+
     def part(
         self,
         rows: slice,  # Part of the first axis
@@ -399,7 +460,7 @@ class HDF5Rows(RowStore):
             x = f[self.key][..., columns, rows].T if self.items_last else f[self.key][rows, columns]
         with np.errstate(over="ignore"):  # what is too large becomes infinite, and is found
             x = np.ascontiguousarray(x, np.float32)  # (rows, columns, ...)
-        check_finite(x, f"{self.path}[{self.key}]", rows.start or 0)
+        check_finite(x, f"{self.path}[{self.key}]", range(len(self))[rows])
         return x
 
 # %% ../../nbs/lib/datasets/00_rows.ipynb #c222bbf9
@@ -421,6 +482,28 @@ def rows_of(
     if isinstance(features, RowStore):
         return features.read(rows.start, rows.stop, device)
     return as_tensor(features[rows]).to(device)
+
+
+def read_rows(
+    features,  # (n, ...) array or `RowStore`
+    rows: np.ndarray,  # (b,) numbers
+    out: np.ndarray,  # (b, ...) float32
+):
+    """Write some rows into `out`.
+
+    Parameters
+    ----------
+    features
+        (n, ...) array or `RowStore`
+    rows : np.ndarray
+        (b,) numbers
+    out : np.ndarray
+        (b, ...) float32
+    """
+    if isinstance(features, RowStore):
+        features.read_into(rows, out)
+    else:
+        out[:] = features[rows]
 
 
 def to_tensor(
@@ -494,7 +577,7 @@ def write_rows(
         Items along the last axis, see `HDF5Rows`
     """
     out = f.create_dataset(key, features.shape[::-1] if items_last else features.shape, features.dtype)
-    for rows in row_blocks(features):
+    for rows in tqdm(row_blocks(features), desc=f.filename, leave=False, disable=features.nbytes < 2**30):
         if items_last:
             out[..., rows] = features[rows].T
         else:
