@@ -1,13 +1,15 @@
 """A training step and encoding on this machine's CPU: an earlier commit and the present code, in turn.
 
     python benchmarks/versions.py COMMIT [--profile full] [--variant paper] [--network quick]
-                                  [--dataset spoken-digits] [--turns 10]
+                                  [--dataset spoken-digits] [--turns 4] [--starts 5]
 
 Writes one record into the archive of the profile. Each version has a process of its own, which waits while
 the other one works. They take turns epoch by epoch, then encoding by encoding of the training videos, and
 the one that was second goes first the next time. First turns are left out: kernels are compiled in them.
-Time on the wall and time of all cores together are recorded, and the median and quartiles of the ratios of
-turns that belong together, which hold when the machine's speed drifts. Before stochastic depth became the
+Time on the wall and time of all cores together are recorded. The ratios of turns that belong together hold
+when the machine's speed drifts; a start has their median. How fast a process is, though, also depends on
+where its memory happens to lie, by up to a tenth: so both processes are started several times, and of the
+starts' ratios the lowest, the median and the highest are kept. Before stochastic depth became the
 default (e8f8f6e) a network had none; both versions are trained without it then.
 """
 
@@ -22,6 +24,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from tqdm import trange
 
 from s5vh_nb.basics.config import to_dict
 from s5vh_nb.basics.files import find_root
@@ -70,15 +73,25 @@ def in_turn(processes: list, turns: int) -> list:
     return found[1:]
 
 
-def compared(found: list, items: int) -> dict:
-    "Milliseconds of each version, and how many times faster the second one is: quartiles."
+def compared(starts: list, items: int) -> dict:
+    "Milliseconds of each version, and how many times faster the second one is: lowest, median and highest."
     result = {}
     for clock in ("wall", "cpu"):
-        times = np.array([[said[clock] for said in both] for both in found])  # (turns, 2)
-        before, after = (1000 * np.median(times, axis=0) / items).tolist()
-        faster = np.quantile(times[:, 0] / times[:, 1], [0.25, 0.5, 0.75]).tolist()
-        result[clock] = {"before_ms": before, "after_ms": after, "times_faster": faster}
+        times = np.array([[[said[clock] for said in both] for both in found] for found in starts])
+        before, after = (1000 * np.median(times, axis=(0, 1)) / items).tolist()
+        faster = np.median(times[..., 0] / times[..., 1], axis=1)  # (starts,)
+        spread = [float(of(faster)) for of in (np.min, np.median, np.max)]
+        result[clock] = {"before_ms": before, "after_ms": after, "times_faster": spread}
     return result
+
+
+def one_start(places: list, work: list, turns: int) -> tuple:
+    "What both versions say of their epochs and of their encodings, from new processes."
+    processes = [started(*each) for each in zip(places, work)]
+    epochs, codes = in_turn(processes, turns), in_turn(processes, turns)
+    for process in processes:
+        process.communicate("\n")
+    return epochs, codes
 
 
 def measure(given) -> RunRecord:
@@ -93,13 +106,10 @@ def measure(given) -> RunRecord:
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(git("archive", commit, "s5vh_nb"))) as package:
             package.extractall(folder, filter="data")
-        work = {"dataset": given.dataset, "network": given.network, "encodings": given.turns + 1}
-        places = zip([Path(folder), find_root()], asked)
-        processes = [started(place, work | {"changes": wanted}) for place, wanted in places]
-        epochs = in_turn(processes, given.turns)
-        codes = in_turn(processes, given.turns)
-        for process in processes:
-            process.communicate("\n")
+        shared = {"dataset": given.dataset, "network": given.network, "encodings": given.turns + 1}
+        work, places = [shared | {"changes": wanted} for wanted in asked], [Path(folder), find_root()]
+        starts = trange(given.starts, desc="starts")
+        epochs, codes = zip(*(one_start(places, work, given.turns) for _ in starts))
     data = load(given.dataset)
     config = resolve(train_config(given.dataset, given.network, **asked[1]), data)
     n = len(data.train)
@@ -114,12 +124,13 @@ def measure(given) -> RunRecord:
         metrics={
             "step": compared(epochs, -(-n // config.batch)),
             "encode": compared(codes, n) | {"videos": n},
-            "losses": [[said["loss"] for said in both] for both in epochs],
+            "losses": [[said["loss"] for said in both] for both in epochs[0]],
             "turns": given.turns,
+            "starts": given.starts,
         },
         data={"name": data.name, "fingerprint": data.fingerprint, "train": n},
         device=device_name("cpu"),
-        seconds={"epochs": float(sum(said["wall"] for both in epochs for said in both))},
+        seconds={"epochs": float(sum(said["wall"] for start in epochs for both in start for said in both))},
         artefact="benchmarks/versions",
         commit=git_commit(find_root()),
     )
@@ -133,7 +144,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--variant", default="paper", choices=["paper", "plus"])
     parser.add_argument("--network", default="quick", choices=list(PROFILES), help="of which profile")
     parser.add_argument("--dataset", default="spoken-digits")
-    parser.add_argument("--turns", type=int, default=10, help="of each version")
+    parser.add_argument("--turns", type=int, default=4, help="of each version in a start")
+    parser.add_argument("--starts", type=int, default=5, help="of both processes")
     return parser
 
 
