@@ -151,6 +151,7 @@ def _scan_forward_kernel(
     backward,
     softplus,
     gated,
+    states,
     u,
     delta,
     z,
@@ -167,7 +168,9 @@ def _scan_forward_kernel(
     dt, du, y = np.empty(m, A.dtype), np.empty(m, A.dtype), np.empty(m, A.dtype)
     h = np.empty(A.shape, A.dtype)
     for i in range(first, len(out), stride):
-        h[:] = initial[i, c:e].T
+        h[:] = 0
+        if states:
+            h[:] = initial[i, c:e].T
         for step in range(out.shape[1]):
             s = _position(step, out.shape[1], backward)
             us = _row(u, i, s, c, e)
@@ -178,7 +181,8 @@ def _scan_forward_kernel(
             if gated:
                 _gate(_row(z, i, s, c, e), y)
             _copy(y, out[i, s, c:e])
-        last[i, c:e] = h.T
+        if states:
+            last[i, c:e] = h.T
 
 
 def _scan_backward_kernel(
@@ -191,6 +195,7 @@ def _scan_backward_kernel(
     backward,
     softplus,
     gated,
+    states,
     u,
     delta,
     z,
@@ -216,19 +221,23 @@ def _scan_backward_kernel(
     n, one = len(A), A.dtype.type(1)
     dt, du, y = np.empty((steps, m), A.dtype), np.empty((steps, m), A.dtype), np.empty((steps, m), A.dtype)
     h, carried = np.empty((n, m), A.dtype), np.empty((n, m), A.dtype)
-    states = np.empty((steps + 1, n, m), A.dtype)
+    kept = np.empty((steps + 1, n, m), A.dtype)
     dy, ddt, ddu = np.empty(m, A.dtype), np.empty(m, A.dtype), np.empty(m, A.dtype)
     dA, dD, dbias = np.zeros((n, m), A.dtype), np.zeros(m, A.dtype), np.zeros(m, A.dtype)
     for i in range(first, len(gu), stride):
-        h[:] = initial[i, c:e].T
-        states[0] = h
+        h[:] = 0
+        if states:
+            h[:] = initial[i, c:e].T
+        kept[0] = h
         for step in range(steps):
             s = _position(step, steps, backward)
             _step_sizes(_row(delta, i, s, c, e), bias, softplus, _row(u, i, s, c, e), dt[step], du[step])
             _advance(A, B[i, s, group], C[i, s, group], dt[step], du[step], h, y[step])
             for r in range(n):
-                _copy(h[r], states[step + 1, r])
-        carried[:] = dlast[i, c:e].T
+                _copy(h[r], kept[step + 1, r])
+        carried[:] = 0
+        if states:
+            carried[:] = dlast[i, c:e].T
         for step in range(steps - 1, -1, -1):
             s = _position(step, steps, backward)
             us, raw, ys, dts, dus = _row(u, i, s, c, e), _row(delta, i, s, c, e), y[step], dt[step], du[step]
@@ -238,7 +247,7 @@ def _scan_backward_kernel(
                     ys[j] += D[j] * us[j]
                 _gate_backward(_row(z, i, s, c, e), ys, dy, gz[i, s, c:e])
             Bs, Cs, gBs, gCs = B[i, s, group], C[i, s, group], gB[block, i, s, group], gC[block, i, s, group]
-            old, new = states[step], states[step + 1]
+            old, new = kept[step], kept[step + 1]
             _retreat(A, Bs, Cs, dts, dus, old, new, dy, carried, dA, ddt, ddu, gBs, gCs)
             for j in range(m):
                 ddt[j] += ddu[j] * us[j]
@@ -251,7 +260,8 @@ def _scan_backward_kernel(
                 dbias[j] += ddt[j]
             _copy(ddu, gu[i, s, c:e])
             _copy(ddt, gdelta[i, s, c:e])
-        ginitial[i, c:e] = carried.T
+        if states:
+            ginitial[i, c:e] = carried.T
     gA[first, c:e], gD[first, c:e], gbias[first, c:e] = dA.T, dD, dbias
 
 # %% ../../nbs/lib/ops/02_compiled.ipynb #7acbe383
@@ -337,21 +347,21 @@ def _as_numpy(*tensors) -> list:
     return [v.detach().numpy() for v in tensors]
 
 
-def _numba_forward(softplus, reversed_channels, u, delta, A, B, C, D, z, bias, initial):
-    "Output (b, t, d) and last state (b, d, n)."
+def _numba_forward(softplus, reversed_channels, states, u, delta, A, B, C, D, z, bias, initial):
+    "Output (b, t, d), and the last state (b, d, n) where `states` are asked for, else an empty one."
     b, d = u.shape[0], u.shape[2]
     gated = z is not None
-    out, last = u.new_empty(u.shape), u.new_empty(b, *A.shape)
+    out, last = u.new_empty(u.shape), u.new_empty(b if states else 0, *A.shape)
     tensors = [_strided(v) for v in (u, delta, z if gated else u)]
     inputs, outputs = _as_numpy(B, C, A, D, bias, initial), _as_numpy(out, last)
-    kernel = _compiled(_scan_forward_kernel, outputs[0].dtype, 2, 3, (4, 4, 2, 1, 1, 3), (3, 3))
+    kernel = _compiled(_scan_forward_kernel, outputs[0].dtype, 3, 3, (4, 4, 2, 1, 1, 3), (3, 3))
     tasks = _tasks(b, d, B.shape[2], reversed_channels)
-    _run(kernel, tasks, softplus, gated, *tensors, *inputs, *outputs)
+    _run(kernel, tasks, softplus, gated, states, *tensors, *inputs, *outputs)
     return out, last
 
 
-def _numba_backward(dout, dlast, softplus, reversed_channels, u, delta, A, B, C, D, z, bias, initial):
-    "Gradients of u, delta, A, B, C, D, z, bias and the initial state."
+def _numba_backward(dout, dlast, softplus, reversed_channels, states, u, delta, A, B, C, D, z, bias, initial):
+    "Gradients of u, delta, A, B, C, D, z, bias and, where `states` are asked for, the initial one."
     b, d = u.shape[0], u.shape[2]
     gated = z is not None
     tasks = _tasks(b, d, B.shape[2], reversed_channels)
@@ -362,14 +372,14 @@ def _numba_backward(dout, dlast, softplus, reversed_channels, u, delta, A, B, C,
     gA = u.new_empty(parts, *A.shape)
     gD, gbias = u.new_empty(parts, d), u.new_empty(parts, d)
     tensors = [_strided(v) for v in (u, delta, z if gated else u, dout)]
-    ginitial = u.new_empty(initial.shape)
+    ginitial = u.new_empty(initial.shape if states else (0, *A.shape))
     inputs = _as_numpy(B, C, A, D, bias, initial, dlast)
     outputs = _as_numpy(gu, gdelta, gz, gB, gC, gA, gD, gbias, ginitial)
     ranks = tuple(v.ndim for v in outputs)
-    kernel = _compiled(_scan_backward_kernel, outputs[0].dtype, 2, 4, (4, 4, 2, 1, 1, 3, 3), ranks)
-    _run(kernel, tasks, softplus, gated, *tensors, *inputs, *outputs)
+    kernel = _compiled(_scan_backward_kernel, outputs[0].dtype, 3, 4, (4, 4, 2, 1, 1, 3, 3), ranks)
+    _run(kernel, tasks, softplus, gated, states, *tensors, *inputs, *outputs)
     sums = [v.sum(0) for v in (gA, gB, gC, gD)]
-    return gu, gdelta, *sums, gz if gated else None, gbias.sum(0), ginitial
+    return gu, gdelta, *sums, gz if gated else None, gbias.sum(0), ginitial if states else None
 
 
 def scan_numba(
@@ -404,7 +414,8 @@ def scan_numba(
     reversed_channels
     initial_state
     """
-    passes, options = (_numba_forward, _numba_backward), (delta_softplus, reversed_channels)
+    states = return_last_state or initial_state is not None
+    passes, options = (_numba_forward, _numba_backward), (delta_softplus, reversed_channels, states)
     out, last = scan_by_passes(passes, options, u, delta, A, B, C, D, z, delta_bias, initial_state)
     return (out, last) if return_last_state else out
 
