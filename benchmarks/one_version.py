@@ -31,7 +31,8 @@ class Turns:
     "Waits for its turns and says what they took."
 
     def wait(self):
-        sys.stdin.readline()
+        if not sys.stdin.readline():
+            sys.exit()  # who gives the turns has gone
         self.begun = clocks()
 
     def done(self, run):

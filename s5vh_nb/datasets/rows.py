@@ -11,6 +11,7 @@ __all__ = ['LARGEST', 'RowStore', 'row_blocks', 'PickedRows', 'check_lengths', '
 import contextlib
 import copy
 import math
+import os
 from pathlib import Path
 
 import h5py
@@ -338,6 +339,12 @@ def hdf5_array(
     return f[key]
 
 # %% ../../nbs/lib/datasets/00_rows.ipynb #337e607a
+def _stamp(path) -> tuple:
+    "What changes when a file is written anew."
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
 class HDF5Rows(RowStore):
     """The rows of an array in an HDF5 file; `FileNotFoundError` or `ValueError` names file and key.
 
@@ -368,8 +375,11 @@ class HDF5Rows(RowStore):
         with open_hdf5(self.path) as f:
             found = hdf5_array(f, key)
             shape, dtype = found.shape, found.dtype
-            plain = dtype == np.float32 and not items_last
-            self.offset = found.id.get_offset() if plain else None  # of rows that lie in the file as they are
+            plain = dtype == np.float32 and not items_last and found.file.filename == f.filename
+            self.offset = (
+                found.id.get_offset() if plain else None
+            )  # of rows that lie in this file as they are
+            self.stamp = _stamp(f.filename)
         where, named = f"{path}[{key}]", {2: "(n, width)", 3: "(n, t, d)"}
         check(len(shape) == rank, where, f"rank {rank} {named[rank]}", f"shape {shape}")
         wanted = "floating-point numbers" if numbers == "f" else "numbers"
@@ -435,6 +445,11 @@ class HDF5Rows(RowStore):
         if self.offset is None:
             super().read_into(rows, out)
             return
+        rows = np.arange(len(self))[rows]
+        fits = out.dtype == np.float32 and out.shape == (len(rows), *self.shape[1:])
+        check(fits, "out", f"float32 {(len(rows), *self.shape[1:])}", f"{out.dtype} {out.shape}")
+        expected = "the file as it was when training or encoding began"
+        check(_stamp(self.path) == self.stamp, str(self.path), expected, "one that was written since")
         with open(self.path, "rb") as f:
             for row, place in zip(rows, out):
                 f.seek(self.offset + int(row) * place.nbytes)

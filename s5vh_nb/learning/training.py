@@ -159,7 +159,8 @@ def _read_ahead(
     threads, reading = torch.get_num_threads(), deque()
 
     def begin(rows):
-        parts = [torch.empty(len(rows), *x.shape[1:], pin_memory=device.type == "cuda") for x in inputs]
+        options = dict(dtype=torch.float32, pin_memory=device.type == "cuda")
+        parts = [torch.empty(len(rows), *x.shape[1:], **options) for x in inputs]
         jobs = [
             pool.submit(read_rows, x, rows[i::threads], part.numpy()[i::threads])
             for x, part in zip(inputs, parts)

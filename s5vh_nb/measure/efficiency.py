@@ -194,7 +194,7 @@ def repeated(
 def peak_bytes(
     call: Callable,  # Best not called before: what it keeps from call to call counts as well
     device: torch.device,  # Where it works
-    calls: int = 2,  # One where a second call is only more of the same
+    calls: int = 3,  # The third one records, see `GraphedCall`; one where more are only more of the same
 ) -> int:
     """Bytes of tensors that calls take at their peak, on top of what is allocated before.
 
@@ -205,7 +205,7 @@ def peak_bytes(
     device : torch.device
         Where it works
     calls : int
-        One where a second call is only more of the same
+        The third one records, see `GraphedCall`; one where more are only more of the same
     """
     if device.type == "cpu":
         return _peak_on_cpu(call, calls)

@@ -262,9 +262,10 @@ def _encoder_of(net: "HashNetwork", device: str) -> _Encoder:
     state = _state_of(net, device) if device == "cuda" else None
     if state is None:
         return _Encoder(net, device, graphs=False)
-    if net not in _ENCODERS or _ENCODERS[net][0] != state:
-        _ENCODERS[net] = state, _Encoder(net, device, graphs=True)
-    return _ENCODERS[net][1]
+    kept = _ENCODERS.get(net)
+    if kept is None or kept[0] != state:
+        kept = _ENCODERS[net] = state, _Encoder(net, device, graphs=True)
+    return kept[1]
 
 
 class HashNetwork(nn.Module, PyTorchModelHubMixin):

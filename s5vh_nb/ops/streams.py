@@ -107,7 +107,7 @@ class _Graph:
     def __init__(self, call, inputs, pool):
         self.buffers = [None if x is None else x.clone() for x in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        # "thread_local": another thread may pin the memory of the next batch meanwhile
+        # "thread_local": other threads may use the GPU meanwhile
         with _RECORDING, torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
             self.outputs = call(*self.buffers)
 
@@ -122,7 +122,7 @@ class _Graph:
 class GraphedCall:
     """`call`, replayed as a CUDA graph from the third use on that has inputs of these shapes and dtypes.
 
-    The next use overwrites the outputs. Four kinds of inputs have graphs, those that are used thrice first.
+    The next use overwrites the outputs. At most four kinds of inputs get a graph: the first used three times.
     On a CPU it stays an ordinary call.
 
     Parameters
