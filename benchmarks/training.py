@@ -19,6 +19,7 @@ floor of the whole run is that of its steps and of encoding; set-up counts nothi
 
 import argparse
 import dataclasses
+import itertools
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -90,22 +91,26 @@ def work_of_step(run, data, past_warmup) -> tuple:
     return counted, x.nbytes + 6 * run.weights.nbytes
 
 
-def work_of_encoding(model, device, n, frames) -> tuple:
-    "Operations and bytes of encoding `n` videos."
+def work_of_encoding(model, device, n, frames, itemsize=4) -> tuple:
+    "Operations and bytes of encoding `n` videos, whose features take so many bytes each."
 
     def counted(b):
         x = torch.randn(b, frames, model.config.d, device=device)
         return operations(lambda: model(x), model)
 
     with torch.no_grad():
-        return linear_in_batch(counted, n), 4 * n * frames * model.config.d
+        return linear_in_batch(counted, n), itemsize * n * frames * model.config.d
 
 
 def encoding(model, precision, device, limits) -> dict:
-    "Times of encoding videos on the device, videos per second and peak memory beyond the features."
-    found = {}
-    for frames, n in ENCODED if device.type == "cuda" else ENCODED[:-1]:
-        x = torch.randn(n, frames, model.config.d, device=device)
+    """Times of encoding videos on the device, videos per second and peak memory beyond the features.
+
+    Where products are bfloat16, features are float32, and then bfloat16, as training keeps them on a GPU.
+    """
+    found, dtypes = {}, [torch.float32, torch.bfloat16][: 1 + (precision == "bfloat16")]
+    sizes = ENCODED if device.type == "cuda" else ENCODED[:-1]
+    for (frames, n), dtype in itertools.product(sizes, dtypes):
+        x = torch.randn(n, frames, model.config.d, device=device).to(dtype)
 
         def call():
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
@@ -114,9 +119,10 @@ def encoding(model, precision, device, limits) -> dict:
         with matmul_precision(precision):
             peak = peak_bytes(call, device)
             seconds = float(np.median(seconds_per_call(call, device, limit=20)))
-        work = work_of_encoding(model, device, n, frames)
+        work = work_of_encoding(model, device, n, frames, x.itemsize)
         speed = {"videos_per_second": n / seconds, "peak_mb": peak / 1e6}
-        found[f"t={frames}, n={n}"] = {**beside_floor(1000 * seconds, work, limits, precision), **speed}
+        size = f"t={frames}, n={n}, {str(dtype).removeprefix('torch.')} features"
+        found[size] = {**beside_floor(1000 * seconds, work, limits, precision), **speed}
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from s5vh_nb.basics.config import S5VHConfig, replace
+from s5vh_nb.basics.config import PlusConfig, S5VHConfig, replace
 from s5vh_nb.basics.profiles import PUBLISHED, train_config
 from s5vh_nb.datasets.catalog import load
 from s5vh_nb.learning import training
@@ -18,6 +18,7 @@ from s5vh_nb.learning.objectives import SLGObjective
 from s5vh_nb.models import codes
 from s5vh_nb.models.mamba import Bidirectional, Layers, Mamba
 from s5vh_nb.models.mixers import RWKV, RetNet
+from s5vh_nb.models.plus import Plus
 from s5vh_nb.models.s5vh import S5VH, take
 from s5vh_nb.ops.dispatch import norm_linear, use_backend
 from s5vh_nb.ops.streams import GraphedCall
@@ -178,7 +179,7 @@ def test_graphs_of_earlier_calls_hold_while_a_network_stays_as_it_was():
     with training.matmul_precision("tf32"):
         others.append(same_as_a_copy(model, x))
     with use_backend("torch"):  # its codes are hardly ever others
-        assert codes._state_of(model, "cuda")[0] == "torch"
+        assert codes.chosen_backend() == "torch"
         same_as_a_copy(model, x)
     for layer in model.encoder.layers:
         layer.directions = "forward"
@@ -192,6 +193,29 @@ def test_graphs_of_earlier_calls_hold_while_a_network_stays_as_it_was():
     assert (same_as_a_copy(model, x) != others[-1]).float().mean() > 0.9
     hook.remove()
     assert torch.equal(same_as_a_copy(model, x), others[-1])
+
+
+def test_other_parts_in_the_place_of_earlier_ones():
+    "A network whose first layer takes other features now, and one with another matrix of another size."
+    model = small()
+    same_as_a_copy(model, torch.randn(9, 25, 8, device="cuda"))
+    model.config, model.encoder.embed = replace(model.config, d=5), torch.nn.Linear(5, 32, device="cuda")
+    x = torch.randn(9, 25, 5, device="cuda")
+    before = same_as_a_copy(model, x)
+    with torch.no_grad():
+        model.hash.linear.weight = torch.nn.Parameter(-model.hash.linear.weight)
+        model.hash.linear.bias.neg_()
+    assert (same_as_a_copy(model, x) != before).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("make", [small, lambda: Plus(PlusConfig(d=8, bits=32, time_steps=25)).cuda()])
+def test_features_of_half_precision(make):
+    "They are taken as they are, where products are of half precision, and else made float32."
+    model, x = make(), torch.randn(9, 25, 8, device="cuda").bfloat16()
+    for half in (False, True):
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            for _ in range(4):
+                assert (model.encode(x) != model.encode(x.float())).float().mean() < (0.02 if half else 1e-9)
 
 
 def test_threads_share_the_graphs_of_a_network():

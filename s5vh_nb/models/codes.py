@@ -13,6 +13,7 @@ import json
 import pkgutil
 import threading
 import weakref
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -204,31 +205,64 @@ def _without_copies(device):
     return torch.autocast(device, *options, cache_enabled=False)
 
 
+_PLAIN = bool, int, float, str, tuple, type(None)
+
+
+class _Watched:
+    "What the kernels of a network depend on beside its inputs and the numbers in its weights."
+
+    def __init__(self, net: "HashNetwork", device: str):
+        self.device, modules = device, list(net.modules())
+        self.children = [m._modules for m in modules]
+        self.tensors = [x for m in modules for x in (m._parameters, m._buffers)]
+        self.hooks = [x for m in modules for x in (m._forward_hooks, m._forward_pre_hooks)]
+        self.own = [
+            (vars(m), [name for name, x in vars(m).items() if self._counts(name, x)]) for m in modules
+        ]
+        self.was = self._now()
+
+    @staticmethod
+    def _counts(name, value):
+        return name[0] != "_" and name != "training" and type(value) in _PLAIN
+
+    def _now(self) -> list:
+        found = [chosen_backend(), torch.get_float32_matmul_precision(), any(self.hooks)]
+        found += [torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)]
+        found += chain.from_iterable(x.values() for x in self.children)
+        found += [(x.data_ptr(), x.dtype) for own in self.tensors for x in own.values() if x is not None]
+        for attributes, names in self.own:
+            found += len(attributes), *map(attributes.get, names)
+        return found
+
+    def is_as_it_was(self) -> bool:
+        return self.was == self._now()
+
+
 class _Encoder:
     """The way from inputs on a device to packed codes, in evaluation mode.
 
-    On a GPU all behind `project` is replayed as a CUDA graph; threads take turns on its buffers.
+    On a GPU all behind `project` is replayed as a CUDA graph, unless a hook wants to be called each time;
+    threads take turns on its buffers.
     """
 
     def __init__(
         self,
         net: "HashNetwork",
         device: str,  # Its kind
-        graphs: bool,  # Whether batches are replayed, on a GPU
     ):
         self.net, self.device = evaluation_view(net), device
-        self.repeated, self.lock = GraphedCall(self._codes), threading.Lock()
-        self.done = torch.cuda.Event() if graphs else None
+        self.watched = _Watched(net, device) if device == "cuda" else None
+        self.replays = self.watched is not None and not any(self.watched.hooks)
+        self.repeated, self.lock = GraphedCall(partial(_codes, self.net, device)), threading.Lock()
+        self.done = torch.cuda.Event() if self.replays else None
 
-    def _codes(self, *projected):
+    def project(self, *inputs) -> tuple:
         with _without_copies(self.device):
-            return pack(self.net.h_of_projected(*projected))
+            return self.net.project(*inputs)
 
-    def __call__(self, *inputs):
-        with _without_copies(self.device):
-            projected = self.net.project(*inputs)
-        if not self.done:
-            return self._codes(*projected)
+    def codes(self, *projected) -> Tensor:
+        if not self.replays:
+            return _codes(self.net, self.device, *projected)
         with self.lock:
             self.done.wait()  # another thread may have used another stream
             codes = self.repeated(*projected).clone()
@@ -236,36 +270,22 @@ class _Encoder:
         return codes
 
 
-def _state_of(net: "HashNetwork", device: str) -> tuple | None:
-    """What the kernels of a network depend on beside its inputs and the numbers in its weights.
-
-    None where a hook wants to be called each time.
-    """
-    modules, found = list(net.modules()), [chosen_backend(), torch.get_float32_matmul_precision()]
-    if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
-        return None
-    found += [torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)]
-    for m in modules:
-        tensors = chain(m._parameters.values(), m._buffers.values())
-        found += [id(m), type(m), *((x.data_ptr(), x.dtype) for x in tensors if x is not None)]
-        own = ((name, x) for name, x in vars(m).items() if name[0] != "_" and type(x) in _PLAIN)
-        found += [x for name, x in own if name != "training"]
-    return tuple(found)
+def _codes(net: "HashNetwork", device: str, *projected) -> Tensor:
+    with _without_copies(device):
+        return pack(net.h_of_projected(*projected))
 
 
-_PLAIN = bool, int, float, str, tuple
-_ENCODERS = weakref.WeakKeyDictionary()  # network on a GPU -> (its state, its encoder)
+_ENCODERS = weakref.WeakKeyDictionary()  # network on a GPU -> its encoder
 
 
 def _encoder_of(net: "HashNetwork", device: str) -> _Encoder:
     "A new encoder, or on a GPU the one that there is while the network stays as it was."
-    state = _state_of(net, device) if device == "cuda" else None
-    if state is None:
-        return _Encoder(net, device, graphs=False)
-    kept = _ENCODERS.get(net)
-    if kept is None or kept[0] != state:
-        kept = _ENCODERS[net] = state, _Encoder(net, device, graphs=True)
-    return kept[1]
+    encoder = _ENCODERS.get(net)
+    if encoder is None or not encoder.watched.is_as_it_was():
+        encoder = _Encoder(net, device)
+        if encoder.replays:
+            _ENCODERS[net] = encoder
+    return encoder
 
 
 class HashNetwork(nn.Module, PyTorchModelHubMixin):
@@ -362,8 +382,8 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
     ) -> Tensor:
         """Packed codes of all items, uint8 (n, k/8) on the CPU, in evaluation mode.
 
-        The network is not changed, so threads may share it. `ValueError` for features that are NaN, infinite
-        or above 1e15, and without items.
+        The network is not changed, so threads may share it. `ValueError` without items, and for features that
+        `project` leaves as NaN, infinity or numbers above 1e15.
 
         Parameters
         ----------
@@ -383,17 +403,23 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
             if x is None:
                 return None
             x = as_tensor(x[start : start + batch])
-            return x.to(like.device) if x.ndim == 1 else x.to(like)  # lengths stay whole numbers
+            # lengths stay whole numbers, and products of half precision take features of half precision
+            as_it_is = x.ndim == 1 or x.dtype == products
+            return x.to(like.device) if as_it_is else x.to(like)
 
-        codes, ends = [], []
+        def encoded(encoder, start):
+            "The codes of a block, the smallest and the largest numbers in what they are made from."
+            projected = encoder.project(*(block(x, start) for x in inputs))
+            ends = [end for x in projected if x is not None for end in torch.aminmax(x)]
+            return encoder.codes(*projected), ends
+
+        kind = like.device.type
+        products = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         starts = tqdm(range(0, n, batch), "encode", unit="batch", leave=False, disable=not progress)
         with torch.cuda.device_of(like):
-            encoder = _encoder_of(self, like.device.type)
-            for start in starts:
-                parts = [block(x, start) for x in inputs]
-                codes.append(encoder(*parts))
-                ends += [end for x in parts if x is not None for end in torch.aminmax(x)]
-            check_largest(torch.stack(ends).abs().amax().item())
+            encoder = _encoder_of(self, kind)
+            codes, ends = zip(*(encoded(encoder, start) for start in starts))
+            check_largest(torch.stack([*chain.from_iterable(ends)]).abs().amax().item())
             return torch.cat(codes).cpu()
 
     def program_of(

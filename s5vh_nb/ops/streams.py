@@ -6,7 +6,9 @@
 __all__ = ['SideStream', 'copies_beside', 'GraphedCall']
 
 # %% ../../nbs/lib/ops/00_streams.ipynb #ad8fddf8
+import contextlib
 import functools
+import gc
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -101,6 +103,18 @@ _FIRST = 2  # ordinary calls with inputs of a kind
 _RECORDING = threading.Lock()  # torch records on one stream of its own
 
 
+@contextlib.contextmanager
+def _no_collection():
+    "Python's garbage stays: it may hold an earlier graph, and CUDA frees none while it records."
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 class _Graph:
     "A call as it was recorded."
 
@@ -108,7 +122,8 @@ class _Graph:
         self.buffers = [None if x is None else x.clone() for x in inputs]
         self.graph = torch.cuda.CUDAGraph()
         # "thread_local": other threads may use the GPU meanwhile
-        with _RECORDING, torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local")
+        with _RECORDING, _no_collection(), recording:
             self.outputs = call(*self.buffers)
 
     def __call__(self, inputs):
