@@ -230,7 +230,7 @@ def test_threads_share_the_graphs_of_a_network():
 
 @torch.no_grad()
 def test_slices_of_videos_are_the_whole():
-    "100 videos of 600 frames are more than a slice."
+    "100 videos of 600 frames are more than two slices."
     torch.manual_seed(0)
     net, x = layers(2, 32).cuda(), torch.randn(100, 600, 32, device="cuda")
     for factors in (None, torch.rand(2, 100, device="cuda")):

@@ -344,7 +344,8 @@ def _layer_forward(x, y, factors, eps, w, shift, reversed_from, keep) -> _Forwar
     torch.bmm(_by_direction(s[..., :r]), w.dt_proj.mT, out=_by_direction(delta.unflatten(2, (g, d))))
     B, C = s[..., r:].chunk(2, -1)  # (b, t, g, n)
     z, options = uz[..., g * d :], (True, reversed_from, keep, False)
-    scan = scan_forward(u, delta, w.A, B, C, w.D, z, w.dt_bias, *options)
+    out = None if keep else delta
+    scan = scan_forward(u, delta, w.A, B, C, w.D, z, w.dt_bias, *options, out=out)
     kept = _Kept(norm._replace(total=None), uz, u, s, delta, scan.out, scan.saved)
     return _ForwardLayer(norm.total, scan.out @ w.out_proj.T, kept if keep else None)
 
@@ -548,7 +549,7 @@ def mamba_layers_triton(
     g, d = ready[2].shape[1:3]
     keep = torch.is_grad_enabled() and any(v.requires_grad for v in (x, *ready))
     options = eps, (g - backward) * d, keep
-    videos = max(64, 32768 // x.shape[1])
+    videos = max(32, 32768 // x.shape[1])
     if keep or len(x) <= videos:
         return _Layers.apply(x.contiguous(), factors, *options, *ready)
     out, parts = torch.empty_like(x), x.split(videos)  # nothing is kept: what lies between fits into a slice

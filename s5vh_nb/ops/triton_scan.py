@@ -552,6 +552,7 @@ def scan_forward(
     reversed_from: int,  # The first channel that runs from the end
     keep: bool,  # Save what the backward pass needs
     want_last: bool,  # Return the last states
+    out: torch.Tensor | None = None,  # Where the output goes (b, t, d); it may be `delta`
 ) -> _ForwardScan:
     """The forward pass, without autograd.
 
@@ -581,12 +582,16 @@ def scan_forward(
         Save what the backward pass needs
     want_last : bool
         Return the last states
+    out : torch.Tensor | None
+        Where the output goes (b, t, d); it may be `delta`
     """
     b, t = u.shape[:2]
     d, n = A.shape
     grid, plan, save = _plan(b, t, d, B.shape[2], n, wide=True)
     plan |= dict(reversed_from=reversed_from, SOFTPLUS=softplus)
-    out, gate = u.new_empty(b, t, d), u if z is None else z
+    gate = u if z is None else z
+    if out is None:
+        out = u.new_empty(b, t, d)
     saved = u.new_empty(b, (t - 1) // save, d, n, dtype=torch.float32) if keep else None
     last = u.new_empty(b, d, n, dtype=torch.float32) if want_last else None
     summary = _room_for_summaries(u, grid, d, n)
