@@ -9,14 +9,16 @@ import pytest
 import scipy.sparse
 import torch
 
-from s5vh_nb.basics.config import DMMHConfig, S5VHConfig
+from s5vh_nb.basics.config import DMMHConfig, PlusConfig, S5VHConfig
 from s5vh_nb.datasets.splits import Split
 from s5vh_nb.models.baselines import fit_lsh, itq_rotation
-from s5vh_nb.models.codes import pack, unpack
+from s5vh_nb.models.codes import _Watched, pack, unpack
 from s5vh_nb.models.dmmh import DMMH
 from s5vh_nb.models.methods import fit_baseline
 from s5vh_nb.models.mixers import MIXERS
+from s5vh_nb.models.plus import Plus
 from s5vh_nb.models.s5vh import S5VH
+from s5vh_nb.ops.dispatch import use_backend
 
 VIDEOS = S5VHConfig(d=13, bits=16, m=16, depth=2, decoder_m=16)
 PAIRS = DMMHConfig(di=12, dt=9, bits=16, width=16, image_hidden=16, cnn_width=8)
@@ -121,7 +123,7 @@ def test_arrays_and_tensors_of_any_real_numbers_encode_alike(kind):
 def test_numbers_near_the_limit_of_float32_are_refused(kind, factor):
     "Their squares overflow, and the code would not depend on them any more."
     net, inputs = network(kind)
-    message = r"features: expected finite numbers of at most 1e\+15"
+    message = r"features(, projected)?: expected finite numbers of at most 1e\+15"
     for given in ([x * factor for x in inputs], [x.double().numpy() * factor for x in inputs]):
         with pytest.raises(ValueError, match=message):
             net.encode(*given)
@@ -130,6 +132,89 @@ def test_numbers_near_the_limit_of_float32_are_refused(kind, factor):
     hasher = fit_baseline("itq", data, 8, "mean" if kind == "videos" else "pair")
     with pytest.raises(ValueError, match=message):
         hasher.encode(*[x * factor for x in inputs])
+
+
+@pytest.mark.parametrize(
+    "net, taken",
+    [
+        (S5VH(VIDEOS), torch.bfloat16),
+        (S5VH(VIDEOS).double(), torch.float64),
+        (Plus(PlusConfig(d=13, bits=16, m=16, time_steps=7)), torch.float32),
+    ],
+)
+def test_features_of_half_precision(net, taken, monkeypatch):
+    "Under autocast a network that begins with a product of float32 weights takes them as they are."
+    x, own, seen = torch.randn(12, 9, 13).bfloat16(), next(net.parameters()).dtype, []
+    first = "h" if type(net) is Plus else "project"  # what gets the features
+    call = getattr(type(net), first)
+    monkeypatch.setattr(type(net), first, lambda self, x: seen.append(x.dtype) or call(self, x))
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, wide = net.encode(x), net.encode(x.to(own))
+    assert torch.equal(mine, wide) and seen[0] == taken
+    net.encode(x)
+    assert seen[-1] == own
+
+
+def test_frames_without_numbers_are_named_by_the_network():
+    for shape in ((3, 0, 13), (3, 9, 0)):
+        for net in (S5VH(VIDEOS), Plus(PlusConfig(d=13, bits=16, m=16, time_steps=7))):
+            with pytest.raises(ValueError, match="frames: expected shape"):
+                net.encode(torch.zeros(shape))
+
+
+@torch.no_grad()
+def test_what_is_watched_of_a_network():
+    "Numbers in weights may change; modules, attributes, hooks, and where and how weights lie may not."
+    net = S5VH(VIDEOS)
+    watched = _Watched(net, "cpu")
+    linear, norm = net.hash.linear, net.hash.norm
+    linear.weight.mul_(2)
+    net.train().eval()
+    assert watched.is_as_it_was()
+
+    def other_attribute():
+        norm.eps = 1e-3
+
+    def new_attribute():
+        norm.scale = torch.ones(3)
+
+    def shorter():
+        linear.weight = torch.nn.Parameter(linear.weight.data[:8])
+
+    def turned():
+        linear.weight = torch.nn.Parameter(linear.weight.data.t())
+
+    def other_module():
+        net.hash.norm = torch.nn.Identity()
+
+    def other_kind():
+        linear.__class__ = torch.nn.Identity
+
+    def other_configuration():
+        net.config = S5VHConfig(**{**vars(VIDEOS), "bits": 8})
+
+    for change in (
+        other_attribute,
+        new_attribute,
+        shorter,
+        turned,
+        other_module,
+        other_kind,
+        other_configuration,
+    ):
+        watched = _Watched(net, "cpu")
+        assert watched.is_as_it_was()
+        change()
+        assert not watched.is_as_it_was(), change.__name__
+    watched = _Watched(net, "cpu")
+    handle = net.register_forward_hook(lambda module, inputs, out: None)
+    assert not watched.is_as_it_was()
+    handle.remove()
+    assert watched.is_as_it_was()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not watched.is_as_it_was()
+    with use_backend("reference"):
+        assert not watched.is_as_it_was()
 
 
 def test_arrays_into_a_network_itself_are_named():

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..basics.checks import known
 from ..learning.training import matmul_precision
 from ..models.mamba import Bidirectional, Mamba
+from ..ops.streams import recording
 
 # %% ../../nbs/lib/measure/00_efficiency.ipynb #4c3b2bbe
 def _finish(device: torch.device):
@@ -116,7 +117,7 @@ def replayed(
         call()
     _finish(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with recording(graph):
         for _ in range(calls):
             call()
     return graph.replay, calls

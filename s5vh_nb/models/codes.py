@@ -146,6 +146,7 @@ def check_array(
 
 def check_largest(
     largest: float,  # The largest absolute value of some features; NaN where one is NaN
+    what: str = "features",  # Their name in an error
 ):
     """`ValueError` for NaN, infinity and numbers so large that sums of their squares may overflow float32.
 
@@ -153,9 +154,11 @@ def check_largest(
     ----------
     largest : float
         The largest absolute value of some features; NaN where one is NaN
+    what : str
+        Their name in an error
     """
     expected, found = f"finite numbers of at most {LARGEST:g}", "NaN, infinity or larger ones"
-    check(largest <= LARGEST, "features", expected, found)
+    check(largest <= LARGEST, what, expected, found)
 
 
 def evaluation_view(
@@ -216,22 +219,21 @@ class _Watched:
         self.children = [m._modules for m in modules]
         self.tensors = [x for m in modules for x in (m._parameters, m._buffers)]
         self.hooks = [x for m in modules for x in (m._forward_hooks, m._forward_pre_hooks)]
-        self.own = [
-            (vars(m), [name for name, x in vars(m).items() if self._counts(name, x)]) for m in modules
-        ]
+        names = [[name for name in vars(m) if name[0] != "_" and name != "training"] for m in modules]
+        self.own = [*zip(map(vars, modules), names)]
+        self.modules = modules
         self.was = self._now()
-
-    @staticmethod
-    def _counts(name, value):
-        return name[0] != "_" and name != "training" and type(value) in _PLAIN
 
     def _now(self) -> list:
         found = [chosen_backend(), torch.get_float32_matmul_precision(), any(self.hooks)]
         found += [torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)]
+        found += map(type, self.modules)
         found += chain.from_iterable(x.values() for x in self.children)
-        found += [(x.data_ptr(), x.dtype) for own in self.tensors for x in own.values() if x is not None]
+        tensors = [x for own in self.tensors for x in own.values() if x is not None]
+        found += [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
         for attributes, names in self.own:
-            found += len(attributes), *map(attributes.get, names)
+            own = map(attributes.get, names)
+            found += len(attributes), *(x if type(x) in _PLAIN else id(x) for x in own)
         return found
 
     def is_as_it_was(self) -> bool:
@@ -250,8 +252,8 @@ class _Encoder:
         net: "HashNetwork",
         device: str,  # Its kind
     ):
-        self.net, self.device = evaluation_view(net), device
         self.watched = _Watched(net, device) if device == "cuda" else None
+        self.net, self.device = evaluation_view(net), device
         self.replays = self.watched is not None and not any(self.watched.hooks)
         self.repeated, self.lock = GraphedCall(partial(_codes, self.net, device)), threading.Lock()
         self.done = torch.cuda.Event() if self.replays else None
@@ -403,23 +405,25 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
             if x is None:
                 return None
             x = as_tensor(x[start : start + batch])
-            # lengths stay whole numbers, and products of half precision take features of half precision
-            as_it_is = x.ndim == 1 or x.dtype == products
+            as_it_is = x.ndim == 1 or x.dtype == taken  # lengths stay whole numbers
             return x.to(like.device) if as_it_is else x.to(like)
 
         def encoded(encoder, start):
             "The codes of a block, the smallest and the largest numbers in what they are made from."
             projected = encoder.project(*(block(x, start) for x in inputs))
-            ends = [end for x in projected if x is not None for end in torch.aminmax(x)]
-            return encoder.codes(*projected), ends
+            codes = encoder.codes(*projected)
+            return codes, [end for x in projected if x is not None for end in torch.aminmax(x)]
 
-        kind = like.device.type
-        products = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        kind, taken = like.device.type, like.dtype
+        projects = type(self).project is not HashNetwork.project
+        if projects and taken == torch.float32 and torch.is_autocast_enabled(kind):
+            taken = torch.get_autocast_dtype(kind)  # of the product that comes first
         starts = tqdm(range(0, n, batch), "encode", unit="batch", leave=False, disable=not progress)
         with torch.cuda.device_of(like):
             encoder = _encoder_of(self, kind)
             codes, ends = zip(*(encoded(encoder, start) for start in starts))
-            check_largest(torch.stack([*chain.from_iterable(ends)]).abs().amax().item())
+            largest = torch.stack([*chain.from_iterable(ends)]).abs().amax().item()
+            check_largest(largest, "features, projected" if projects else "features")
             return torch.cat(codes).cpu()
 
     def program_of(

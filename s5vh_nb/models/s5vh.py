@@ -392,7 +392,7 @@ class Stream:
     ):
         """Take these frames.
 
-        `ValueError` for another shape or for features that `encode` refuses; then none of them counts.
+        `ValueError` for another shape, NaN, infinity and features above 1e15; then none of them counts.
 
         Parameters
         ----------

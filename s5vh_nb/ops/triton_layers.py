@@ -326,16 +326,16 @@ class _ForwardLayer(NamedTuple):
     kept: _Kept | None  # For the backward pass
 
 
-def _layer_forward(x, y, factors, eps, w, shift, reversed_from, keep) -> _ForwardLayer:
+def _layer_forward(x, y, factors, eps, w, in_bias, reversed_from, keep) -> _ForwardLayer:
     """One layer on the sum of x and factor * y (None for the first layer), with the weights `w`.
 
-    `shift` is their column that meets the ones behind the normalised sum.
+    The first product adds `in_bias`, column m of its matrix.
     """
     g, d = w.dt_proj.shape[:2]
     r, n = w.dt_proj.shape[2], w.A.shape[1]
     m = x.shape[2]
     norm = _norm_forward(x, y, eps, w.in_proj.dtype, factors)  # (b, t, m), (b, t, m + 8)
-    uz = torch.addmm(shift, norm.normed[..., :m].flatten(0, 1), w.in_proj[:, :m].T)
+    uz = torch.addmm(in_bias, norm.normed[..., :m].flatten(0, 1), w.in_proj[:, :m].T)
     uz = uz.unflatten(0, x.shape[:2])  # (b, t, 2*g*d): signals, then gates
     u = conv_forward(uz[..., : g * d], w.taps, w.conv_bias, True, reversed_from)  # (b, t, g*d)
     s = u.new_empty(*u.shape[:2], g, r + 2 * n)  # delta's rank, B, C of each direction
@@ -455,10 +455,10 @@ class _Layers(torch.autograd.Function):
     def forward(ctx, x, factors, eps, reversed_from, keep, *weights):
         ctx.kept, y = [], None
         ctx.factors = [None] * len(weights[0]) if factors is None else list(factors.unbind())  # (b,) each
-        shifts = weights[0][..., x.shape[2]].contiguous()  # (l, 2*g*d)
+        in_biases = weights[0][..., x.shape[2]].contiguous()  # (l, 2*g*d)
         for i, w in enumerate(_layer_by_layer(weights)):
             entering = ctx.factors[i - 1] if i else None  # of what the layer before has added
-            layer = _layer_forward(x, y, entering, eps, w, shifts[i], reversed_from, keep)
+            layer = _layer_forward(x, y, entering, eps, w, in_biases[i], reversed_from, keep)
             x, y = layer.total, layer.added
             ctx.kept.append(layer.kept)
         ctx.reversed_from = reversed_from
