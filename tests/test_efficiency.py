@@ -180,16 +180,17 @@ def made_up(archive, bend=1.0):
         archive.save(RunRecord(SMOKE, {"points": points, "precision": "bfloat16"}, label=mixer, **common), {})
 
 
-@pytest.mark.parametrize("bend, place", [(1.0, "from t = 16"), (0.25, "not up to 16"), (4.0, "from t = 4")])
-def test_the_answer_says_from_where_on(checkout, cells, capsys, bend, place):
+@pytest.mark.parametrize("bend, place", [(1.0, "at t = 16"), (0.25, "nowhere"), (4.0, "at t = 4, 8, 16")])
+def test_the_answer_says_where(checkout, cells, capsys, bend, place):
     made_up(Archive(checkout, "smoke"), bend)
     cells("s5vh/efficiency")
     said = capsys.readouterr().out
-    assert f"S5VH is faster than the Transformer: {place} (1, 2 at a time)." in said
-    assert "S5VH is smaller than the Transformer: from t = 4 (1, 2 at a time)." in said
+    for word, where in (("faster", place), ("smaller", "at t = 4, 8, 16")):
+        lines = [f"- {b} at a time: {where} (measured up to 16)" for b in (1, 2)]
+        assert "\n".join([f"S5VH is {word} than the Transformer:", *lines]) in said
     assert "Time grows: t^1.00 to t^1.00 (S5VH), t^2.00 to t^2.00 (Transformer), the gap grows in 2" in said
     assert "the gap grows in 0 and shrinks in 0 of 2 ranges" in said  # in memory
-    assert "not run yet: all but Mamba" in said and "A video of" not in said
+    assert "not run yet: long videos\n" in said and "A video of" not in said
     assert {path.name for path in checkout.rglob("*.png")} == {
         "efficiency_time.png",
         "efficiency_crossover.png",
