@@ -205,7 +205,7 @@ def test_frames_of_another_shape_are_refused(shape):
 def test_frames_that_are_not_numbers_or_missing_are_refused():
     model, x = S5VH(SMALL), torch.randn(3, 25, 13)
     x[1, 4, 2] = torch.nan
-    with pytest.raises(ValueError, match="features: expected finite numbers"):
+    with pytest.raises(ValueError, match="features, projected: expected finite numbers"):
         model.encode(x)
     with pytest.raises(ValueError, match="features: expected at least one item"):
         model.encode(x[:0])
