@@ -110,38 +110,21 @@ def _vector(ptr, columns, live):
 # %% ../../nbs/lib/ops/03_triton_scan.ipynb #49d6cf78
 @triton.jit
 def _forward_segment(
-    h,
-    pending,
-    rows,
-    s,
-    start,
-    out,
-    A2,
-    bias,
-    skip,
-    lanes,
-    SOFTPLUS: tl.constexpr,
-    GATED: tl.constexpr,
-    K: tl.constexpr,
+    h, rows, s, out, A2, bias, skip, lanes, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr
 ):
-    """K steps of the recurrence from state h; returns the state after them, and what is still to be written.
-
-    An output is written one step later, so that the next step need not wait for it.
-    """
+    "K steps of the recurrence from state h; writes the outputs, returns the state after them."
     channels, states, m_d, m_n = lanes
     for k in tl.static_range(K):
         x = rows[k][0].to(tl.float32)  # (DB,)
         Bk, Ck = rows[k][3].to(tl.float32)[None, :], rows[k][4].to(tl.float32)[None, :]  # (1, NB)
         dt = _step_size(rows[k][1], bias, SOFTPLUS)
         h = tl.exp2(dt[:, None] * A2) * h + (dt * x)[:, None] * Bk  # (DB, NB)
-        gate = tl.zeros_like(x) + 1
-        if GATED:
-            raw = rows[k][2].to(tl.float32)
-            gate = raw * _sigmoid(raw)
         y = tl.sum(h * Ck, 1) + skip * x  # (DB,)
-        tl.store(out[0] + (s + k - 1) * out[1] + channels, pending[0] * pending[1], m_d & (s + k > start))
-        pending = y, gate
-    return h, pending
+        if GATED:
+            gate = rows[k][2].to(tl.float32)
+            y *= gate * _sigmoid(gate)
+        tl.store(out[0] + (s + k) * out[1] + channels, y, m_d)
+    return h
 
 
 @triton.jit
@@ -190,7 +173,6 @@ def _forward_kernel(
         h = tl.zeros_like(A2)
     else:
         h = _fold(summary, b * tl.num_programs(1), 1, c, A2, lanes, tile, m_dn, d, N)
-    pending = tl.zeros_like(skip), tl.zeros_like(skip)
     # whole segments end there
     rows, end = _rows(by_channel, by_state, start, stop, lanes, K), start + (stop - start) // K * K
     for s in range(start, end, K):
@@ -198,19 +180,14 @@ def _forward_kernel(
         if saved is not None:
             if s % SAVE == 0:
                 tl.store(_saved_at(saved, b, t, s, d, N, SAVE) + tile, h, m_dn & (s > 0))
-        h, pending = _forward_segment(
-            h, pending, rows, s, start, out, A2, bias, skip, lanes, SOFTPLUS, GATED, K
-        )
+        h = _forward_segment(h, rows, s, out, A2, bias, skip, lanes, SOFTPLUS, GATED, K)
         rows = ahead
     if REST > 0:
         if end < stop:
             if saved is not None:
                 if end % SAVE == 0:
                     tl.store(_saved_at(saved, b, t, end, d, N, SAVE) + tile, h, m_dn & (end > 0))
-            h, pending = _forward_segment(
-                h, pending, rows, end, start, out, A2, bias, skip, lanes, SOFTPLUS, GATED, REST
-            )
-    tl.store(out[0] + (stop - 1) * out[1] + lanes[0], pending[0] * pending[1], lanes[2])
+            h = _forward_segment(h, rows, end, out, A2, bias, skip, lanes, SOFTPLUS, GATED, REST)
     if last is not None:
         tl.store(last + b * d * N + tile, h, m_dn & (stop == t))
 
