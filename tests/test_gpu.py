@@ -21,7 +21,8 @@ from s5vh_nb.models.mixers import RWKV, RetNet
 from s5vh_nb.models.plus import Plus
 from s5vh_nb.models.s5vh import S5VH, take
 from s5vh_nb.ops.dispatch import norm_linear, use_backend
-from s5vh_nb.ops.streams import GraphedCall
+from s5vh_nb.ops.streams import GraphedCall, SideStream
+from s5vh_nb.ops.triton_scan import scan_backward, scan_forward
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -385,3 +386,65 @@ def test_a_checkpoint_goes_on_elsewhere(first, then, tmp_path, monkeypatch):
         trained(device=first, checkpoint=tmp_path / "run.pt", every=1)
     run = trained(device=then, checkpoint=tmp_path / "run.pt", resume=True)
     assert len(run.history) == CONFIG.epochs and run.history[-1]["loss"] < run.history[0]["loss"]
+
+
+def test_after_an_error_in_a_recording_others_can_be_made():
+    "An error leaves work of a side stream behind, and random numbers that were asked for in the recording."
+    beside = SideStream(torch.device("cuda"))
+
+    def broken(x):
+        y = beside(lambda: torch.rand_like(x) + x)
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("as if")
+        beside.join(y)
+        return y
+
+    call, x = GraphedCall(broken), torch.zeros(3, device="cuda")
+    for _ in range(2):
+        call(x)
+    with pytest.raises(torch.OutOfMemoryError, match="as if"):
+        call(x)
+    torch.rand(3, device="cuda")
+    sound = GraphedCall(lambda x: torch.rand_like(x) + x)
+    results = {tuple(sound(x).tolist()) for _ in range(5)}
+    assert len(results) == 5  # other numbers each time
+
+
+def test_gradients_of_more_than_two_billion_numbers():
+    "The parts of the gradients of B and C are more than 32 bits count; the last are those of a small batch."
+    b, t, d, n = 2200, 1000, 1024, 16
+    if torch.cuda.mem_get_info()[0] < 70e9:
+        pytest.skip("needs 70 GB of GPU memory")
+    torch.manual_seed(0)
+
+    def numbers(*shape):
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+    u, delta, z, dy = (numbers(b, t, d) for _ in range(4))
+    B, C = numbers(b, t, 1, n), numbers(b, t, 1, n)
+    A, bias = -torch.rand(d, n, device="cuda"), torch.full((d,), -4.0, device="cuda")
+
+    def gradients(rows):
+        inputs = *(x[rows] for x in (u, delta)), A, *(x[rows] for x in (B, C)), None, z[rows], bias
+        made = scan_forward(*inputs, True, d, True, False)
+        return scan_backward(dy[rows], *inputs, made.saved, True, d)
+
+    few = slice(b - 4, b)
+    for mine, theirs in zip(gradients(slice(None))[:4], gradients(few)[:4], strict=True):
+        assert_near([mine[few].float()], [theirs.float().cpu()], 1e-3)
+
+
+@pytest.mark.parametrize("directions", ["forward", "both"])
+@torch.no_grad()
+def test_layers_in_pieces_are_the_whole_network(directions):
+    "The kernels take up the state that a piece has left."
+    torch.manual_seed(0)
+    net = S5VH(S5VHConfig(d=13, bits=16, m=32, depth=2, decoder_m=16, directions=directions)).cuda().eval()
+    x, found, start = torch.randn(3, 400, 13, device="cuda"), [], 0
+    whole, states = net.encoder(x), net.encoder.layers.allocate_inference_cache(3)
+    for size in (1, 199, 7, 193):
+        seen = x[:, start : start + size] if directions == "forward" else x[:, start:]
+        z, states = net.encoder.step(seen, start, states, size)
+        found.append(z)
+        start += size
+    assert_near([torch.cat(found, 1)], [whole.cpu()], 1e-4)

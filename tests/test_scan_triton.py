@@ -130,6 +130,24 @@ def test_last_state():
     assert (mine - theirs).norm() <= 2e-5 * theirs.norm()
 
 
+@pytest.mark.parametrize("t,groups,reversed_channels", [(1, None, 0), (25, 2, 3), (300, 2, 3)])
+def test_from_a_state(t, groups, reversed_channels):
+    "Without gradients: with them the torch backend takes over, and the kernels refuse."
+    given = {name: v.detach() for name, v in arguments(t=t, groups=groups).items()}
+    state = torch.randn(3, 6, 4, device="cuda")
+    options = dict(delta_softplus=True, return_last_state=True, reversed_channels=reversed_channels)
+    mine = selective_scan_triton(**given, **options, initial_state=state)
+    exact = scan_reference(**in_float64(given), **options, initial_state=state.double())
+    for a, b in zip(mine, exact, strict=True):
+        assert (a - b).norm() <= 2e-5 * b.norm()
+    assert torch.equal(selective_scan(**given, **options, initial_state=state)[0], mine[0])
+    learning = arguments(t=t, groups=groups)
+    with pytest.raises(ValueError, match="initial_state: expected None where gradients are wanted"):
+        selective_scan_triton(**learning, **options, initial_state=state)
+    out, _ = selective_scan(**learning, **options, initial_state=state)
+    assert torch.autograd.grad(out.sum(), learning["B"])[0].norm() > 0
+
+
 def test_same_bits_twice():
     given = arguments(8, 96, 130, 16, dtype=torch.bfloat16)
     first, second = (outcome(selective_scan_triton, given, delta_softplus=True) for _ in range(2))

@@ -58,7 +58,8 @@ _SCANS = {
     "triton": _scan_triton,
     "mamba_ssm": _scan_mamba_ssm,
 }
-# an initial state, and a last state with a gradient
+_SCANS_FROM_STATES = {name: scan for name, scan in _SCANS.items() if name != "mamba_ssm"}
+# gradients of an initial and a last state
 _SCANS_WITH_STATES = {name: _SCANS[name] for name in ("reference", "torch", "numba")}
 _CONVS = {"reference": conv_torch, "torch": conv_torch, "numba": conv_numba, "triton": _conv_triton}
 _AUTO = contextvars.ContextVar("backend", default="auto")  # what "auto" means
@@ -209,12 +210,16 @@ def selective_scan(
         Output (b, d, t) in the dtype of `u`
     """
     _check_scan(u, delta, A, B, C, D, z, delta_bias, reversed_channels, initial_state)
-    given = u, delta, A, B, C, D, z, delta_bias
-    learns = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in given)
-    options = delta_softplus, return_last_state, reversed_channels
+    given, options = (
+        (u, delta, A, B, C, D, z, delta_bias),
+        (delta_softplus, return_last_state, reversed_channels),
+    )
+    tensors = [v for v in (*given, initial_state) if v is not None]
+    learns = torch.is_grad_enabled() and any(v.requires_grad for v in tensors)
     if initial_state is None and not (return_last_state and learns):
         return _SCANS[_pick(backend, u, _SCANS)](*given, *options)
-    return _SCANS_WITH_STATES[_pick(backend, u, _SCANS_WITH_STATES)](*given, *options, initial_state)
+    scans = _SCANS_WITH_STATES if learns else _SCANS_FROM_STATES
+    return scans[_pick(backend, u, scans)](*given, *options, initial_state)
 
 # %% ../../nbs/lib/ops/05_dispatch.ipynb #2e191c36
 def causal_conv1d(

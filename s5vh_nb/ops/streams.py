@@ -7,7 +7,6 @@ __all__ = ['SideStream', 'copies_beside', 'recording', 'GraphedCall']
 
 # %% ../../nbs/lib/ops/00_streams.ipynb #ad8fddf8
 import contextlib
-import functools
 import gc
 import threading
 from collections import Counter
@@ -16,13 +15,17 @@ from collections.abc import Callable
 import torch
 
 # %% ../../nbs/lib/ops/00_streams.ipynb #b6963519
-@functools.cache
+_SIDE_STREAMS = {}  # (GPU, lane) -> stream; made once, because the allocator keeps a pool of memory for each
+
+
 def _side_stream(
     device: int,  # Number of the GPU
     lane: int = 0,  # Work of one lane runs in order
 ) -> torch.cuda.Stream:
-    "The stream of a lane. It is made once, because the allocator keeps a pool of memory for each stream."
-    return torch.cuda.Stream(device)
+    "The stream of a lane."
+    if (device, lane) not in _SIDE_STREAMS:
+        _SIDE_STREAMS[device, lane] = torch.cuda.Stream(device)
+    return _SIDE_STREAMS[device, lane]
 
 
 class SideStream:
@@ -103,6 +106,16 @@ _FIRST = 2  # ordinary calls with inputs of a kind
 _RECORDING = threading.Lock()  # torch records on one stream of its own
 
 
+def _join_recorded():
+    "Let the current stream wait for the side streams whose work is being recorded."
+    current = torch.cuda.current_stream()
+    for stream in _SIDE_STREAMS.values():
+        with torch.cuda.stream(stream):
+            recorded = torch.cuda.is_current_stream_capturing()
+        if recorded:
+            current.wait_stream(stream)
+
+
 @contextlib.contextmanager
 def recording(
     graph: "torch.cuda.CUDAGraph",  # Gets what is called inside
@@ -123,7 +136,11 @@ def recording(
     gc.disable()
     try:
         with _RECORDING, torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
-            yield
+            try:
+                yield
+            except BaseException:
+                _join_recorded()  # or the recording can't end, and no later one can begin
+                raise
     finally:
         if was:
             gc.enable()

@@ -33,7 +33,7 @@ _PADDING = 8  # columns behind the normalised ones: one of ones, the others zero
 @triton.jit
 def _frames(rows, m, width, R: tl.constexpr, M: tl.constexpr):
     "Row numbers of a program, offsets of their elements in arrays of width m and `width`, which exist."
-    row, column = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, M)
+    row, column = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, M)
     narrow, wide = row[:, None] * m + column[None, :], row[:, None] * width + column[None, :]
     return row, narrow, wide, (row < rows)[:, None] & (column < m)[None, :]
 

@@ -144,6 +144,7 @@ def _forward_kernel(
     A,  # (d, n)
     D,  # (d,) or None
     bias,  # (d,) or None
+    initial,  # States before the first step (b, d, n), or None
     saved,  # States after every SAVE steps (b, (t - 1) // SAVE, d, n), or None
     last,  # States after the last step (b, d, n), or None
     summary,  # From `_summary_kernel`; None where a chunk is the whole sequence
@@ -169,10 +170,11 @@ def _forward_kernel(
     by_state = _walk(B, group * B[3], b, first, sign), _walk(C, group * C[3], b, first, sign)
     out = _walk(out, 0, b, first, sign)
     start, stop = c * chunk, tl.minimum(c * chunk + chunk, t)
-    if summary is None:
-        h = tl.zeros_like(A2)
-    else:
-        h = _fold(summary, b * tl.num_programs(1), 1, c, A2, lanes, tile, m_dn, d, N)
+    h = tl.zeros_like(A2)
+    if initial is not None:
+        h = tl.load(initial + b * d * N + tile, m_dn, 0.0)
+    if summary is not None:
+        h = _fold(h, summary, b * tl.num_programs(1), 1, c, A2, lanes, tile, m_dn, d, N)
     # whole segments end there
     rows, end = _rows(by_channel, by_state, start, stop, lanes, K), start + (stop - start) // K * K
     for s in range(start, end, K):
@@ -308,14 +310,13 @@ def _backward_kernel(
         du,
         ddelta,
         _walk(dz, 0, b, first, sign),
-        _walk(dBC, block * dBC[3] + group * 2 * N, b, first, sign),
+        _walk(dBC, block.to(tl.int64) * dBC[3] + group * 2 * N, b, first, sign),
         (b * t * d + first * d, sign * d),
     )
     start, stop = c * chunk, tl.minimum(c * chunk + chunk, t)
-    if summary is None:
-        g = tl.zeros_like(A2)
-    else:
-        g = _fold(summary, (b + 1) * chunks - 1, -1, chunks - 1 - c, A2, lanes, tile, m_dn, d, N)
+    g = tl.zeros_like(A2)
+    if summary is not None:
+        g = _fold(g, summary, (b + 1) * chunks - 1, -1, chunks - 1 - c, A2, lanes, tile, m_dn, d, N)
     grads = g, tl.zeros_like(A2), tl.zeros_like(skip), tl.zeros_like(skip)
     to_state, of_state = by_channel[:2], by_state[:1]
     if SAVE > K:
@@ -364,9 +365,8 @@ def _backward_kernel(
 
 # %% ../../nbs/lib/ops/03_triton_scan.ipynb #73ed1a65
 @triton.jit
-def _fold(summary, at, step, count, A2, lanes, tile, m_dn, d, N: tl.constexpr):
-    "The state that enters a chunk: `count` summaries, the first in row `at`, the next `step` rows on."
-    h = tl.zeros_like(A2)
+def _fold(h, summary, at, step, count, A2, lanes, tile, m_dn, d, N: tl.constexpr):
+    "The state after `count` chunks that h enters: their summaries, the first in row `at`, the next `step` rows on."
     for i in range(count):
         row = at + i * step
         decay = tl.exp2(_vector(summary[1] + row * d, lanes[0], lanes[2])[:, None] * A2)
@@ -530,6 +530,7 @@ def scan_forward(
     keep: bool,  # Save what the backward pass needs
     want_last: bool,  # Return the last states
     out: torch.Tensor | None = None,  # Where the output goes (b, t, d); it may be `delta`
+    initial: torch.Tensor | None = None,  # States before the first step (b, d, n), float32, contiguous
 ) -> _ForwardScan:
     """The forward pass, without autograd.
 
@@ -561,6 +562,8 @@ def scan_forward(
         Return the last states
     out : torch.Tensor | None
         Where the output goes (b, t, d); it may be `delta`
+    initial : torch.Tensor | None
+        States before the first step (b, d, n), float32, contiguous
     """
     b, t = u.shape[:2]
     d, n = A.shape
@@ -579,7 +582,9 @@ def scan_forward(
         map(_with_strides, (u, delta, gate, B, C, out)),
         dict(REST=t % plan["K"], GATED=z is not None),
     )
-    _forward_kernel[grid](*tensors, A, D, bias, saved, last, summary, SAVE=save, **flags, **plan, maxnreg=128)
+    _forward_kernel[grid](
+        *tensors, A, D, bias, initial, saved, last, summary, SAVE=save, **flags, **plan, maxnreg=128
+    )
     return _ForwardScan(out, last, saved)
 
 
@@ -672,9 +677,9 @@ class _Scan(torch.autograd.Function):
     "The scan as a step of autograd."
 
     @staticmethod
-    def forward(ctx, u, delta, A, B, C, D, z, bias, softplus, reversed_from, want_last, keep):
+    def forward(ctx, u, delta, A, B, C, D, z, bias, softplus, reversed_from, want_last, keep, initial):
         options = softplus, reversed_from
-        made = scan_forward(u, delta, A, B, C, D, z, bias, *options, keep, want_last)
+        made = scan_forward(u, delta, A, B, C, D, z, bias, *options, keep, want_last, initial=initial)
         ctx.save_for_backward(u, delta, A, B, C, D, z, bias, made.saved)
         ctx.options = options
         if want_last:
@@ -693,7 +698,7 @@ class _Scan(torch.autograd.Function):
         dD, dbias = weights[A.numel() :].chunk(2)
         dD = None if D is None else dD.to(D.dtype)
         dbias = None if bias is None else dbias.to(bias.dtype)
-        return grads.u, grads.delta, dA, dB, dC.to(C.dtype), dD, grads.z, dbias, None, None, None, None
+        return grads.u, grads.delta, dA, dB, dC.to(C.dtype), dD, grads.z, dbias, *[None] * 5
 
 # %% ../../nbs/lib/ops/03_triton_scan.ipynb #9140ec48
 def check_triton(x: torch.Tensor):
@@ -723,6 +728,8 @@ def selective_scan_triton(
     delta_softplus: bool = False,  # Pass `delta` through softplus
     return_last_state: bool = False,  # Also return the last state (b, d, n), float32, without a gradient
     reversed_channels: int = 0,  # So many channels, the last ones, run from t-1 to 0: whole groups
+    # State before the first step (b, d, n), only where no gradients are wanted; None: zeros
+    initial_state: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple:  # Output (b, d, t) in the dtype of `u`
     """The selective scan on a GPU: the `triton` backend. The same bits in every run.
 
@@ -752,6 +759,8 @@ def selective_scan_triton(
         Also return the last state (b, d, n), float32, without a gradient
     reversed_channels : int
         So many channels, the last ones, run from t-1 to 0: whole groups
+    initial_state : torch.Tensor | None
+        State before the first step (b, d, n), only where no gradients are wanted; None: zeros
 
     Returns
     -------
@@ -770,8 +779,11 @@ def selective_scan_triton(
     fixed = [None if v is None else v.contiguous() for v in (A, D, delta_bias)]
     tensors = *by_step[:2], fixed[0], B, C, fixed[1], by_step[2], fixed[2]
     keep = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
+    if initial_state is not None:
+        check(not keep, "initial_state", "None where gradients are wanted", "a tensor")
+        initial_state = initial_state.float().contiguous()
     options = delta_softplus, d - reversed_channels, return_last_state, keep
-    out, last = _Scan.apply(*tensors, *options)
+    out, last = _Scan.apply(*tensors, *options, initial_state)
     return (out.transpose(1, 2), last) if return_last_state else out.transpose(1, 2)
 
 # %% ../../nbs/lib/ops/03_triton_scan.ipynb #50747e8c
