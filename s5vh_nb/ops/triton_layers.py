@@ -128,10 +128,11 @@ def _norm_forward(
     eps: float,  # Of the norm
     dtype: torch.dtype,  # Of the normalised sum
     factors: torch.Tensor | None = None,  # (b,) float32, of y (b, t, m) of each video; None: 1
+    in_place: bool = False,  # Write the sum over x
 ) -> _Norm:
     "The sum of x and factor * y, and its normalisation."
     grid, sizes = _norm_sizes(x)
-    total = None if y is None else torch.empty_like(x)
+    total = None if y is None else x if in_place else torch.empty_like(x)
     scales = x.new_empty(sizes["rows"], dtype=torch.float32)
     normed = x.new_empty(*x.shape[:-1], sizes["width"], dtype=dtype)
     _norm_forward_kernel[grid](x, y, factors, total, normed, scales, eps=eps, PADDING=_PADDING, **sizes)
@@ -318,36 +319,34 @@ class _Kept(NamedTuple):
     saved: torch.Tensor | None  # States between the scan's segments
 
 
-class _ForwardLayer(NamedTuple):
-    "What the forward pass of a layer makes."
+def _layer_forward(norm, w, in_bias, reversed_from, keep) -> tuple[torch.Tensor, _Kept | None]:
+    """What one layer with the weights `w` adds to the sum (b, t, m), and what its backward pass needs.
 
-    total: torch.Tensor  # The sum that enters it (b, t, m)
-    added: torch.Tensor  # What it adds to the sum (b, t, m)
-    kept: _Kept | None  # For the backward pass
-
-
-def _layer_forward(x, y, factors, eps, w, in_bias, reversed_from, keep) -> _ForwardLayer:
-    """One layer on the sum of x and factor * y (None for the first layer), with the weights `w`.
-
-    The first product adds `in_bias`, column m of its matrix.
+    The first product adds `in_bias`, column m of its matrix. If nothing is kept, gates come after signals, in the
+    same memory.
     """
     g, d = w.dt_proj.shape[:2]
     r, n = w.dt_proj.shape[2], w.A.shape[1]
-    m = x.shape[2]
-    norm = _norm_forward(x, y, eps, w.in_proj.dtype, factors)  # (b, t, m), (b, t, m + 8)
-    uz = torch.addmm(in_bias, norm.normed[..., :m].flatten(0, 1), w.in_proj[:, :m].T)
-    uz = uz.unflatten(0, x.shape[:2])  # (b, t, 2*g*d): signals, then gates
-    u = conv_forward(uz[..., : g * d], w.taps, w.conv_bias, True, reversed_from)  # (b, t, g*d)
+    shape, m = norm.normed.shape[:2], norm.total.shape[2]
+
+    def project(rows, out=None):
+        frames = norm.normed[..., :m].flatten(0, 1)  # (b*t, m)
+        return torch.addmm(in_bias[rows], frames, w.in_proj[rows, :m].T, out=out)
+
+    signals, gates = slice(g * d), slice(g * d, None)
+    made = project(slice(None) if keep else signals)
+    uz = made.unflatten(0, shape)  # (b, t, 2*g*d) or only the signals (b, t, g*d)
+    u = conv_forward(uz[..., signals], w.taps, w.conv_bias, True, reversed_from)  # (b, t, g*d)
+    z = uz[..., gates] if keep else project(gates, out=made).unflatten(0, shape)  # (b, t, g*d)
     s = u.new_empty(*u.shape[:2], g, r + 2 * n)  # delta's rank, B, C of each direction
     torch.bmm(_by_direction(u.unflatten(2, (g, d))), w.x_proj.mT, out=_by_direction(s))
     delta = torch.empty_like(u)
     torch.bmm(_by_direction(s[..., :r]), w.dt_proj.mT, out=_by_direction(delta.unflatten(2, (g, d))))
     B, C = s[..., r:].chunk(2, -1)  # (b, t, g, n)
-    z, options = uz[..., g * d :], (True, reversed_from, keep, False)
-    out = None if keep else delta
+    options, out = (True, reversed_from, keep, False), None if keep else delta
     scan = scan_forward(u, delta, w.A, B, C, w.D, z, w.dt_bias, *options, out=out)
-    kept = _Kept(norm._replace(total=None), uz, u, s, delta, scan.out, scan.saved)
-    return _ForwardLayer(norm.total, scan.out @ w.out_proj.T, kept if keep else None)
+    kept = _Kept(norm._replace(total=None), uz, u, s, delta, scan.out, scan.saved) if keep else None
+    return scan.out @ w.out_proj.T, kept
 
 
 def _layer_backward(dtotal, dy, factors, first, w, reversed_from, kept, grads, beside) -> tuple:
@@ -458,9 +457,12 @@ class _Layers(torch.autograd.Function):
         in_biases = weights[0][..., x.shape[2]].contiguous()  # (l, 2*g*d)
         for i, w in enumerate(_layer_by_layer(weights)):
             entering = ctx.factors[i - 1] if i else None  # of what the layer before has added
-            layer = _layer_forward(x, y, entering, eps, w, in_biases[i], reversed_from, keep)
-            x, y = layer.total, layer.added
-            ctx.kept.append(layer.kept)
+            # without gradients: the first sum is the input, the second new memory, which later ones share
+            norm = _norm_forward(x, y, eps, w.in_proj.dtype, entering, in_place=i > 1 and not keep)
+            x = norm.total
+            del y  # its memory is free for what comes
+            y, kept = _layer_forward(norm, w, in_biases[i], reversed_from, keep)
+            ctx.kept.append(kept)
         ctx.reversed_from = reversed_from
         ctx.save_for_backward(*weights)
         return x + y if factors is None else torch.addcmul(x, factors[-1][:, None, None], y)
