@@ -359,7 +359,7 @@ def test_packed_records_lie_with_their_artefact(archive, checkout):
     ]
     for record in records:
         archive.save(record, {"ap": np.full(3, record.config["bits"], np.uint16)})
-    names = [f"results/smoke/evidence/{name}" for name in ("benchmarks_scan", "s5vh_losses")]
+    names = [f"results/smoke/evidence/{name}" for name in ("benchmarks", "s5vh_losses")]
     assert sorted(pack(checkout, "smoke")) == sorted(f"{n}{end}" for n in names for end in (".jsonl", ".npz"))
     later = dataclasses.replace(records[0], artefact="s5vh/audit", created="2999-01-01T00:00:00+00:00")
     archive.save(later, {"ap": np.zeros(3, np.uint16)})

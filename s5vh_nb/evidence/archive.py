@@ -294,6 +294,11 @@ class Archive:
                 _write_table(table, {key: record for key, record in records.items() if key != name})
 
 # %% ../../nbs/lib/evidence/02_archive.ipynb #2f1c7b2f
+def _file_of(artefact: str) -> str:
+    "Name of the pair of files that takes its records: those of all benchmarks, which are few, share one."
+    return "benchmarks" if artefact.startswith("benchmarks/") else artefact.replace("/", "_")
+
+
 def pack(
     root: Path,  # The project's folder
     profile: str,  # "smoke", "quick", "full" or "paper"
@@ -312,7 +317,7 @@ def pack(
     for name in archive.waiting():
         source = archive._source(name)
         if source.table is None:
-            own = archive.evidence / f"{source.record.artefact.replace('/', '_')}.jsonl"
+            own = archive.evidence / f"{_file_of(source.record.artefact)}.jsonl"
             by_table.setdefault(packed.get(name, own), []).append(source)
     return [str(path.relative_to(root)) for item in by_table.items() for path in _pack(archive, *item)]
 
