@@ -50,6 +50,14 @@ TABLES = {
     "s5vh_retrieval_plus": lines(
         0.125, 0.02, -0.02, dataset=["asl-words", "animated-emoji", "asl-words"], **RIVALS
     ),
+    "beyond_copies_gains": pd.concat(
+        [
+            lines(0.1, 0.0, -0.1, rival="ITQ, flattened", row="S5VH", extractor="lite0", edit=list("abc")),
+            lines(-0.1, -0.1, rival="ITQ, flattened", row="Plus", extractor=["lite0", "random"], edit="a"),
+            lines(0.1, rival="ITQ, flattened", row="S5VH", extractor="lite0", edit="mean of the edits"),
+            lines(0.1, rival="ITQ, time mean", row="S5VH", extractor="lite0", edit="a"),
+        ]
+    ),
     "dmmh_claims_details": pd.concat(
         [
             lines(0.1, 0.2, names=("effect", "low", "high"), claim="DMMH beats ITQ"),
@@ -100,6 +108,11 @@ def test_findings_count(said):
         "in 2 of 3 cases, by up to 0.125 GmAP, and worse in 1: better in 1 of 2 on asl-words, whose" in best
     )
     assert best.endswith("; better in 1 of 1 on animated-emoji, where nothing was chosen.")
+    assert found["Copies of a video"] == (
+        "Animated emoji were edited in 3 ways (cut, cropped, darkened and so on) and described by 2 frame "
+        "extractors. From an edited copy S5VH finds the original better than ITQ in 1 of 3 combinations, and "
+        "worse in 1. Plus is better than ITQ in 0 and worse in 2."
+    )
     assert found["DMMH"] == (
         "DMMH is better than 1 of 2 rivals at every code length. The exception is DMMH with a Transformer. "
         "No rival is better than DMMH at any length. "
