@@ -181,16 +181,15 @@ def _of_dmmh(details):
 def _of_copies(gains):
     "How well S5VH and Plus find the original of an edited copy, against ITQ."
     rows = gains[(gains.rival == "ITQ, flattened") & (gains.edit != "mean of the edits")]
-    counts = {row: (*_counts(cases), len(cases)) for row, cases in rows.groupby("row")}
-    if {"S5VH", "Plus"} <= set(counts):
-        better, worse, n = counts["S5VH"]
+    cases = dict([*rows.groupby("row")])
+    if {"S5VH", "Plus"} <= set(cases):
+        ours, plus = _counts(cases["S5VH"]), _counts(cases["Plus"])
         yield (
-            f"Animated emoji were edited in {rows.edit.nunique()} ways (cut, cropped, darkened and so on) "
-            f"and described by {rows.extractor.nunique()} frame extractors. From an edited copy S5VH finds "
-            f"the original better than ITQ in {better} of {n} combinations, and worse in {worse}."
+            f"From copies of animated emoji, edited in {rows.edit.nunique()} ways and described by "
+            f"{rows.extractor.nunique()} frame extractors, S5VH finds the original better than ITQ in "
+            f"{ours[0]} of {len(cases['S5VH'])} combinations and worse in {ours[1]}. "
+            f"Plus does better in {plus[0]} and worse in {plus[1]}."
         )
-        better, worse, n = counts["Plus"]
-        yield f"Plus is better than ITQ in {better} and worse in {worse}."
 
 
 def findings(
