@@ -31,6 +31,7 @@ def parts(depth, others, rival):
 
 
 RIVALS = dict(names=("gain", "gain low", "gain high"))
+COPIES = {"extractor": ["lite0", "lite0", "random", "random"], "edit": ["cropped", "darker"] * 2}
 TABLES = {
     "s5vh_claims": claims("holds", "holds so far", "does not hold (one seed)", "undecided", "not run yet"),
     "dmmh_claims": claims("holds", "undecided so far", "not testable here"),
@@ -52,10 +53,13 @@ TABLES = {
     ),
     "beyond_copies_gains": pd.concat(
         [
-            lines(0.1, 0.0, -0.1, rival="ITQ, flattened", row="S5VH", extractor="lite0", edit=list("abc")),
-            lines(-0.1, -0.1, rival="ITQ, flattened", row="Plus", extractor=["lite0", "random"], edit="a"),
-            lines(0.1, rival="ITQ, flattened", row="S5VH", extractor="lite0", edit="mean of the edits"),
-            lines(0.1, rival="ITQ, time mean", row="S5VH", extractor="lite0", edit="a"),
+            lines(0.1, 0.0, -0.1, 0.1, rival="ITQ, flattened", row="S5VH", bits=64, **COPIES),
+            lines(-0.1, -0.1, 0.0, 0.1, rival="ITQ, flattened", row="Plus", bits=64, **COPIES),
+            lines(0.1, rival="ITQ, flattened", row="S5VH", bits=16, extractor="lite0", edit="cropped"),
+            lines(
+                0.1, rival="ITQ, flattened", row="S5VH", bits=64, extractor="lite0", edit="mean of the edits"
+            ),
+            lines(0.1, rival="ITQ, time mean", row="S5VH", bits=64, extractor="lite0", edit="cropped"),
         ]
     ),
     "dmmh_claims_details": pd.concat(
@@ -109,9 +113,9 @@ def test_findings_count(said):
     )
     assert best.endswith("; better in 1 of 1 on animated-emoji, where nothing was chosen.")
     assert found["Copies of a video"] == (
-        "From copies of animated emoji, edited in 3 ways and described by 2 frame extractors, S5VH finds the "
-        "original better than ITQ in 1 of 3 combinations and worse in 1. "
-        "Plus does better in 0 and worse in 2."
+        "From copies of animated emoji (2 edits, 2 frame extractors) S5VH's codes of 64 bits find the "
+        "original better than ITQ's in 2 of 4 combinations and worse in 1. "
+        "Plus is better than ITQ in 1 and worse in 2."
     )
     assert found["DMMH"] == (
         "DMMH is better than 1 of 2 rivals at every code length. The exception is DMMH with a Transformer. "

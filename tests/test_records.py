@@ -356,6 +356,7 @@ def test_packed_records_lie_with_their_artefact(archive, checkout):
         of_artefact("s5vh/losses", 16),
         of_artefact("s5vh/losses", 32),
         of_artefact("benchmarks/scan", 64),
+        of_artefact("benchmarks/index", 128),
     ]
     for record in records:
         archive.save(record, {"ap": np.full(3, record.config["bits"], np.uint16)})
@@ -368,7 +369,7 @@ def test_packed_records_lie_with_their_artefact(archive, checkout):
         path.unlink()
     assert {record.name for record in archive.records()} == {record.name for record in records}
     assert archive.find(later.name) == later
-    assert [int(archive.arrays(record)["ap"][0]) for record in records] == [0, 32, 64]
+    assert [int(archive.arrays(record)["ap"][0]) for record in records] == [0, 32, 64, 128]
 
 
 def test_an_older_run_does_not_replace_a_packed_one(archive, checkout):

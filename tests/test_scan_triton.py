@@ -142,8 +142,9 @@ def test_from_a_state(t, groups, reversed_channels):
         assert (a - b).norm() <= 2e-5 * b.norm()
     assert torch.equal(selective_scan(**given, **options, initial_state=state)[0], mine[0])
     learning = arguments(t=t, groups=groups)
-    with pytest.raises(ValueError, match="initial_state: expected None where gradients are wanted"):
-        selective_scan_triton(**learning, **options, initial_state=state)
+    for wanted in (learning, given | {"initial_state": state.requires_grad_()}):
+        with pytest.raises(ValueError, match="initial_state: expected None where gradients are wanted"):
+            selective_scan_triton(**{"initial_state": state} | wanted, **options)
     out, _ = selective_scan(**learning, **options, initial_state=state)
     assert torch.autograd.grad(out.sum(), learning["B"])[0].norm() > 0
 

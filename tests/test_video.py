@@ -11,6 +11,7 @@ import sys
 import tarfile
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -334,11 +335,9 @@ def test_an_edited_copy_is_the_same_file_each_time():
 )
 def test_timm(timm, tmp_path, name, d, monkeypatch):
     "With made-up weights from a file; the features are those of timm's own network."
-    model, given = extract._TIMM.get(name, ("resnet18", {"num_classes": 0}))
+    model, given = extract._TIMM.get(name, ("resnet18", {}))
     torch.manual_seed(0)
-    whole = timm.create_model(
-        model, pretrained=False, **{k: v for k, v in given.items() if k != "num_classes"}
-    )
+    whole = timm.create_model(model, pretrained=False, **given)
     torch.save(whole.state_dict(), tmp_path / "weights.pth")
     net = make_extractor(name, tmp_path / "weights.pth", "cpu")
     x = squares(2, net.view.side)
@@ -346,9 +345,12 @@ def test_timm(timm, tmp_path, name, d, monkeypatch):
     seen = timm.data.resolve_model_data_config(whole)
     mean, std = (torch.tensor(seen[key]).view(3, 1, 1) for key in ("mean", "std"))
     y = (torch.from_numpy(x).permute(0, 3, 1, 2) / 255 - mean) / std
+    if name != "clip":
+        given = {**given, "num_classes": 0}
+    bare = timm.create_model(model, pretrained=False, **given).eval()
+    bare.load_state_dict(whole.state_dict(), strict=False)
     with torch.inference_mode():
-        whole.eval().reset_classifier(0) if "num_classes" in given else whole.eval()
-        np.testing.assert_allclose(net(x), whole(y).numpy(), atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(net(x), bare(y).numpy(), atol=1e-4, rtol=1e-4)
 
 
 def test_extractors_that_are_out_of_reach(timm, tmp_path, monkeypatch):
@@ -369,6 +371,25 @@ def test_extractors_that_are_out_of_reach(timm, tmp_path, monkeypatch):
         pytest.raises(ImportError, match="clip: expected timm"),
     ):
         make_extractor("clip")
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", "timm:resnet18", "resnet50", "dinov2", "vgg16"])
+@pytest.mark.parametrize("content", ["keys", "list", "text", "nothing"])
+def test_weights_that_do_not_fit(timm, videos, tmp_path, capsys, name, content):
+    "A file of another network, of another thing, no file of PyTorch's, an empty one."
+    file, out = tmp_path / "mine.pth", tmp_path / "out"
+    file.write_bytes({"text": b"no weights"}.get(content, b""))
+    if content in ("keys", "list"):
+        torch.save({"keys": {"layer.weight": torch.zeros(2)}, "list": [1, 2]}[content], file)
+    with pytest.raises(ValueError, match="mine.pth"):
+        make_extractor(name, file, "cpu")
+    assert main(["features", str(videos), str(out), "--extractor", name, "--weights", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("s5vh-nb: ") and str(file) in told and "Traceback" not in told
+    expected = (
+        "a file with VGG-16's state dict" if name == "vgg16" else f"{file}: expected the weights of {name}"
+    )
+    assert expected in told and not out.exists()
 
 
 def test_vgg_sees_what_the_image_features_see(monkeypatch):
@@ -502,8 +523,8 @@ def test_a_damaged_report_is_named(videos, tmp_path, content):
         extract_features(videos, out, **FAST)
 
 
-def test_a_killed_run_continues(videos, tmp_path, monkeypatch):
-    out = tmp_path / "out"
+def killed_run(videos, out, after):
+    "A run that is killed after it has kept some videos, while it writes what it knows of another."
     code = f"""
 import os
 from s5vh_nb.datasets import extract
@@ -511,7 +532,7 @@ put, count = extract._Work._put, [0]
 def killed(self, *args):
     put(self, *args)
     count[0] += 1
-    if count[0] == 4:
+    if count[0] == {after}:
         with open(self.features, "ab") as features, open(self.journal, "a", encoding="utf-8") as journal:
             features.write(b"half a row")
             journal.write('\\n{{"path": "red/')
@@ -520,18 +541,81 @@ extract._Work._put = killed
 extract.extract_features({str(videos)!r}, {str(out)!r}, **{FAST!r})
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 9
-    assert not is_there("own-videos", out) and (out / "unfinished.jsonl").is_file()
-    read = []
+    assert (out / "unfinished.jsonl").is_file()
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    "The names of the files that runs read, and the paths of the videos that they keep."
+    names, paths, put = [], [], extract._Work._put
     monkeypatch.setattr(
         extract,
         "read_clip",
-        lambda video, t, view, *more: (read.append(video.name), read_clip(video, t, view))[1],
+        lambda video, t, view, *more: (names.append(video.name), read_clip(video, t, view))[1],
     )
-    done = extract_features(videos, out, **FAST)
-    assert len(read) == done.new == 4 and done.videos == 8
-    whole = extract_features(videos, tmp_path / "whole", **FAST)
-    assert load("own-videos", out).fingerprint == load("own-videos", whole.folder).fingerprint
+    monkeypatch.setattr(
+        extract._Work, "_put", lambda work, facts, x: (paths.append(facts["path"]), put(work, facts, x))[1]
+    )
+    return SimpleNamespace(names=names, paths=paths)
+
+
+def assert_equals_a_fresh_run(out, videos):
+    fresh = extract_features(videos, out.with_name("fresh"), **FAST).folder
+    assert load("own-videos", out).fingerprint == load("own-videos", fresh).fingerprint
     assert not list(out.glob("unfinished.*"))
+
+
+def test_a_killed_run_continues(videos, tmp_path, kept):
+    out = tmp_path / "out"
+    killed_run(videos, out, after=4)
+    assert not is_there("own-videos", out)
+    done = extract_features(videos, out, **FAST)
+    assert len(kept.names) == len(set(kept.paths)) == done.new == 4 and done.videos == 8
+    assert_equals_a_fresh_run(out, videos)
+
+
+@pytest.mark.parametrize("kills", [[2], [2, 3], [8], [9]])
+def test_a_killed_extension_continues(videos, tmp_path, kept, kills):
+    "What the finished set has, and what was kept before the kill, is not read again, nor kept twice."
+    out = tmp_path / "out"
+    extract_features(videos, out, **FAST)
+    (videos / "red" / "9.gif").write_bytes(gif(9, 99))
+    for after in kills:
+        killed_run(videos, out, after)
+    kept.names.clear()
+    kept.paths.clear()
+    done = extract_features(videos, out, **FAST)
+    assert kept.names == ["9.gif"] * (kills != [9]) and (done.new, done.videos) == (len(kept.names), 9)
+    assert len(kept.paths) == len(set(kept.paths)) == 9 - sum(kills)
+    assert_equals_a_fresh_run(out, videos)
+
+
+def test_a_killed_extension_whose_videos_changed(videos, tmp_path, kept):
+    out = tmp_path / "out"
+    extract_features(videos, out, **FAST)
+    (videos / "red" / "9.gif").write_bytes(gif(9, 99))
+    killed_run(videos, out, after=4)  # these are blue
+    for path in ("blue/0.gif", "red/7.gif"):  # one that was taken over, and one that was not
+        (videos / path).write_bytes(gif(7, 77))
+    (videos / "blue" / "2.gif").unlink()
+    kept.names.clear()
+    assert extract_features(videos, out, **FAST).videos == 8
+    assert sorted(kept.names) == ["0.gif", "7.gif", "9.gif"]
+    assert_equals_a_fresh_run(out, videos)
+
+
+def test_a_power_cut_while_an_extension_is_finished(videos, tmp_path):
+    "The last line about the videos is lost with it: the report must not stand in for it."
+    out = tmp_path / "out"
+    extract_features(videos, out, **FAST)
+    (videos / "blue" / "9.gif").write_bytes(gif(9, 99))
+    cut = mock.patch.object(extract, "write_own", side_effect=KeyboardInterrupt)
+    with cut, pytest.raises(KeyboardInterrupt):
+        extract_features(videos, out, **FAST)
+    journal = out / "unfinished.jsonl"
+    journal.write_text(journal.read_text(encoding="utf-8").rpartition("\n")[0], encoding="utf-8")
+    assert extract_features(videos, out, **FAST).new == 1
+    assert_equals_a_fresh_run(out, videos)
 
 
 def test_a_full_disk_loses_nothing(videos, tmp_path):
@@ -627,6 +711,14 @@ def test_shards(tmp_path):
     net = make_extractor("histogram")
     expected = net(read_clip(gif(10), 3, net.view).frames)
     np.testing.assert_array_equal(features_of(done.folder, "0.tar/clips/1.gif"), expected)
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.TGZ", "a.tar.zst"])
+def test_compressed_shards_are_refused(videos, tmp_path, name):
+    (videos / "red" / name).touch()
+    with pytest.raises(ValueError, match=f"{name}: expected a shard that is not compressed, a .tar file"):
+        extract_features(videos, tmp_path / "out", **FAST)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(videos, tmp_path, capsys):

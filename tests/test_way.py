@@ -7,6 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from PIL import Image, ImageDraw
 from s5vh_nb.basics.files import only_run
 from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.cli.command import main
+from s5vh_nb.cli.service import serve
 from s5vh_nb.datasets.catalog import load
 from s5vh_nb.datasets.decode import read_clip
 from s5vh_nb.datasets.extract import EXTRACTION, make_extractor, read_settings
@@ -94,20 +96,36 @@ def examples(command, capsys):
 
 def test_the_examples_of_the_help_work(way, small, capsys):
     "In their order, which is the way; networks and extractor are small here."
+    read_manifest("features")[["path", "label"]].to_csv("labels.csv", index=False)
     for name in ("features", "model"):
         shutil.rmtree(name)
-    features = examples("features", capsys)[0] + " --extractor histogram --frames 3"
+    features = [line for line in examples("features", capsys) if "--ray" not in line]  # see test_ray
+    features = [f"{line} --extractor histogram --frames 3" for line in features]
     train = [f"{line} --device cpu" for line in examples("train", capsys)]
     search = [line for line in examples("search", capsys) if "--model" in line]
-    assert (len(train), len(search)) == (3, 3)
+    assert (len(features), len(train), len(search)) == (2, 3, 3)
     index = ("index codes.npz new.index", "index emoji.npz emoji.index")
-    for line in (features, *train, *examples("encode", capsys), *index, *search):
+    for line in (*features, *train, *examples("encode", capsys), *index, *search):
         run(line.replace("videos.index", "new.index"))
     out = capsys.readouterr().out
     assert "emoji.npz: 1898 pairs, 64 bits" in out and "name                " in out
     assert "model: Plus, 64 bits, 68 videos, GmAP 0." in out
     assert "codes.npz: 90 videos, 64 bits" in out and "new.index: 90 items added" in out
     assert "\nfound.png\n" in out and (way / "found.png").is_file()
+
+
+def test_the_examples_of_a_service_are_understood(monkeypatch, capsys):
+    "None is started."
+    asked = create_autospec(serve)
+    monkeypatch.setattr("s5vh_nb.cli.command.serve", asked)
+    for line in examples("serve", capsys):
+        run(line)
+    found = [(call.kwargs["index"], call.kwargs["model"], call.kwargs["port"]) for call in asked.mock_calls]
+    assert found == [
+        ("videos.index", "model", 8000),
+        ("emoji.index", "captions", 8080),
+        ("videos.db", None, 8000),
+    ]
 
 
 def test_codes_and_neighbours_equal_those_by_hand(way, capsys):

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import tarfile
+import textwrap
 import time
 import zlib
 from collections.abc import Callable
@@ -91,6 +92,18 @@ def _weights_file(size: str) -> Path:
     return next(Path(found.origin).parent.glob("models/*.pth"))
 
 
+@contextlib.contextmanager
+def _loading(name: str, file: Path | None):
+    "Whatever goes wrong is a `ValueError` that names the file, or without one the extractor."
+    try:
+        yield
+    except Exception as error:  # unpickling, networks and downloads raise many kinds
+        expected = "its weights, by download or from a file that has them (`weights`)"
+        expected = f"the weights of {name}" if file else expected
+        found = textwrap.shorten(str(error) or type(error).__name__, 200)
+        raise ValueError(f"{file or name}: expected {expected}, found: {found}") from error
+
+
 def _lite(name: str, weights: Path | None, device: torch.device) -> Extractor:
     "EfficientNet-Lite, or an untrained one."
     try:
@@ -105,7 +118,8 @@ def _lite(name: str, weights: Path | None, device: torch.device) -> Extractor:
     else:
         net = EfficientNet.from_name(name)
         file = weights or _weights_file(name.removeprefix("efficientnet-"))
-        net.load_state_dict(_state_dict(file, name))
+        with _loading(name, file):
+            net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     side = {"efficientnet-lite1": 240, "efficientnet-lite2": 260}.get(name, 224)
     net = net.eval().to(device)
     function = _network(
@@ -114,24 +128,17 @@ def _lite(name: str, weights: Path | None, device: torch.device) -> Extractor:
     return Extractor(name, View(side, side / (side + 32), "bicubic"), function)
 
 
-def _state_dict(file: Path, name: str) -> dict:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises many kinds
-        raise ValueError(f"{file}: expected the weights of {name}, found: {error}") from error
-
-
 def _vgg(name: str, weights: Path | None, device: torch.device) -> Extractor:
     net = vgg_fc7(weights or "IMAGENET1K_V1").to(device)
     return Extractor(name, View(224, 224 / 256), _network(net, *IMAGENET, device))
 
 
 _TIMM = {  # name -> timm's name, and what else it is told
-    "resnet50": ("resnet50.tv_in1k", {"num_classes": 0}),
-    "efficientnet": ("efficientnet_b0.ra_in1k", {"num_classes": 0}),
-    "swin": ("swin_tiny_patch4_window7_224.ms_in1k", {"num_classes": 0}),
-    "dinov2": ("vit_small_patch14_dinov2.lvd142m", {"num_classes": 0, "img_size": 224}),
-    "clip": ("vit_base_patch32_clip_224.openai", {}),  # its last layer is no classifier
+    "resnet50": ("resnet50.tv_in1k", {}),
+    "efficientnet": ("efficientnet_b0.ra_in1k", {}),
+    "swin": ("swin_tiny_patch4_window7_224.ms_in1k", {}),
+    "dinov2": ("vit_small_patch14_dinov2.lvd142m", {"img_size": 224}),
+    "clip": ("vit_base_patch32_clip_224.openai", {}),
 }
 
 
@@ -144,15 +151,15 @@ def _timm(name: str, weights: Path | None, device: torch.device) -> Extractor:
             f'timm and a torchvision that fits torch {torch.__version__} (pip install "s5vh_nb[video]")'
         )
         raise ImportError(f"{name}: expected {expected}, found: {error}") from error
-    model, given = _TIMM.get(name, (name.removeprefix("timm:"), {"num_classes": 0}))
+    model, given = _TIMM.get(name, (name.removeprefix("timm:"), {}))
     known(model.partition(".")[0], timm.list_models(), "extractor: timm's networks")
     if weights:
         given = {**given, "pretrained_cfg_overlay": {"file": str(weights)}}
-    try:
-        net = timm.create_model(model, pretrained=True, **given).eval().to(device)
-    except Exception as error:  # downloads raise many kinds
-        expected = "its weights, by download or from a file that has them (`weights`)"
-        raise ValueError(f"{name}: expected {expected}, found: {error}") from error
+    with _loading(name, weights):
+        net = timm.create_model(model, pretrained=True, **given)  # without a classifier, any file would fit
+    if name != "clip":  # whose last layer is no classifier
+        net.reset_classifier(0)
+    net = net.eval().to(device)
     seen = timm.data.resolve_model_data_config(net)
     view = View(given.get("img_size", seen["input_size"][-1]), seen["crop_pct"], seen["interpolation"])
     return Extractor(name, view, _network(net, seen["mean"], seen["std"], device))
@@ -169,7 +176,8 @@ def make_extractor(
 ) -> Extractor:
     """The extractor called `name`.
 
-    `ValueError` for an unknown name or without its weights, `ImportError` without its package.
+    `ValueError` for an unknown name, without its weights, or for a file that does not fit; `ImportError`
+    without its package.
 
     Parameters
     ----------
@@ -199,6 +207,7 @@ def make_extractor(
 _SUFFIXES = tuple(
     ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .wmv .flv .ogv .3gp .gif .webp".split()
 )
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # shards
 _UNLABELLED = "unlabelled"  # label of a video that nothing tells of
 
 
@@ -278,7 +287,10 @@ def find_videos(
     folder: str | Path,  # Searched with the folders below it
     unreadable: dict,  # Takes what can't be read: path -> why
 ) -> list:
-    """The videos below a folder, in order of their paths; `NotADirectoryError` without a folder.
+    """The videos below a folder, in order of their paths.
+
+    `NotADirectoryError` without a folder, `ValueError` for a compressed shard, in which no video can be found
+    without unpacking all before it.
 
     Parameters
     ----------
@@ -299,6 +311,8 @@ def find_videos(
 
     for place, _, names in os.walk(folder, onerror=note):
         for file in (Path(place, name) for name in names):
+            plain = not file.name.lower().endswith(_COMPRESSED)
+            check(plain, f"{file}", "a shard that is not compressed, a .tar file", "a compressed one")
             suffix = file.suffix.lower()
             if suffix == ".tar":
                 found += _shard(file, below(file), unreadable)
@@ -403,11 +417,12 @@ class _Work:
         self.rows, self.known = 0, {}
         self.shape = settings["frames"], settings["d"]
         self.features, self.journal = out / "unfinished.bin", out / "unfinished.jsonl"
+        self.finished = self._read_finished() if (out / MANIFEST).is_file() else {}
         self.begun = self.journal.is_file()
         if self.begun:
             self._read_journal()
-        elif (out / MANIFEST).is_file():
-            self._read_finished()
+        else:
+            self.known = self.finished
 
     def _check_settings(self, found):
         expected = f"an empty folder, or one with features of {self.settings}"
@@ -427,7 +442,7 @@ class _Work:
         self.known = {each["path"]: each for each in lines[1:] if (each["row"] or 0) < whole or each["error"]}
         self.rows = whole
 
-    def _read_finished(self):
+    def _read_finished(self) -> dict:
         "What a finished set says of its videos; its features are still in its own files."
         file = self.out / EXTRACTION
         expected = "what is known of the videos of this finished set (remove the folder to begin anew)"
@@ -438,17 +453,16 @@ class _Work:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: expected {expected}, found a damaged file ({error})") from error
         self._check_settings(settings)
-        self.known = videos
+        return videos
 
     def has(self, video: _Video) -> bool:
-        """Whether this very file was read before, or could not be.
+        """Whether this very file was read before, or could not be: by the run so far or for a finished set.
 
         Parameters
         ----------
         video : _Video
         """
-        each = self.known.get(video.path)
-        return each is not None and (each["size"], each["modified"]) == (video.size, video.modified)
+        return _tells(self.known, video) or _tells(self.finished, video)
 
     def is_current(self, videos: list, table: dict) -> bool:
         """Whether a finished set holds these videos with these labels, and nothing else.
@@ -464,19 +478,19 @@ class _Work:
         return _manifest(videos, self.known, table)[columns].equals(read_manifest(self.out)[columns])
 
     def begin(self, videos: list):
-        """Start the two files, unless they are there; what a finished set knows of the videos is taken over.
+        """Start the two files, unless they are there; what only a finished set knows of is taken over.
 
         Parameters
         ----------
         videos : list
         """
-        if self.begun:
-            return
-        kept = [self.known[video.path] for video in videos if self.has(video)]
-        data = own_videos(self.out) if self.known else None
-        self.features.write_bytes(b"")
-        write_text(self.journal, json.dumps(self.settings))
-        self.begun, self.known = True, {}
+        if not self.begun:
+            self.features.write_bytes(b"")
+            write_text(self.journal, json.dumps(self.settings))
+            self.begun, self.known = True, {}
+        missing = [video for video in videos if not _tells(self.known, video)]
+        kept = [self.finished[video.path] for video in missing if _tells(self.finished, video)]
+        data = own_videos(self.out) if kept else None
         for each in tqdm(kept, "taken over", leave=False, disable=len(kept) < 1000):
             self._put(each, None if each["error"] else _features_of(data, each["row"]))
 
@@ -513,6 +527,12 @@ class _Work:
                 problem.errno, f"{self.out}: expected room for features, found: {found}"
             ) from problem
         self.known[facts["path"]] = facts
+
+
+def _tells(known: dict, video: _Video) -> bool:
+    "Whether what is known by path is known of this very file."
+    each = known.get(video.path)
+    return each is not None and (each["size"], each["modified"]) == (video.size, video.modified)
 
 
 def _features_of(data: Dataset, row: int) -> np.ndarray:
@@ -648,6 +668,7 @@ def _finish(work: _Work, manifest: pd.DataFrame):
     told = {path: each for path, each in work.known.items() if path in place or each["error"]}
     facts = [{**each, "row": place.get(path)} for path, each in told.items()]
     report = {"settings": work.settings, "videos": facts}
+    (work.out / MANIFEST).unlink(missing_ok=True)  # the report is not about the set from before
     write_text(work.out / EXTRACTION, json.dumps(report))
     write_own(work.out, data, manifest.drop(columns="row"))
     for path in (work.journal, work.features):
@@ -669,10 +690,10 @@ def extract_features(
 ) -> Extraction:
     """Features of all videos below a folder, as files that `load("own-videos", out)` reads.
 
-    It continues a run that was killed. `ValueError` for bad parameters, videos without a label in `labels`,
-    and when there are not two videos of one label; `OSError` naming the folder where `out` can't be written,
-    or where another run writes to it. On a cluster the workers decode and extract, and this process writes:
-    the same files, bit for bit with extractors that do not depend on the number of threads.
+    It continues a run that was killed. `ValueError` for bad parameters, compressed shards, videos without a
+    label in `labels`, and when there are not two videos of one label; `OSError` naming the folder where `out`
+    can't be written, or where another run writes to it. On a cluster the workers decode and extract, and this
+    process writes: the same files, bit for bit with extractors that do not depend on the number of threads.
 
     Parameters
     ----------

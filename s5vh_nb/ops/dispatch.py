@@ -59,7 +59,7 @@ _SCANS = {
     "mamba_ssm": _scan_mamba_ssm,
 }
 _SCANS_FROM_STATES = {name: scan for name, scan in _SCANS.items() if name != "mamba_ssm"}
-# gradients of an initial and a last state
+# where gradients are wanted, and a state is given or returned
 _SCANS_WITH_STATES = {name: _SCANS[name] for name in ("reference", "torch", "numba")}
 _CONVS = {"reference": conv_torch, "torch": conv_torch, "numba": conv_numba, "triton": _conv_triton}
 _AUTO = contextvars.ContextVar("backend", default="auto")  # what "auto" means
@@ -210,10 +210,8 @@ def selective_scan(
         Output (b, d, t) in the dtype of `u`
     """
     _check_scan(u, delta, A, B, C, D, z, delta_bias, reversed_channels, initial_state)
-    given, options = (
-        (u, delta, A, B, C, D, z, delta_bias),
-        (delta_softplus, return_last_state, reversed_channels),
-    )
+    given = u, delta, A, B, C, D, z, delta_bias
+    options = delta_softplus, return_last_state, reversed_channels
     tensors = [v for v in (*given, initial_state) if v is not None]
     learns = torch.is_grad_enabled() and any(v.requires_grad for v in tensors)
     if initial_state is None and not (return_last_state and learns):

@@ -16,6 +16,7 @@ import torch
 
 # %% ../../nbs/lib/ops/00_streams.ipynb #b6963519
 _SIDE_STREAMS = {}  # (GPU, lane) -> stream; made once, because the allocator keeps a pool of memory for each
+_MAKING = threading.Lock()
 
 
 def _side_stream(
@@ -23,9 +24,10 @@ def _side_stream(
     lane: int = 0,  # Work of one lane runs in order
 ) -> torch.cuda.Stream:
     "The stream of a lane."
-    if (device, lane) not in _SIDE_STREAMS:
-        _SIDE_STREAMS[device, lane] = torch.cuda.Stream(device)
-    return _SIDE_STREAMS[device, lane]
+    with _MAKING:
+        if (device, lane) not in _SIDE_STREAMS:
+            _SIDE_STREAMS[device, lane] = torch.cuda.Stream(device)
+        return _SIDE_STREAMS[device, lane]
 
 
 class SideStream:
@@ -103,17 +105,18 @@ def copies_beside(
 # %% ../../nbs/lib/ops/00_streams.ipynb #629333db
 _RECORDED = 4  # graphs of a call, at most
 _FIRST = 2  # ordinary calls with inputs of a kind
-_RECORDING = threading.Lock()  # torch records on one stream of its own
+_RECORDING = threading.Lock()  # a GPU records on one stream
 
 
 def _join_recorded():
-    "Let the current stream wait for the side streams whose work is being recorded."
+    "Let the current stream wait for side streams whose work is being recorded, where that is still possible."
     current = torch.cuda.current_stream()
-    for stream in _SIDE_STREAMS.values():
+    for stream in list(_SIDE_STREAMS.values()):
         with torch.cuda.stream(stream):
             recorded = torch.cuda.is_current_stream_capturing()
-        if recorded:
-            current.wait_stream(stream)
+        if recorded and stream != current:
+            with contextlib.suppress(RuntimeError):
+                current.wait_stream(stream)
 
 
 @contextlib.contextmanager
@@ -132,16 +135,20 @@ def recording(
     pool
         Memory that it shares with other graphs; None: its own
     """
-    was = gc.isenabled()
+    was, before = gc.isenabled(), torch.cuda.current_stream()
+    own = _side_stream(torch.cuda.current_device(), lane=3)  # torch has one for all GPUs, on the first used
     gc.disable()
     try:
-        with _RECORDING, torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+        with _RECORDING, torch.cuda.graph(graph, pool, own, "thread_local"):
             try:
                 yield
             except BaseException:
                 _join_recorded()  # or the recording can't end, and no later one can begin
                 raise
     finally:
+        torch.cuda.set_stream(
+            before
+        )  # where the end of the recording failed, torch leaves its stream current
         if was:
             gc.enable()
 

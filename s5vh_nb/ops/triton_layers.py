@@ -322,8 +322,8 @@ class _Kept(NamedTuple):
 def _layer_forward(norm, w, in_bias, reversed_from, keep) -> tuple[torch.Tensor, _Kept | None]:
     """What one layer with the weights `w` adds to the sum (b, t, m), and what its backward pass needs.
 
-    The first product adds `in_bias`, column m of its matrix. If nothing is kept, gates come after signals, in the
-    same memory.
+    The first product adds `in_bias`, column m of its matrix. If nothing is kept, gates overwrite the signals
+    once these are convolved.
     """
     g, d = w.dt_proj.shape[:2]
     r, n = w.dt_proj.shape[2], w.A.shape[1]

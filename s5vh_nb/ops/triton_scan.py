@@ -495,8 +495,15 @@ def _channels_side_by_side(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+_LONGEST = 16 * 65_535  # steps: of the convolution, 16 a program
+
+
 def _with_strides(x: torch.Tensor) -> tuple:
-    "A tensor and its strides but the last, as the kernels take it."
+    "A tensor and its strides but the last, as the kernels take it; `ValueError` for too long a sequence."
+    steps = x.shape[1]
+    fits = steps <= _LONGEST and steps * x.stride(1) < 2**31  # offsets in a sequence have 32 bits
+    expected = f"up to {_LONGEST} of them, in less than 2^31 numbers (a stream takes more)"
+    check(fits, "steps of a sequence", expected, f"{steps}, {x.stride(1)} numbers apart")
     return (x, *x.stride()[:-1])
 
 
@@ -778,7 +785,8 @@ def selective_scan_triton(
     by_step = [None if v is None else _channels_side_by_side(v.transpose(1, 2)) for v in (u, delta, z)]
     fixed = [None if v is None else v.contiguous() for v in (A, D, delta_bias)]
     tensors = *by_step[:2], fixed[0], B, C, fixed[1], by_step[2], fixed[2]
-    keep = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
+    learning = [v for v in (*tensors, initial_state) if v is not None and v.requires_grad]
+    keep = torch.is_grad_enabled() and bool(learning)
     if initial_state is not None:
         check(not keep, "initial_state", "None where gradients are wanted", "a tensor")
         initial_state = initial_state.float().contiguous()
