@@ -146,9 +146,8 @@ def recording(
                 _join_recorded()  # or the recording can't end, and no later one can begin
                 raise
     finally:
-        torch.cuda.set_stream(
-            before
-        )  # where the end of the recording failed, torch leaves its stream current
+        # where the end of the recording failed, torch leaves its stream current
+        torch.cuda.set_stream(before)
         if was:
             gc.enable()
 
