@@ -59,7 +59,7 @@ def test_fused_layers_are_the_plain_layers(t, options):
     wanted = with_gradients(exact, exact.square().sum(), plain.parameters())
     y = net.cuda()(x.cuda())
     assert_near(with_gradients(y, y.square().sum(), net.parameters()), wanted, 1e-4)
-    with torch.no_grad():  # the scan writes over its step sizes
+    with torch.no_grad():  # the scan writes over its step sizes, gates over signals, sums over sums
         assert_near([net(x.cuda())], [exact], 1e-4)
 
 
