@@ -78,16 +78,17 @@ def measure_copies(
         config, checkpoint = complete(subject.config, data), Path(folder) / "network.pt"
         hasher = learn(config, data, checkpoint, subject.store.device, subject.store.progress).hasher
     codes = encode_splits(hasher, data)
-    distances = hamming_distances(codes["query"], codes["database"])  # (edits * n, n)
+    distances = hamming_distances(codes["query"], codes["database"])  # (edits * originals, database)
     right = np.asarray(data.query.labels)[:, None]
     own = np.take_along_axis(distances, right, axis=1)
-    shape = len(EDITS), len(data.database)
+    shape = len(EDITS), len(data.query) // len(EDITS)
     nearer, equal = ((how(distances, own)).sum(1).reshape(shape) for how in (np.less, np.equal))
     at = _shown(*shape)
     nearest = distances[at].argsort(1, kind="stable")[:, :_FOUND]
     ids = np.asarray(data.database.ids)
     first = np.column_stack([ids[right[at, 0]], ids[nearest]])  # (edits, 5)
-    whole = {"nearer": nearer, "equal": equal, "ids": ids, "first": first}
+    of = np.asarray(data.query.ids)[: shape[1]]
+    whole = {"nearer": nearer, "equal": equal, "ids": of, "first": first}
     return {
         "metrics": {"videos": shape[1], "reciprocal rank": reciprocal_rank(nearer, equal).mean()},
         "arrays": {name: x.astype(np.uint16) for name, x in whole.items()},
