@@ -24,7 +24,7 @@ from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.cli.command import main
 from s5vh_nb.datasets import decode, extract
 from s5vh_nb.datasets.catalog import is_there, load
-from s5vh_nb.datasets.copies import EDITS, _video_file, filmstrip_clip
+from s5vh_nb.datasets.copies import EDITS, filmstrip_clip, video_file
 from s5vh_nb.datasets.decode import MOST_PIXELS, View, evenly, read_clip
 from s5vh_nb.datasets.extract import extract_features, find_videos, make_extractor
 from s5vh_nb.datasets.video_files import read_manifest
@@ -326,7 +326,7 @@ def test_an_edited_copy_is_the_same_file_each_time():
     for _ in range(4):
         used = [os.urandom(n) for n in (5_000, 20_000, 60_000, 200_000) for _ in range(20)]
         del used
-        found.add(_video_file(clip))
+        found.add(video_file(clip))
     assert len(found) == 1
 
 

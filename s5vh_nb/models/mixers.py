@@ -213,6 +213,9 @@ class Mamba2(nn.Module):
         return self.out_proj(self.norm(y.flatten(2) * F.silu(z)))
 
 # %% ../../nbs/lib/models/02_mixers.ipynb #cb8e5954
+_MOST_GATES = 2**30  # of one call: cuDNN counts in 32 bits
+
+
 class LSTM(nn.Module):
     """torch's LSTM with m units, batch first. Causal.
 
@@ -245,7 +248,14 @@ class LSTM(nn.Module):
         Tensor
             (b, t, m)
         """
-        return self._by_frame(x) if exporting() else self.lstm(x)[0]
+        return self._by_frame(x) if exporting() else self._in_pieces(x)
+
+    def _in_pieces(self, x):
+        state, y = None, []
+        for piece in x.split(max(1, _MOST_GATES // (4 * self.m * x.shape[0])), 1):  # (b, <= t, m)
+            out, state = self.lstm(piece, state)
+            y.append(out)
+        return torch.cat(y, 1) if len(y) > 1 else y[0]
 
     def _by_frame(self, x):
         of_input = F.linear(x, self.lstm.weight_ih_l0, self.lstm.bias_ih_l0)  # (b, t, 4*m)
