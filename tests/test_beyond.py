@@ -165,7 +165,7 @@ SMALL_COPIES = {"smoke": dict(n=20, t=4, side=32, extractors=("random",))}
 def copied(keep, checkout):
     "A function that keeps made-up ranks of originals: how many items are nearer to a copy, by row."
 
-    def make(nearer):
+    def make(nearer, labels=("copies, histogram", "films, histogram")):
         study = open_study("beyond/copies", "smoke", device="cpu", root=checkout, may_train=False)
         ids = np.array(list(emoji_drawings())[:9])
         for row, number in nearer.items():
@@ -174,7 +174,8 @@ def copied(keep, checkout):
             arrays = {"nearer": ranks, "equal": np.ones_like(ranks), "ids": ids.astype(np.uint16)}
             arrays["first"] = np.tile(ids[:5], (len(EDITS), 1)).astype(np.uint16)
             columns = dict.fromkeys(("nearer", "equal", "first"), list(EDITS))
-            keep(config, {"videos": 9}, "copies, histogram", arrays=arrays, columns=columns)
+            for label in labels:
+                keep(config, {"videos": 9}, label, arrays=arrays, columns=columns)
 
     return make
 
@@ -187,14 +188,27 @@ def test_copies(copied, cells, checkout, capsys, nearer):
     counted = f"better than ITQ, time mean in {10 * (nearer < 1)} and worse in {10 * (nearer > 1)} of 10"
     assert f"S5VH finds the original {counted} comparisons" in said
     assert f"histogram {1 / (nearer + 1):.3f} [" in said
-    assert {"beyond_copies.csv", "beyond_copies_gains.csv", "copies.png", "copies_found.png"} <= files
+    tables = {"beyond_copies.csv", "beyond_copies_gains.csv", "beyond_copies_films.csv"}
+    assert {*tables, "copies.png", "copies_found.png"} <= files
+    _, films = said.split("Mean reciprocal rank of a copy's own second, 16 bits:")
+    assert f"histogram: S5VH {1 / (nearer + 1):.3f} [" in films and counted in films
 
 
 def test_copies_without_records(cells, checkout, capsys):
     cells("beyond/copies")
     said = capsys.readouterr().out
-    assert "Copies have no records of S5VH in profile smoke yet." in said
+    assert "Copies have no records of S5VH in profile smoke yet." in said and "no records yet\n" in said
     assert not [*checkout.rglob("beyond_copies*.csv"), *checkout.rglob("*.png")]
+
+
+def test_copies_without_films(keep, cells, monkeypatch, capsys, copied):
+    "Records of copies are shown, and what the films need is said."
+    monkeypatch.setitem(sys.modules, "skvideo", None)
+    monkeypatch.setattr("s5vh_nb.evidence.store.NO_TRAINING", "nothing forbids it")
+    copied({"S5VH": 0, "ITQ, flattened": 1, "ITQ, time mean": 1}, ["copies, histogram"])
+    cells("beyond/copies")
+    said = capsys.readouterr().out
+    assert "S5VH finds the original better than" in said and "pip install scikit-video" in said
 
 
 @pytest.mark.parametrize("package", ["av", "efficientnet_lite_pytorch"])
