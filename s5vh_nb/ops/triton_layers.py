@@ -319,11 +319,14 @@ class _Kept(NamedTuple):
     saved: torch.Tensor | None  # States between the scan's segments
 
 
+_SHORT = 64  # frames
+
+
 def _layer_forward(norm, w, in_bias, reversed_from, keep) -> tuple[torch.Tensor, _Kept | None]:
     """What one layer with the weights `w` adds to the sum (b, t, m), and what its backward pass needs.
 
-    The first product adds `in_bias`, column m of its matrix. If nothing is kept, gates overwrite the signals
-    once these are convolved.
+    The first product adds `in_bias`, column m of its matrix. If nothing is kept, gates of long videos overwrite
+    the signals once these are convolved; those of short ones come from the same product, which is faster.
     """
     g, d = w.dt_proj.shape[:2]
     r, n = w.dt_proj.shape[2], w.A.shape[1]
@@ -334,10 +337,11 @@ def _layer_forward(norm, w, in_bias, reversed_from, keep) -> tuple[torch.Tensor,
         return torch.addmm(in_bias[rows], frames, w.in_proj[rows, :m].T, out=out)
 
     signals, gates = slice(g * d), slice(g * d, None)
-    made = project(slice(None) if keep else signals)
+    overwrite = not keep and shape[1] > _SHORT
+    made = project(signals if overwrite else slice(None))
     uz = made.unflatten(0, shape)  # (b, t, 2*g*d) or only the signals (b, t, g*d)
     u = conv_forward(uz[..., signals], w.taps, w.conv_bias, True, reversed_from)  # (b, t, g*d)
-    z = uz[..., gates] if keep else project(gates, out=made).unflatten(0, shape)  # (b, t, g*d)
+    z = project(gates, out=made).unflatten(0, shape) if overwrite else uz[..., gates]  # (b, t, g*d)
     s = u.new_empty(*u.shape[:2], g, r + 2 * n)  # delta's rank, B, C of each direction
     torch.bmm(_by_direction(u.unflatten(2, (g, d))), w.x_proj.mT, out=_by_direction(s))
     delta = torch.empty_like(u)
