@@ -62,7 +62,7 @@ KERNELS = PYPROJECT["tool"]["ruff"]["lint"]["per-file-ignores"]  # patterns of n
 
 WINGS = ("basics", "datasets", "ops", "models", "learning", "search", "measure", "evidence", "cli")
 PARAMETERS = {"profile", "dataset", "bits", "seeds", "device", "data_root"}
-MEGABYTES, FILES = 40, 620  # of tracked files, at most
+MEGABYTES, FILES = 45, 620  # of tracked files, at most
 
 # the contracts: public names that may wait for their first user in the repository
 PUBLIC = """
