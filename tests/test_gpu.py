@@ -17,7 +17,7 @@ from s5vh_nb.learning.losses import reconstruction_loss
 from s5vh_nb.learning.objectives import SLGObjective
 from s5vh_nb.models import codes
 from s5vh_nb.models.mamba import Bidirectional, Layers, Mamba
-from s5vh_nb.models.mixers import RWKV, RetNet
+from s5vh_nb.models.mixers import LSTM, RWKV, RetNet
 from s5vh_nb.models.plus import Plus
 from s5vh_nb.models.s5vh import S5VH, take
 from s5vh_nb.ops.dispatch import norm_linear, use_backend
@@ -434,6 +434,19 @@ def test_gradients_of_more_than_two_billion_numbers():
     few = slice(b - 4, b)
     for mine, theirs in zip(gradients(slice(None))[:4], gradients(few)[:4], strict=True):
         assert_near([mine[few].float()], [theirs.float().cpu()], 1e-3)
+
+
+def test_an_lstm_of_more_than_two_billion_gates():
+    "Gradients of the last two of 64 videos, each of 40,000 frames, are those that these have alone."
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 70e9:
+        pytest.skip("needs 70 GB of GPU memory")
+    torch.manual_seed(0)
+    net, x = LSTM(256).cuda(), torch.randn(64, 40_000, 256, device="cuda")
+    weights = list(net.parameters())
+    of_all = torch.autograd.grad(net(x)[62:].square().mean(), weights)
+    of_few = torch.autograd.grad(net(x[62:]).square().mean(), weights)
+    assert_near(of_all, [grad.cpu() for grad in of_few], 1e-3)
 
 
 @pytest.mark.parametrize("directions", ["forward", "both"])

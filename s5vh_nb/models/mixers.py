@@ -213,7 +213,7 @@ class Mamba2(nn.Module):
         return self.out_proj(self.norm(y.flatten(2) * F.silu(z)))
 
 # %% ../../nbs/lib/models/02_mixers.ipynb #cb8e5954
-_MOST_GATES = 2**30  # of one call: cuDNN counts in 32 bits
+_MOST_FRAMES, _MOST_GATES = 2**15, 2**30  # of a call: cuDNN takes fewer than 2**16, and counts in 32 bits
 
 
 class LSTM(nn.Module):
@@ -252,7 +252,8 @@ class LSTM(nn.Module):
 
     def _in_pieces(self, x):
         state, y = None, []
-        for piece in x.split(max(1, _MOST_GATES // (4 * self.m * x.shape[0])), 1):  # (b, <= t, m)
+        frames = max(1, min(_MOST_FRAMES, _MOST_GATES // (4 * self.m * x.shape[0])))
+        for piece in x.split(frames, 1):  # (b, <= t, m)
             out, state = self.lstm(piece, state)
             y.append(out)
         return torch.cat(y, 1) if len(y) > 1 else y[0]
