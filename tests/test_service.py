@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -307,6 +308,26 @@ def test_captions(captions, capsys):
         status, _, body = ask(f"{url}/search?caption=qqq")
         assert status == 422 and "at least one of the 1613 words" in json.loads(body)["error"]
         assert send(f"{url}/search", b"GIF89a")[0] == 422
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "found"),
+    [
+        (None, FileNotFoundError, "no such file"),
+        ('["cat", ', ValueError, "Expecting value"),
+        ("3", ValueError, "not iterable"),
+        ('["cat"]', ValueError, "1 entries"),
+        (json.dumps(["cat"] * 1613), ValueError, "1613 entries"),
+        (json.dumps([*range(1613)]), ValueError, "1613 entries"),
+    ],
+)
+def test_a_model_without_its_words(captions, tmp_path, text, error, found):
+    shutil.copytree(captions / "model", tmp_path / "model")
+    path = tmp_path / "model" / VOCABULARY
+    path.unlink() if text is None else path.write_text(text, encoding="utf-8")
+    expected = f"{re.escape(str(path))}: expected the 1613 words of the text, .*{found}"
+    with pytest.raises(error, match=expected):
+        CaptionModel.open(tmp_path / "model", device="cpu")
 
 
 def test_suggestions_are_few(captions, monkeypatch):
