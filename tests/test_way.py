@@ -114,6 +114,15 @@ def test_the_examples_of_the_help_work(way, small, capsys):
     assert "\nfound.png\n" in out and (way / "found.png").is_file()
 
 
+@pytest.mark.parametrize(("data", "expected"), [("features", 8), ("spoken-digits", 101)])
+def test_few_videos_get_few_hash_centers(way, monkeypatch, data, expected):
+    "One for eight videos to learn from, at most; there are 68."
+    asked = create_autospec(train_into)
+    monkeypatch.setattr("s5vh_nb.cli.command.train_into", asked)
+    run(f"train {data} nowhere --variant paper --device cpu")
+    assert asked.call_args.args[1].objective.n_centers == expected
+
+
 def test_the_examples_of_a_service_are_understood(monkeypatch, capsys):
     "None is started."
     asked = create_autospec(serve)

@@ -20,7 +20,7 @@ import pandas as pd
 
 import s5vh_nb
 from ..basics.checks import check, known
-from ..basics.config import VARIANTS
+from ..basics.config import VARIANTS, replace
 from ..basics.files import atomic_write, check_writable, find_root, only_run, user_path
 from ..basics.parallel import is_first, joined
 from ..basics.pools import RayPool
@@ -227,12 +227,18 @@ def _search(args):
         _save_filmstrips(args, table)
 
 
+_A_CENTER = 8  # training items that a hash center stands for, at least
+
+
 def _train(args):
     "Train a model into a folder and say how good it is."
     data = open_set(args.data)
     changes = {} if args.epochs is None else {"epochs": args.epochs}
     options = dict(bits=args.bits, seed=args.seed, **changes)
     config = train_config(data.name, "full", args.variant, **options)
+    most = max(2, len(data.train) // _A_CENTER)
+    if getattr(config.objective, "n_centers", 0) > most:
+        config = replace(config, n_centers=most)
     with joined(args.device) as device:
         record = train_into(args.out, config, data, device)
         wanted = ("GmAP", "mAP@5", "mAP", "mAP text")
@@ -352,6 +358,7 @@ def _add_train(commands):
     published = ", ".join(name for names in PUBLISHED.values() for name in names)
     help = f"plus; of videos {', '.join(name for name in VARIANTS if name != 'plus')}; of pairs paper; "
     help += f"rivals as published: {published}; or MODULE:NAME of your own `Variant` (default: %(default)s)"
+    help += f"; S5VH has at most a hash center for {_A_CENTER} videos"
     train.add_argument("--variant", default="plus", metavar="NAME", help=help)
     help = "bits of a code (default: %(default)s)"
     train.add_argument("--bits", type=int, default=64, metavar="K", help=help)

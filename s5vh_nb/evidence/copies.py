@@ -123,7 +123,7 @@ def ranks_in(
 
 
 def first_found(record: RunRecord, store: Store) -> dict:
-    """Edit -> numbers of the animation that one copy is of, and of the first four that it finds, (5,).
+    """Edit -> ids of the original that one copy is of, and of the first four videos that it finds, (5,).
 
     Parameters
     ----------

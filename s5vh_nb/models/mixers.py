@@ -252,7 +252,7 @@ class LSTM(nn.Module):
 
     def _in_pieces(self, x):
         state, y = None, []
-        frames = max(1, min(_MOST_FRAMES, _MOST_GATES // (4 * self.m * x.shape[0])))
+        frames = max(1, min(_MOST_FRAMES, _MOST_GATES // (4 * self.m * max(1, x.shape[0]))))
         for piece in x.split(frames, 1):  # (b, <= t, m)
             out, state = self.lstm(piece, state)
             y.append(out)
