@@ -125,10 +125,17 @@ LONG = {"S5VH": 0.5, LOOKS_BACK: 0.5, "ITQ, flattened": 0.9, "ITQ, time mean": 0
 
 def test_long_videos(answer):
     said, files = answer("long", LONG)
-    assert "When the digits that occur decide the class, GmAP at 100 frames is: ITQ, flattened" in said
+    assert "When the digits that occur decide the class, GmAP at 100 frames is (chance 0.0" in said
+    assert "S5VH against ITQ, flattened, which: worse with 100 frames.\n" in said
+    assert "S5VH against ITQ, time mean, which: better with 100 frames.\n" in said
+    assert f"S5VH against {LOOKS_BACK}" not in said
     (quality,) = (line for line in said.splitlines() if line.startswith("When"))
     first, *_, last = quality.split(": ")[1].split("), ")
-    assert first.endswith("(better (one seed)") and last.startswith("ITQ, time mean")
+    assert (
+        first.startswith("ITQ, flattened")
+        and first.endswith("(better (one seed)")
+        and last.startswith("ITQ, time mean")
+    )
     assert last.endswith("(worse (one seed)).")
     assert {"beyond_long.csv", "long_quality.png"} <= files
     assert not {"beyond_long_used.csv", "beyond_long_cost.csv", "beyond_long_streams.csv"} & files
@@ -146,6 +153,7 @@ def test_costs_and_streams_of_long_videos(answer, keep, checkout):
     (config,) = study.configs(*place, "S5VH")
     keep(config, {"points": [{"chunk": 25, "ahead": a, "drift": 0.2 / (a + 1)} for a in (0, 100)]}, "drift")
     said, files = answer("long", LONG)
+    assert "'cost' has no records of" not in said
     assert "S5VH 25 (more memory needed at 50), Mamba, forward 25 (more time needed at 50)." in said
     assert "drift 20.0% with 25 frames at a time and 0 ahead, 0.2% with 25 frames" in said
     assert {"beyond_long_cost.csv", "long_cost.png", "beyond_long_streams.csv"} <= files

@@ -259,10 +259,10 @@ def _name_left_out(places, label):
         rows_at.setdefault((dataset, bits), []).append(row)
     for (dataset, bits), rows in rows_at.items():
         places_of.setdefault("; ".join(rows), {}).setdefault(dataset, []).append(str(bits))
-    what = f"left out of {label!r}" if label else "left out"
+    what = f"{label!r} has no records of" if label else "left out, not all seeds run:"
     for rows, lengths in places_of.items():
         where = "; ".join(f"{dataset}, {' '.join(bits)} bits" for dataset, bits in lengths.items())
-        print(f"{what}, not all seeds run: {rows} ({where})")
+        print(f"{what} {rows} ({where})")
 
 # %% ../../nbs/lib/evidence/10_study.ipynb #0b8b4b68
 def _assigned(cells: list) -> list:  # Code
