@@ -153,7 +153,7 @@ def test_costs_and_streams_of_long_videos(answer, keep, checkout):
     (config,) = study.configs(*place, "S5VH")
     keep(config, {"points": [{"chunk": 25, "ahead": a, "drift": 0.2 / (a + 1)} for a in (0, 100)]}, "drift")
     said, files = answer("long", LONG)
-    assert "'cost' has no records of" not in said
+    assert "not measured: 'cost'" not in said
     assert "S5VH 25 (more memory needed at 50), Mamba, forward 25 (more time needed at 50)." in said
     assert "drift 20.0% with 25 frames at a time and 0 ahead, 0.2% with 25 frames" in said
     assert {"beyond_long_cost.csv", "long_cost.png", "beyond_long_streams.csv"} <= files

@@ -262,10 +262,11 @@ def _side_by_side(
 
 
 @functools.lru_cache(maxsize=1)
-def _film_copies(progress: bool) -> list:
-    "The files of each second of the films and of its copies."
-    seconds = _film_seconds().values()
-    return _side_by_side(copies_of, seconds, len(seconds), "films and copies", progress)
+def _film_copies(progress: bool) -> dict:
+    "Name of each second of the films -> its file, and those of its copies."
+    seconds = _film_seconds()
+    made = _side_by_side(copies_of, seconds.values(), len(seconds), "films and copies", progress)
+    return dict(zip(seconds, made))
 
 
 @functools.lru_cache(maxsize=2)  # with copies and without
@@ -321,14 +322,14 @@ def edited_copies(
     describe = functools.partial(
         _features, network=network, view=view, t=t, told=extractor, progress=progress
     )
+    filmed = _film_copies(progress) if films else {}
     drawings, files = zip(*_files(n, folder, films, progress))
-    names = animated_emoji_names()[list(drawings)].tolist()
+    names = [*animated_emoji_names()[list(drawings)].tolist(), *filmed]
     x = describe(files)
     reduced = _reduction(x[0])
     seen = reduced(x[0])
     if films:
-        x = describe(_film_copies(progress))
-        names += _film_seconds()
+        x = describe([*filmed.values()])
     return _as_dataset(seen, reduced(x), np.array(drawings), names, extractor)
 
 

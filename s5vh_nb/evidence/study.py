@@ -259,7 +259,7 @@ def _name_left_out(places, label):
         rows_at.setdefault((dataset, bits), []).append(row)
     for (dataset, bits), rows in rows_at.items():
         places_of.setdefault("; ".join(rows), {}).setdefault(dataset, []).append(str(bits))
-    what = f"{label!r} has no records of" if label else "left out, not all seeds run:"
+    what = f"not measured: {label!r} of" if label else "left out, not all seeds run:"
     for rows, lengths in places_of.items():
         where = "; ".join(f"{dataset}, {' '.join(bits)} bits" for dataset, bits in lengths.items())
         print(f"{what} {rows} ({where})")
