@@ -251,12 +251,14 @@ class LSTM(nn.Module):
         return self._by_frame(x) if exporting() else self._in_pieces(x)
 
     def _in_pieces(self, x):
-        state, y = None, []
         frames = max(1, min(_MOST_FRAMES, _MOST_GATES // (4 * self.m * max(1, x.shape[0]))))
-        for piece in x.split(frames, 1):  # (b, <= t, m)
+        if x.shape[1] <= frames:
+            return self.lstm(x)[0]
+        state, y = None, []
+        for piece in x.split(frames, 1):
             out, state = self.lstm(piece, state)
             y.append(out)
-        return torch.cat(y, 1) if len(y) > 1 else y[0]
+        return torch.cat(y, 1)
 
     def _by_frame(self, x):
         of_input = F.linear(x, self.lstm.weight_ih_l0, self.lstm.bias_ih_l0)  # (b, t, 4*m)
