@@ -213,7 +213,7 @@ class Mamba2(nn.Module):
         return self.out_proj(self.norm(y.flatten(2) * F.silu(z)))
 
 # %% ../../nbs/lib/models/02_mixers.ipynb #cb8e5954
-_MOST_FRAMES, _MOST_GATES = 2**15, 2**30  # of a call: cuDNN takes fewer than 2**16, and counts in 32 bits
+_MOST_FRAMES, _MOST_GATES = 2**15, 2**30  # of a call: cuDNN fails from 2**16 and, it seems, 2**31 on
 
 
 class LSTM(nn.Module):
