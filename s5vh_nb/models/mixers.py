@@ -127,8 +127,8 @@ def ssd(
     Tensor
         (b, t, h, p)
     """
-    S, ys = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[2]), []  # (b, h, p, n)
     if exporting():
+        S = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[2])  # (b, h, p, n)
 
         def advance(S, step):  # a frame's x (b, h, p, 1), decay (b, h, 1, 1), B, C (b, 1, 1, n)
             S = step[1] * S + step[0] * step[2]
@@ -136,15 +136,20 @@ def ssd(
 
         BC = B[:, :, None, None], C[:, :, None, None]
         return each_step(advance, S, (x[..., None], log_decay.exp()[..., None, None], *BC), 1)[1]
-    for v, a, Bs, Cs in zip(*(part.split(chunk, 1) for part in (x, log_decay, B, C))):
+    S, ys, chunks = None, [], list(zip(*(part.split(chunk, 1) for part in (x, log_decay, B, C))))
+    for v, a, Bs, Cs in chunks:
         total = a.cumsum(1)  # (b, l, h)
         future = torch.ones(a.shape[1], a.shape[1], dtype=torch.bool, device=a.device).triu(1)[..., None]
         # (b, l, l, h): the decay from frame j, the third index, to frame i, the second one
         fading = (total[:, :, None] - total[:, None]).masked_fill(future, -torch.inf).exp()
         y = torch.einsum("bijh,bjhp->bihp", (Cs @ Bs.mT)[..., None] * fading, v)
-        ys.append(y + torch.einsum("bin,bhpn->bihp", Cs, S) * total.exp()[..., None])
-        rest = (total[:, -1:] - total).exp()  # (b, l, h): to the end of the chunk
-        S = total[:, -1].exp()[..., None, None] * S + torch.einsum("bjhp,bjn->bhpn", rest[..., None] * v, Bs)
+        if S is not None:
+            y = y + torch.einsum("bin,bhpn->bihp", Cs, S) * total.exp()[..., None]
+        ys.append(y)
+        if len(ys) < len(chunks):  # nothing asks for the state after the last chunk
+            rest = (total[:, -1:] - total).exp()  # (b, l, h): to the end of the chunk
+            added = torch.einsum("bjhp,bjn->bhpn", rest[..., None] * v, Bs)
+            S = added if S is None else total[:, -1].exp()[..., None, None] * S + added
     return torch.cat(ys, 1)
 
 
@@ -366,12 +371,15 @@ class RetNet(_TwoPart):
 
 # %% ../../nbs/lib/models/02_mixers.ipynb #c2fd63f2
 def _wkv_chunk(r, k, v, log_w, S):
-    "One chunk without the bonus: outputs (b, h, l, w) and the state after it (b, h, w, w)."
+    "One chunk, bonus left out: outputs (b, h, l, w), next state (b, h, w, w); S is None in the first chunk."
     total = log_w.cumsum(2)  # (b, h, l, w): lambda_i
     middle, end = total[:, :, (total.shape[2] - 1) // 2, None], total[:, :, -1:]  # (b, h, 1, w)
     r, k = r * (total - log_w - middle).exp(), k * (middle - total).exp()
-    S = middle.exp().mT * S
-    return r @ S + (r @ k.mT).tril(-1) @ v, (end - middle).exp().mT * (S + k.mT @ v)
+    out, added = (r @ k.mT).tril(-1) @ v, k.mT @ v
+    if S is not None:
+        S = middle.exp().mT * S
+        out, added = r @ S + out, S + added
+    return out, (end - middle).exp().mT * added
 
 
 def _wkv(
@@ -384,15 +392,16 @@ def _wkv(
 ) -> Tensor:  # (b, h, t, w)
     "RWKV-6's recurrence in chunks (Peng et al., 2024, section on Finch's time mixing)."
     log_w = log_w.clamp(min=math.log(torch.finfo(log_w.dtype).eps))
-    S, outs = r.new_zeros(*r.shape[:2], r.shape[3], v.shape[3]), []
     bonus = (r * u[:, None] * k).sum(-1, keepdim=True) * v  # (b, h, t, w)
     if exporting():
+        S = r.new_zeros(*r.shape[:2], r.shape[3], v.shape[3])
 
         def advance(S, step):  # a frame's r, k, decay (b, h, w, 1), v (b, h, 1, w)
             return step[3] * S + step[1] * step[2], (step[0] * S).sum(-2)
 
         steps = r[..., None], k[..., None], v[..., None, :], log_w.exp()[..., None]
         return each_step(advance, S, steps, 2)[1] + bonus
+    S, outs = None, []
     for parts in zip(*(x.split(chunk, 2) for x in (r, k, v, log_w))):
         out, S = _wkv_chunk(*parts, S)
         outs.append(out)
