@@ -1,6 +1,8 @@
 """Encoding in other people's hands: threads, casts, kinds of input, saved networks that are not there."""
 
+import gc
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +217,14 @@ def test_what_is_watched_of_a_network():
         assert not watched.is_as_it_was()
     with use_backend("reference"):
         assert not watched.is_as_it_was()
+
+
+def test_a_watched_network_can_be_forgotten():
+    net = S5VH(VIDEOS)
+    watched, alive = _Watched(net, "cpu"), weakref.ref(net)
+    del net
+    gc.collect()
+    assert watched.was and alive() is None
 
 
 def test_arrays_into_a_network_itself_are_named():

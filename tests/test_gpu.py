@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -220,6 +221,20 @@ def test_features_of_half_precision(make):
         with torch.autocast("cuda", torch.bfloat16, enabled=half):
             for _ in range(4):
                 assert (model.encode(x) != model.encode(x.float())).float().mean() < (0.02 if half else 1e-9)
+
+
+def test_graphs_go_with_their_network():
+    "Memory and entry are free once nobody holds the network; a first one is for what stays, such as streams."
+    x, held = torch.randn(2000, 25, 8, device="cuda"), []
+    for _ in range(3):
+        model = small()
+        assert all(model.encode(x) is not None for _ in range(4)) and model in codes._ENCODERS
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+        held.append((len(codes._ENCODERS), torch.cuda.memory_reserved()))
+    entries, reserved = zip(*held)
+    assert len(set(entries)) == 1 and reserved[2] <= reserved[1]
 
 
 def test_threads_share_the_graphs_of_a_network():

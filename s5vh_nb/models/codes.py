@@ -212,23 +212,25 @@ _PLAIN = bool, int, float, str, tuple, type(None)
 
 
 class _Watched:
-    "What the kernels of a network depend on beside its inputs and the numbers in its weights."
+    """What the kernels of a network depend on beside its inputs and the numbers in its weights.
+
+    It keeps parts of the network, but not the network itself, which could else never be forgotten.
+    """
 
     def __init__(self, net: "HashNetwork", device: str):
-        self.device, modules = device, list(net.modules())
+        self.device, self.net, modules = device, weakref.ref(net), list(net.modules())
         self.children = [m._modules for m in modules]
         self.tensors = [x for m in modules for x in (m._parameters, m._buffers)]
         self.hooks = [x for m in modules for x in (m._forward_hooks, m._forward_pre_hooks)]
         names = [[name for name in vars(m) if name[0] != "_" and name != "training"] for m in modules]
         self.own = [*zip(map(vars, modules), names)]
-        self.modules = modules
         self.was = self._now()
 
     def _now(self) -> list:
-        found = [chosen_backend(), torch.get_float32_matmul_precision(), any(self.hooks)]
+        found = [chosen_backend(), torch.get_float32_matmul_precision(), any(self.hooks), type(self.net())]
         found += [torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)]
-        found += map(type, self.modules)
-        found += chain.from_iterable(x.values() for x in self.children)
+        children = [*chain.from_iterable(x.values() for x in self.children)]
+        found += *children, *map(type, children)
         tensors = [x for own in self.tensors for x in own.values() if x is not None]
         found += [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
         for attributes, names in self.own:
