@@ -218,7 +218,8 @@ class _Watched:
     """
 
     def __init__(self, net: "HashNetwork", device: str):
-        self.device, self.net, modules = device, weakref.ref(net), list(net.modules())
+        self.device, self.net = device, weakref.ref(net)
+        modules = list(net.modules())
         self.children = [m._modules for m in modules]
         self.tensors = [x for m in modules for x in (m._parameters, m._buffers)]
         self.hooks = [x for m in modules for x in (m._forward_hooks, m._forward_pre_hooks)]

@@ -136,7 +136,8 @@ def ssd(
 
         BC = B[:, :, None, None], C[:, :, None, None]
         return each_step(advance, S, (x[..., None], log_decay.exp()[..., None, None], *BC), 1)[1]
-    S, ys, chunks = None, [], list(zip(*(part.split(chunk, 1) for part in (x, log_decay, B, C))))
+    chunks = list(zip(*(part.split(chunk, 1) for part in (x, log_decay, B, C))))
+    S, ys = None, []
     for v, a, Bs, Cs in chunks:
         total = a.cumsum(1)  # (b, l, h)
         future = torch.ones(a.shape[1], a.shape[1], dtype=torch.bool, device=a.device).triu(1)[..., None]
