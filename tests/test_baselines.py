@@ -66,6 +66,15 @@ def test_order_matters_flat_and_not_in_the_mean():
         assert (differ < 0.001) == same
 
 
+def test_tensors_of_any_kind_and_one_bit():
+    hasher, x = fit_baseline("lsh", videos(), 16, "mean"), torch.from_numpy(VIDEOS[:9])
+    halves = x.bfloat16()
+    np.testing.assert_array_equal(hasher.encode(halves), hasher.encode(halves.float().numpy()))
+    np.testing.assert_array_equal(hasher.encode(x.clone().requires_grad_()), hasher.encode(x))
+    data = load("emoji")
+    assert fit_baseline("supervised", data.train, 1, "pair").encode(*data.query.arrays).shape[1] == 1
+
+
 @pytest.mark.parametrize("method, view, bits", FITS)
 def test_lazy_features_and_tensors_give_the_codes_of_arrays(method, view, bits):
     lazy = synthetic_like("ucf101", n=(120, 120, 30), d=6).train

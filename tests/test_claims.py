@@ -1,5 +1,6 @@
 "Claims: the rule on made-up intervals; notebooks of claims and of speed on made-up records, and none."
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +9,7 @@ import torch
 from s5vh_nb.basics.config import BaselineConfig
 from s5vh_nb.evidence.claims import Claim, claims_table, conclusion, weakest
 from s5vh_nb.evidence.experiments import config_of
-from s5vh_nb.evidence.judge import effect, gain, gain_terms, percent_terms, scores_of, verdict
+from s5vh_nb.evidence.judge import effect, gain, gain_terms, percent_terms, plot_gains, scores_of, verdict
 from s5vh_nb.evidence.statistics import Interval
 from s5vh_nb.evidence.study import open_study
 
@@ -169,3 +170,13 @@ def test_times_of_a_gpu_are_shown_where_there_is_none(cells, keep, pretend):
         assert set(cells("dmmh/speed")["table"].on) == {"cpu"}
     keep(networks[3], times, "speed on cuda")
     assert cells("dmmh/speed")["table"].on.value_counts().to_dict() == {"cpu": 6, "cuda": 4}
+
+
+def test_gains_over_a_base_that_is_missing_are_left_out():
+    rows = [("A", 16, "x", 0.5, 0.01, 0.0, 0.02), ("B", 16, "x", 0.5, np.nan, np.nan, np.nan)]
+    fig = plot_gains(
+        pd.DataFrame(rows, columns=["dataset", "bits", "row", "GmAP", "gain", "low", "high"]), "base"
+    )
+    fig.draw_without_rendering()
+    assert [len(ax.lines) for ax in fig.axes] == [3, 1]  # a gain, its interval, zero; zero
+    plt.close(fig)

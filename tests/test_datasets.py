@@ -446,6 +446,14 @@ def test_lazy_features_pickle_and_read_in_small_blocks(root, monkeypatch):
     assert max(lengths) == 10
 
 
+def test_a_file_that_was_written_since_is_refused(root):
+    x, out = load("ucf101", root).train.frames, np.empty((2, 25, 8), np.float32)
+    rewrite(root / FEATS, features())
+    for read in (lambda: x[:3], lambda: x.leading(4), lambda: x.read_into(np.arange(2), out)):
+        with pytest.raises(ValueError, match="expected the file as it was when it was first read"):
+            read()
+
+
 def test_half_precision_files_are_read_as_float32(root):
     rewrite(root / FEATS, features().astype(np.float16))
     assert load("ucf101", root).train.frames[:2].dtype == np.float32
@@ -767,8 +775,9 @@ def test_nothing_available(tmp_path):
 def test_the_same_files_are_loaded_once(root):
     data = load("ucf101", root)
     assert load("ucf101", str(root)) is data and load("emoji") is load("emoji", root)
+    before = data.fingerprint
     write_official(root, "ucf101", synthetic_like("ucf101", **SMALL, seed=1))
-    assert load("ucf101", root).fingerprint != data.fingerprint
+    assert load("ucf101", root).fingerprint != before
     (root / LABELS).unlink()
     with pytest.raises(FileNotFoundError, match=LABELS):
         load("ucf101", root)

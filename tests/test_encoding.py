@@ -1,8 +1,11 @@
 """Encoding in other people's hands: threads, casts, kinds of input, saved networks that are not there."""
 
+import contextlib
 import gc
 import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 
 from s5vh_nb.basics.config import DMMHConfig, PlusConfig, S5VHConfig
 from s5vh_nb.datasets.splits import Split
+from s5vh_nb.models import codes
 from s5vh_nb.models.baselines import fit_lsh, itq_rotation
 from s5vh_nb.models.codes import _Watched, pack, unpack
 from s5vh_nb.models.dmmh import DMMH
@@ -21,6 +25,7 @@ from s5vh_nb.models.mixers import MIXERS
 from s5vh_nb.models.plus import Plus
 from s5vh_nb.models.s5vh import S5VH
 from s5vh_nb.ops.dispatch import use_backend
+from s5vh_nb.ops.streams import recording
 
 VIDEOS = S5VHConfig(d=13, bits=16, m=16, depth=2, decoder_m=16)
 PAIRS = DMMHConfig(di=12, dt=9, bits=16, width=16, image_hidden=16, cnn_width=8)
@@ -225,6 +230,44 @@ def test_a_watched_network_can_be_forgotten():
     del net
     gc.collect()
     assert watched.was and alive() is None
+
+
+def test_an_encoder_goes_when_its_network_leaves_the_gpu():
+    net = S5VH(VIDEOS)
+    encoder = codes._Encoder(net, "cpu")
+    encoder.watched, codes._ENCODERS[net] = _Watched(net, "cpu"), encoder
+    net.hash.linear.weight.data = net.hash.linear.weight.data.clone()  # as `net.cpu()` does
+    net.encode(torch.randn(2, 5, 13))
+    assert net not in codes._ENCODERS
+
+
+def test_no_garbage_is_collected_while_threads_record_in_turns(monkeypatch):
+    "An end of the first recording may not switch it on within the second."
+    fakes = dict(current_stream=lambda: None, current_device=lambda: 0, Stream=lambda device: object())
+    fakes |= dict(set_stream=lambda stream: None, graph=lambda *args: contextlib.nullcontext())
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    inside, seen = threading.Event(), []
+
+    def first():
+        with recording(None):
+            inside.set()
+            time.sleep(0.2)
+
+    def second():
+        inside.wait()
+        with recording(None):
+            seen.append(gc.isenabled())
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda work: work(), (first, second)))
+    assert seen == [False] and gc.isenabled()
+
+
+def test_networks_made_elsewhere_leave_ordinary_ones_alone():
+    with torch.device("meta"):
+        DMMH(PAIRS)
+    assert {x.device.type for x in DMMH(PAIRS).state_dict().values()} == {"cpu"}
 
 
 def test_arrays_into_a_network_itself_are_named():

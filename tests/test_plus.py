@@ -118,6 +118,10 @@ def test_padding_does_not_count():
     assert torch.equal(*codes)
     alone = runs[0].model.encode(whole.frames[4:5, : LENGTHS[4]])
     assert torch.equal(alone, codes[0][4:5])
+    holes = np.where(
+        np.arange(again.frames.shape[1])[:, None] < again.lengths[:, None, None], again.frames, np.nan
+    )
+    assert torch.equal(runs[0].model.encode(holes, lengths=again.lengths), codes[0])
 
 
 def test_a_resumed_run_is_the_whole_run(tmp_path):

@@ -28,7 +28,7 @@ from s5vh_nb.basics.config import (
 from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.cli.command import main
 from s5vh_nb.evidence import identity
-from s5vh_nb.evidence.archive import Archive, pack
+from s5vh_nb.evidence.archive import Archive, from_fractions, pack, to_fractions
 from s5vh_nb.evidence.identity import run_name
 from s5vh_nb.evidence.records import RunRecord, git_commit
 
@@ -341,6 +341,21 @@ def test_what_a_killed_writer_left_is_no_record(archive, checkout):
     path.with_name(f"{path.name}.tmp-x1y2.json").write_text("", encoding="utf-8")
     assert archive.records() == [RECORD]
     assert len(pack(checkout, "smoke")) == 2
+    table = next(archive.evidence.glob("*.jsonl"))
+    table.with_name(f"{table.name}.tmp-x1y2.jsonl").write_text("", encoding="utf-8")
+    assert list(archive.tables()) == [table] and archive.records() == [RECORD]
+
+
+def test_a_packed_label_may_hold_any_character(archive, checkout):
+    archive.save(dataclasses.replace(RECORD, label="a\u2028b\u0085c"), {})
+    pack(checkout, "smoke")
+    assert [record.label for record in archive.records()] == ["a\u2028b\u0085c"]
+
+
+def test_fractions_make_up_for_each_other():
+    "Sixths add up to sums that lose their last digit, with which a step would become one too large."
+    values = np.random.default_rng(936).choice([1, 1 / 6], 3000)
+    assert abs((from_fractions(to_fractions(values)) - values).sum()) < 0.6 / 31
 
 
 # Packing

@@ -85,7 +85,10 @@ def test_groups(groups):
     agree(arguments(groups=groups))
 
 
-@pytest.mark.parametrize("groups,reversed_channels", [((1, 1), 6), ((2, 2), 3), ((6, 3), 2), ((6, 6), 1)])
+BOTH_WAYS = [((1, 1), 6), ((2, 2), 3), ((6, 3), 2), ((6, 6), 1), (("constant", 3), 2), (("constant",) * 2, 1)]
+
+
+@pytest.mark.parametrize("groups,reversed_channels", BOTH_WAYS)
 def test_both_directions(groups, reversed_channels):
     agree(arguments(groups=groups), reversed_channels=reversed_channels)
 
@@ -285,6 +288,8 @@ BAD = [
     (dict(z=torch.zeros(3, 6, 1)), "z: expected shape"),
     (dict(delta_bias=torch.zeros(1)), "delta_bias: expected shape"),
     (dict(reversed_channels=2), "reversed_channels: expected whole groups of 6 channels"),
+    (dict(B=torch.zeros(3, 2, 4, 5), reversed_channels=3), "reversed_channels: expected whole groups of 6"),
+    (dict(B=torch.zeros(3, 2, 4, 5), C=torch.zeros(3, 3, 4, 5)), r"B and C: .* found \[2, 3\]"),
     (dict(backend="fast"), "backend: expected 'auto' or one of"),
 ]
 

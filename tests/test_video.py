@@ -150,6 +150,13 @@ def test_transparent_becomes_white(tmp_path):
         assert read_clip(tmp_path / f"a.{suffix}", 1, GRAY).frames[0, 0, ::3].tolist() == ends
 
 
+def test_sixteen_bits_a_pixel(tmp_path):
+    ramp = np.linspace(0, 65535, 8).astype(np.uint16)
+    Image.fromarray(np.tile(ramp, (8, 1))).save(tmp_path / "a.png")
+    found = read_clip(tmp_path / "a.png", 1, View(8)).frames[0, 0, :, 0]
+    np.testing.assert_array_equal(found, ramp // 257)
+
+
 @pytest.mark.parametrize("height, width", [(1, 1), (3, 5), (401, 7), (2, 999)])
 def test_odd_sizes(tmp_path, height, width):
     clip = read_clip(film(tmp_path / "a.mkv", grays(3, height, width, 50), pixels="bgr0"), 3, GRAY)
@@ -474,6 +481,30 @@ def test_what_cannot_be_read_is_listed_and_skipped(videos, tmp_path, monkeypatch
     assert again.new == 0 and again.unreadable == done.unreadable
 
 
+def test_a_fault_that_passes_is_no_verdict(videos, tmp_path, monkeypatch):
+    def fault(file, *args):
+        if str(file).endswith("4.gif"):
+            raise OSError(errno.EIO, "Input/output error")
+        return read_clip(file, *args)
+
+    monkeypatch.setattr(extract, "read_clip", fault)
+    done = extract_features(videos, tmp_path / "out", **FAST)
+    assert set(done.unreadable) == {"blue/4.gif"} and done.videos == 7
+    monkeypatch.undo()
+    again = extract_features(videos, tmp_path / "out", **FAST)
+    assert (again.new, again.videos, again.unreadable) == (1, 8, {})
+    assert features_of(again.folder, "blue/4.gif").shape == (3, 512)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
+def test_names_that_are_no_text_are_skipped(videos, tmp_path):
+    (videos / "red" / os.fsdecode(b"caf\xe9.gif")).write_bytes(gif(7))
+    done = extract_features(videos, tmp_path / "out", **FAST)
+    assert done.videos == 8 and list(done.unreadable.values()) == [
+        "red/caf\\udce9.gif: expected a name in UTF-8, found another"
+    ]
+
+
 def test_rates_are_told_where_frames_were_read(videos, tmp_path):
     out = tmp_path / "out"
     assert "frames/s" in str(extract_features(videos, out, **FAST))
@@ -711,6 +742,11 @@ def test_shards(tmp_path):
     net = make_extractor("histogram")
     expected = net(read_clip(gif(10), 3, net.view).frames)
     np.testing.assert_array_equal(features_of(done.folder, "0.tar/clips/1.gif"), expected)
+
+
+@pytest.mark.parametrize("told", ['{"label": null}', '{"label": ""}', "{}", "[1]", "no json"])
+def test_a_shard_that_tells_no_label(told):
+    assert extract._told("json", told) == extract._told("cls", " ") == "unlabelled"
 
 
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.TGZ", "a.tar.zst"])

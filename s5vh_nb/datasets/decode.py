@@ -69,6 +69,8 @@ class View:
         image: Image.Image,  # Any size and mode
     ) -> np.ndarray:
         "The square, (side, side, 3) uint8."
+        if image.mode.startswith("I;16"):  # Pillow would cut off all above 255
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -207,7 +209,8 @@ def _groups(
     "The groups that must be decoded."
     first = dict(zip(groups[::-1].tolist(), stamps[::-1].tolist()))  # group -> stamp of its key frame
     pairs = zip(groups.tolist(), stamps.tolist())
-    needed = {pair for pair in pairs if pair[1] in set(wanted.tolist())}
+    chosen = set(wanted.tolist())
+    needed = {pair for pair in pairs if pair[1] in chosen}
     return {group - early for group, stamp in needed for early in (0, stamp < first[group])}
 
 

@@ -9,6 +9,7 @@ __all__ = ['EXTRACTORS', 'EXTRACTION', 'Extractor', 'make_extractor', 'find_vide
 # %% ../../nbs/lib/datasets/15_extract.ipynb #c81525c8
 import collections
 import contextlib
+import errno
 import functools
 import importlib.util
 import json
@@ -257,7 +258,8 @@ def _told(kind: str, text: str) -> str:
         found = json.loads(text)
     except ValueError:
         return _UNLABELLED
-    return str(found.get("label", _UNLABELLED)) if isinstance(found, dict) else _UNLABELLED
+    label = found.get("label") if isinstance(found, dict) else None
+    return _UNLABELLED if label in (None, "") else str(label)
 
 
 def _shard(file: Path, path: str, unreadable: dict) -> list:
@@ -319,7 +321,16 @@ def find_videos(
             elif suffix in _SUFFIXES and file.is_file():
                 facts, label = file.stat(), _UNLABELLED if file.parent == folder else file.parent.name
                 found.append(_Video(below(file), file, label, facts.st_size, facts.st_mtime_ns))
-    return sorted({each.path: each for each in found}.values(), key=lambda each: each.path)
+    videos = {}
+    for each in found:
+        try:
+            each.path.encode()
+        except UnicodeEncodeError:  # a name of bytes that are no text
+            path = each.path.encode("utf-8", "backslashreplace").decode()
+            unreadable[path] = f"{path}: expected a name in UTF-8, found another"
+        else:
+            videos[each.path] = each
+    return [videos[path] for path in sorted(videos)]
 
 
 def _read_table(
@@ -494,19 +505,16 @@ class _Work:
         for each in tqdm(kept, "taken over", leave=False, disable=len(kept) < 1000):
             self._put(each, None if each["error"] else _features_of(data, each["row"]))
 
-    def keep(self, video: _Video, x: np.ndarray | None, seconds: float, damage: str, error: str):
-        """Keep the features (t, d) of a video; or say why there are none.
+    def keep(self, video: _Video, read: "_Read"):
+        """Keep the features of a video; or say why there are none.
 
         Parameters
         ----------
         video : _Video
-        x : np.ndarray | None
-        seconds : float
-        damage : str
-        error : str
+        read : _Read
         """
-        facts = dict(path=video.path, size=video.size, modified=video.modified)
-        self._put(facts | dict(seconds=seconds, damage=damage, error=error), x)
+        facts = dict(path=video.path, size=video.size, modified=video.modified, seconds=read.seconds)
+        self._put(facts | dict(damage=read.damage, error=read.error, passing=read.passing), read.x)
 
     def _put(self, facts: dict, x: np.ndarray | None):
         "Write features, then the line that says so."
@@ -530,9 +538,10 @@ class _Work:
 
 
 def _tells(known: dict, video: _Video) -> bool:
-    "Whether what is known by path is known of this very file."
+    "Whether what is known by path is known of this very file, and more than a fault that passes."
     each = known.get(video.path)
-    return each is not None and (each["size"], each["modified"]) == (video.size, video.modified)
+    same = each is not None and (each["size"], each["modified"]) == (video.size, video.modified)
+    return same and not each.get("passing")
 
 
 def _features_of(data: Dataset, row: int) -> np.ndarray:
@@ -596,8 +605,18 @@ class _Read(NamedTuple):
     seconds: float = 0.0  # Length of the video
     damage: str = ""
     error: str = ""  # Why it can't be read
+    passing: bool = False  # The error may be gone the next time
     decoder: float = 0.0  # Seconds that it took
     network: float = 0.0  # Seconds, too
+
+
+_PASSING = errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT
+
+
+def _passes(error: Exception) -> bool:
+    "Whether an error is of the machine, not of the video."
+    of_system = isinstance(error, OSError) and error.errno in _PASSING
+    return of_system or isinstance(error, (FileNotFoundError, MemoryError))
 
 
 def _decode(t: int, view: View, video: _Video) -> _Read:
@@ -606,7 +625,7 @@ def _decode(t: int, view: View, video: _Video) -> _Read:
         clip = video.clip(t, view)
     except Exception as error:  # decoders raise many kinds
         why = (str(error) or type(error).__name__).removeprefix(f"{video.file}: ")
-        return _Read(error=why.removeprefix(f"{video.path}: "))
+        return _Read(error=why.removeprefix(f"{video.path}: "), passing=_passes(error))
     took = time.perf_counter() - began
     return _Read(clip.frames, None, clip.seconds, clip.damage, decoder=took)
 
@@ -770,7 +789,7 @@ def _extract(
         spent["network"] += read.network
         spent["decoder"] += read.decoder
         spent["frames"] += 0 if read.error else t
-        work.keep(video, read.x, read.seconds, read.damage, read.error)
+        work.keep(video, read)
         bar.set_postfix_str(f"waited for frames {_share(spent):.0%} of the time", refresh=False)
         bar.update()
     bar.close()

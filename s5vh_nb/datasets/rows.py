@@ -78,7 +78,8 @@ class RowStore:
         k : int
             How many numbers
         """
-        return np.concatenate([self[rows].reshape(len(self[rows]), -1)[:, :k] for rows in row_blocks(self)])
+        blocks = (self[rows] for rows in row_blocks(self))
+        return np.concatenate([x.reshape(len(x), -1)[:, :k] for x in blocks])
 
 
 def row_blocks(
@@ -448,14 +449,17 @@ class HDF5Rows(RowStore):
         rows = np.arange(len(self))[rows]
         fits = out.dtype == np.float32 and out.shape == (len(rows), *self.shape[1:])
         check(fits, "out", f"float32 {(len(rows), *self.shape[1:])}", f"{out.dtype} {out.shape}")
-        expected = "the file as it was when training or encoding began"
-        check(_stamp(self.path) == self.stamp, str(self.path), expected, "one that was written since")
+        self._check_unchanged()
         with open(self.path, "rb") as f:
             for row, place in zip(rows, out):
                 f.seek(self.offset + int(row) * place.nbytes)
                 read, expected = f.readinto(place), "a complete HDF5 file"
                 check(read == place.nbytes, f"{self.path}", expected, f"an end inside of row {row}")
         check_finite(out, f"{self.path}[{self.key}]", rows)
+
+    def _check_unchanged(self):
+        expected = "the file as it was when it was first read"
+        check(_stamp(self.path) == self.stamp, f"{self.path}", expected, "one that was written since")
 
     def part(
         self,
@@ -472,6 +476,7 @@ class HDF5Rows(RowStore):
             Part of the second
         """
         with open_hdf5(self.path) as f:
+            self._check_unchanged()
             x = f[self.key][..., columns, rows].T if self.items_last else f[self.key][rows, columns]
         with np.errstate(over="ignore"):  # what is too large becomes infinite, and is found
             x = np.ascontiguousarray(x, np.float32)  # (rows, columns, ...)

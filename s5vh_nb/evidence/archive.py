@@ -37,8 +37,8 @@ def to_fractions(
     axis : int
         Along which their means stay right
     """
-    # halves go up everywhere: rounded to even, a half before a 1 would make a step of 32
-    sums = np.floor(np.cumsum(np.asarray(values, float) * _STEPS, axis) + 0.5)
+    # halves go up everywhere, those that lost a last digit, too: a half before a 1 may not make a step of 32
+    sums = np.floor(np.cumsum(np.asarray(values, float) * _STEPS, axis) + 0.5 + 1e-6)
     return np.diff(sums, axis=axis, prepend=0).clip(max=_STEPS).astype(np.uint8)
 
 
@@ -113,8 +113,8 @@ def _read_record(path: Path) -> RunRecord:
 @functools.lru_cache(maxsize=64)
 def _packed(path: Path, changed: int) -> dict:  # When the file was last changed, in ns
     "The records of a packed table by name."
-    lines = path.read_text("utf-8", "replace").splitlines()
-    records = [from_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    *lines, end = path.read_text("utf-8", "replace").split("\n")  # labels may hold other ends of lines
+    records = [from_line(line, f"{path}, line {n}") for n, line in enumerate(lines + [end] * bool(end), 1)]
     return {record.name: record for record in records}
 
 
@@ -169,7 +169,7 @@ class Archive:
 
     def tables(self) -> dict:
         "Packed table -> its records by name."
-        paths = sorted(self.evidence.glob("*.jsonl"))
+        paths = [path for path in sorted(self.evidence.glob("*.jsonl")) if ".jsonl.tmp-" not in path.name]
         return {path: _packed(path, path.stat().st_mtime_ns) for path in paths}
 
     def path_of(

@@ -378,7 +378,8 @@ def axis_end(
         With the ends `low` and `high`
     """
     reach = rows[["low", "high"]].abs().max(axis=1)
-    return 1.05 * reach[near(reach)].max() or 0.01
+    end = 1.05 * reach[near(reach)].max()
+    return end if end > 0 else 0.01
 
 
 def draw_gains(
@@ -401,7 +402,7 @@ def draw_gains(
     end : float
         From `axis_end`
     """
-    for row in rows.itertuples():
+    for row in rows[rows.gain.notna()].itertuples():  # without a base there is no gain
         y = len(names) - 1 - names.index(row.row)
         colour = VERDICTS[verdict(Interval(row.gain, row.low, row.high))]
         if max(-row.low, row.high) <= end:

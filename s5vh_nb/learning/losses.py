@@ -68,6 +68,7 @@ def contrastive_loss(
     """
     b = len(view1)
     check(0 <= tau_plus < 1, "tau_plus", "a prior in [0, 1)", tau_plus)
+    check(temperature >= 0.0125, "temperature", "at least 0.0125, as exp(1/T) must fit", temperature)
     fits = view1.shape == view2.shape and b >= 2
     found = (tuple(view1.shape), tuple(view2.shape))
     check(fits, "contrast", "two views of at least 2 videos, of one shape", found)

@@ -22,7 +22,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ..basics.checks import check
-from ..basics.devices import as_tensor
+from ..basics.devices import as_array, as_tensor
 from ..datasets.rows import check_lengths, row_blocks, zeros_after
 from ..datasets.splits import Split
 from .codes import check_array, check_largest
@@ -38,7 +38,7 @@ def _vectors(
     lengths: np.ndarray | None = None,  # (b,) how many frames of each video count; None: all
 ) -> np.ndarray:
     "One vector per item, (b, width) float32; `ValueError` for NaN, infinity and numbers above 1e15."
-    arrays = [np.asarray(x, np.float32) for x in arrays]
+    arrays = [as_array(x, "features", np.float32) for x in arrays]
     if lengths is not None:
         arrays = [zeros_after(as_tensor(arrays[0]), lengths).numpy()]
     check_largest(np.max([np.abs(x).max() for x in arrays]))
@@ -289,8 +289,9 @@ def fit_supervised(
     """
     codes = code_targets(labels.astype(float), bits, seed)  # (n, k)
     ridge = RidgeCV(alphas=np.logspace(-2, 2, 9)).fit(x - x.mean(0), codes)
-    shift = np.linalg.pinv(ridge.coef_) @ ridge.intercept_  # (width,): the intercept as a part of the mean
-    return x.mean(0) - shift, ridge.coef_.T.astype(np.float32)
+    directions = np.atleast_2d(ridge.coef_)  # (k, width)
+    shift = np.linalg.pinv(directions) @ np.atleast_1d(ridge.intercept_)  # (width,): a part of the mean
+    return x.mean(0) - shift, directions.T.astype(np.float32)
 
 # %% ../../nbs/lib/models/06_baselines.ipynb #4105c5eb
 @dataclass(frozen=True)

@@ -288,6 +288,7 @@ def _encoder_of(net: "HashNetwork", device: str) -> _Encoder:
     encoder = _ENCODERS.get(net)
     if encoder is None or not encoder.watched.is_as_it_was():
         encoder = _Encoder(net, device)
+        _ENCODERS.pop(net, None)
         if encoder.replays:
             _ENCODERS[net] = encoder
     return encoder

@@ -285,10 +285,12 @@ def _rotate(
 ) -> Tensor:
     "The pairs of channels (c, c + w/2) of frame s, rotated by the angle s*10000^(-2c/w)."
     t, half = x.shape[2], x.shape[3] // 2
-    frequency = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=x.dtype) / half)
-    angle = torch.arange(t, device=x.device, dtype=x.dtype)[:, None] * frequency  # (t, w/2)
+    exact = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has no numbers for frames beyond 256
+    frequency = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=exact) / half)
+    angle = torch.arange(t, device=x.device, dtype=exact)[:, None] * frequency  # (t, w/2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
-    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 def _retention(

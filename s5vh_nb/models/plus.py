@@ -8,13 +8,15 @@ __all__ = ['WEIGHTS', 'resample', 'Plus', 'pretrained']
 # %% ../../nbs/lib/models/07_plus.ipynb #cbfcad81
 import importlib.resources
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from ..basics.checks import check, known
 from ..basics.config import PlusConfig
-from ..datasets.rows import check_lengths
+from ..basics.devices import as_tensor
+from ..datasets.rows import check_lengths, zeros_after
 from .baselines import fit_itq
 from .codes import HashNetwork, check_array, pack
 from .mamba import Bidirectional, Layers
@@ -95,6 +97,19 @@ class _Codes(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         return pack(self.net(frames))
+
+
+class _OwnFrames:
+    "Videos with zeros in place of their padding, when indexed."
+
+    def __init__(self, x, lengths: np.ndarray):
+        self.x, self.lengths = x, lengths
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, some: slice):
+        return zeros_after(as_tensor(self.x[some]), self.lengths[some])
 
 
 class Plus(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"]):
@@ -204,7 +219,11 @@ class Plus(HashNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"])
         check_array(x, "frames")
         check(len(x.shape) == 3, "frames", f"shape (n, t, {self.config.d})", tuple(x.shape))
         n, t = x.shape[:2]
-        given = (x,) if lengths is None else (x, check_lengths(lengths, n, t))
+        if lengths is None:
+            given = (x,)
+        else:
+            lengths = check_lengths(lengths, n, t)
+            given = _OwnFrames(x, lengths), lengths
         frames = max(t, self.config.time_steps)
         return self.packed(given, max(1, 32768 // frames) if batch is None else batch, progress)
 

@@ -64,6 +64,7 @@ def positions(
     """
     # a program that torch exports makes its own, for any number of frames
     make = _kept_positions.__wrapped__ if exporting() else _kept_positions
+    device = torch.get_default_device() if device is None else device
     return make(t, m, device, torch.get_default_dtype())
 
 # %% ../../nbs/lib/models/04_s5vh.ipynb #48f3bd05

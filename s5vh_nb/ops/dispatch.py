@@ -150,9 +150,13 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias, reversed_channels, initial_
         grouped = v.dim() == 4 and v.shape == (b, v.shape[1], n, t) and v.shape[1] > 0 and d % v.shape[1] == 0
         fits = grouped or v.shape == ((d, n) if v.dim() == 2 else (b, n, t))
         check(fits, name, allowed, tuple(v.shape))
-    g = max({2: d, 3: 1, 4: v.shape[1]}[v.dim()] for v in (B, C))
-    whole = 0 <= reversed_channels <= d and reversed_channels * g % d == 0
-    check(whole, "reversed_channels", f"whole groups of {d // g} channels, at most {d}", reversed_channels)
+    groups = [1 if v.dim() == 3 else v.shape[1] for v in (B, C) if v.dim() > 2] or [d]
+    fine, coarse = max(groups), min(groups)
+    check(fine % coarse == 0, "B and C", "as many groups, or one a multiple of the other", groups)
+    whole = 0 <= reversed_channels <= d and reversed_channels * coarse % d == 0
+    check(
+        whole, "reversed_channels", f"whole groups of {d // coarse} channels, at most {d}", reversed_channels
+    )
 
 
 def selective_scan(

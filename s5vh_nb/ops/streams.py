@@ -105,7 +105,7 @@ def copies_beside(
 # %% ../../nbs/lib/ops/00_streams.ipynb #629333db
 _RECORDED = 4  # graphs of a call, at most
 _FIRST = 2  # ordinary calls with inputs of a kind
-_RECORDING = threading.Lock()  # a GPU records on one stream
+_RECORDING = threading.RLock()  # a GPU records on one stream
 
 
 def _join_recorded():
@@ -135,21 +135,22 @@ def recording(
     pool
         Memory that it shares with other graphs; None: its own
     """
-    was, before = gc.isenabled(), torch.cuda.current_stream()
     own = _side_stream(torch.cuda.current_device(), lane=3)  # torch has one for all GPUs, on the first used
-    gc.disable()
-    try:
-        with _RECORDING, torch.cuda.graph(graph, pool, own, "thread_local"):
-            try:
-                yield
-            except BaseException:
-                _join_recorded()  # or the recording can't end, and no later one can begin
-                raise
-    finally:
-        # where the end of the recording failed, torch leaves its stream current
-        torch.cuda.set_stream(before)
-        if was:
-            gc.enable()
+    with _RECORDING:
+        was, before = gc.isenabled(), torch.cuda.current_stream()
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, pool, own, "thread_local"):
+                try:
+                    yield
+                except BaseException:
+                    _join_recorded()  # or the recording can't end, and no later one can begin
+                    raise
+        finally:
+            # where the end of the recording failed, torch leaves its stream current
+            torch.cuda.set_stream(before)
+            if was:
+                gc.enable()
 
 
 class _Graph:
@@ -204,8 +205,9 @@ class GraphedCall:
     def _ordinary(self, inputs):
         "A call on a side stream: recording will not use the main one either."
         side = _side_stream(torch.cuda.current_device())
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            outputs = self.call(*inputs)
-        torch.cuda.current_stream().wait_stream(side)
+        with _RECORDING:  # which may use the same side stream
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                outputs = self.call(*inputs)
+            torch.cuda.current_stream().wait_stream(side)
         return outputs
