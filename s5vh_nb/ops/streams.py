@@ -124,7 +124,9 @@ def recording(
     graph: "torch.cuda.CUDAGraph",  # Gets what is called inside
     pool=None,  # Memory that it shares with other graphs; None: its own
 ):
-    """Calls inside are recorded, not run. Other threads may use the GPU meanwhile; they record in turns.
+    """Calls inside are recorded, not run. Other threads may encode meanwhile; they record in turns.
+
+    They may not train: `SideStream`s belong to the whole process.
 
     Python's garbage stays until the end: it may hold an earlier graph, and CUDA frees none while it records.
 
