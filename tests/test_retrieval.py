@@ -14,6 +14,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from s5vh_nb.evidence.statistics import interval, near, paired_bootstrap
 from s5vh_nb.models.codes import pack, relax, sign_ste, unpack
+from s5vh_nb.search import scores
 from s5vh_nb.search.hamming import (
     hamming_distances,
     hamming_distances_by_definition,
@@ -442,3 +443,13 @@ def test_bad_input_of_precision_and_recall_is_named(score):
             score(**{**GOOD, **change})
     with pytest.raises(ValueError, match="db_labels: expected an item relevant"):
         precision_recall_by_rank(CODES, CODES, LABELS + 9, LABELS, empty="skip")
+
+
+def test_codes_whose_signs_add_up_to_no_half_are_counted():
+    "2049 is no number of half precision, in which a GPU counts shorter codes."
+    codes = np.packbits(np.random.default_rng(0).random((9, 2049)) < 0.5, axis=1)
+    labels = np.arange(9) % 2
+    words = scores._label_words(labels, labels, (9, 9))
+    both = scores._histograms_by_product(codes, codes, words, 2049, "cpu")
+    counts, relevant = scores.distance_histograms(codes, codes, labels, labels, bits=2049)
+    assert torch.equal(both[:, ::2] + both[:, 1::2], counts) and torch.equal(both[:, 1::2], relevant)

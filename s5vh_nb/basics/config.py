@@ -30,13 +30,14 @@ def _check_types(config):
 
 
 def check_bits(bits: int):
-    """`ValueError` unless a positive whole number.
+    """`ValueError` unless a positive whole number below 65,535: distances are counted in 16 bits.
 
     Parameters
     ----------
     bits : int
     """
     check(is_whole(bits) and bits > 0, "bits", "a positive whole number", repr(bits))
+    check(bits < 2**16 - 1, "bits", "fewer than 65,535", bits)
 
 
 def bits_of(

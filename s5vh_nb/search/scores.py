@@ -217,8 +217,9 @@ def _histograms(q, db, q_labels, db_labels, single, bits):
 _TILE, _COUNTED = 1024, 64  # Queries of one matrix product, and of one count
 
 
-def _signs(packed: np.ndarray, bits: int, device) -> torch.Tensor:  # (n, k/8) -> (n, k) half, -1 and +1
-    return torch.from_numpy(np.unpackbits(packed, axis=1, count=bits)).to(device).half() * 2 - 1
+def _signs(packed: np.ndarray, bits: int, device) -> torch.Tensor:  # (n, k/8) -> (n, k), -1 and +1
+    exact = torch.float16 if bits <= 2048 else torch.float32  # holds every sum
+    return torch.from_numpy(np.unpackbits(packed, axis=1, count=bits)).to(device, exact) * 2 - 1
 
 
 def _relevance(
