@@ -122,6 +122,27 @@ def test_items_come_and_go(small):
     assert index.about([1]).shape == (1, 0)
 
 
+@pytest.mark.parametrize("step", ["_as_words", "np.concatenate", "np.ascontiguousarray"])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_an_interrupted_add_adds_nothing(small, monkeypatch, step, error):
+    "And what is added again gets its own ids."
+    index, codes = small
+    index.approximate("hnsw")
+
+    def broken(*_):
+        raise error
+
+    more = {"path": ["a", "b"], "label": [0, 1]}
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(f"{index_module.__name__}.{step}", broken)
+        index.add(random_codes(2, seed=9), [1000, 400], more)
+    assert len(index) == len(index.metadata) == index._words.shape[1] == 300
+    assert index.kind == "hnsw" and index.search(codes[:9], 5).ids.max() < 300
+    index.add(random_codes(2, seed=9), [1000, 400], more)
+    np.testing.assert_array_equal(index.codes([1000, 400]), random_codes(2, seed=9))
+    assert index.about([400])["path"].tolist() == ["b"]
+
+
 def test_filters(small):
     index, codes = small
     for filter, allowed in (
@@ -298,6 +319,14 @@ def test_other_files_are_named(tmp_path):
     index_module.save_file({"a": np.zeros(3)}, path)
     with pytest.raises(ValueError, match="x.index: expected the whole file of an index"):
         HashIndex.load(path)
+
+
+def test_a_file_with_more_codes_than_ids_is_named(small, tmp_path):
+    small[0].ids = small[0].ids[:-1]
+    small[0].metadata = small[0].metadata[:-1]
+    small[0].save(tmp_path / "x.index")
+    with pytest.raises(ValueError, match="x.index: expected a code for each id"):
+        HashIndex.load(tmp_path / "x.index")
 
 
 @contextlib.contextmanager

@@ -532,18 +532,19 @@ class HashIndex:
             not old.any(), "ids", "ids that the index does not have yet (`remove` them first)", ids[old][:1]
         )
         table = as_table(metadata, n, self.metadata)
-        self.metadata = pd.concat([self.metadata, table], ignore_index=True) if len(self) else table
-        self.ids = np.concatenate([self.ids, ids])
-        self._words = np.concatenate([self._words, _as_words(codes)], 1)
-        self._take(None if (np.diff(self.ids) > 0).all() else np.argsort(self.ids))
+        table = pd.concat([self.metadata, table], ignore_index=True) if len(self) else table
+        words = np.concatenate([self._words, _as_words(codes)], 1)
+        every = np.concatenate([self.ids, ids])
+        self._take(every, words, table, None if (np.diff(every) > 0).all() else np.argsort(every))
         return ids
 
-    def _take(self, rows):
-        "Keep these rows, in this order; None: all as they are."
-        self._use("exact", 0, None)
+    def _take(self, ids, words, metadata, rows):
+        "Hold these rows, in this order, or None: all as they are. After an error the index is as before."
         if rows is not None:
-            self.ids, self._words = self.ids[rows], np.ascontiguousarray(self._words[:, rows])
-            self.metadata = self.metadata.iloc[rows].reset_index(drop=True)
+            ids, words = ids[rows], np.ascontiguousarray(words[:, rows])
+            metadata = metadata.iloc[rows].reset_index(drop=True)
+        self._use("exact", 0, None)
+        vars(self).update(ids=ids, _words=words, metadata=metadata)  # at once, as Ctrl-C may come
 
     def remove(
         self,
@@ -556,7 +557,8 @@ class HashIndex:
         ids
             (n,) ids of items
         """
-        self._take(np.delete(np.arange(len(self)), self._rows(ids)))
+        rows = np.delete(np.arange(len(self)), self._rows(ids))
+        self._take(self.ids, self._words, self.metadata, rows)
 
     def codes(
         self,
@@ -751,6 +753,9 @@ class HashIndex:
         """
         arrays, about = _read(user_path(path), mmap)
         index = cls(about["bits"], about.get("model", ""))
+        size = len(index._words), len(arrays["ids"])
+        shape = arrays["words"].shape
+        check(shape == size, f"{path}", f"a code for each id, {size} words", shape)
         index._words, index.ids = arrays["words"], arrays["ids"]
         index.metadata = as_table(json.loads(arrays["metadata"].tobytes()), len(index))
         if "structure" in arrays:
