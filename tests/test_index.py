@@ -256,6 +256,25 @@ def test_a_choice_that_fails_changes_nothing(small):
         assert (index.kind, index.effort) == ("hnsw", 40)
 
 
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("kind, effort", [("exact", 0), ("ivf", 2)])
+def test_an_interrupted_choice_changes_nothing(small, monkeypatch, error, kind, effort):
+    index, build = small[0], index_module._build
+    index.approximate(kind, effort)
+    before = index.search(CODES, 5)
+
+    def broken(kind, codes):
+        if kind == "multihash":
+            raise error
+        return build(kind, codes)
+
+    monkeypatch.setattr(index_module, "_build", broken)
+    with pytest.raises(error):
+        index.choose()
+    assert (index.kind, index.effort) == (kind, effort)
+    equal(index.search(CODES, 5), before)
+
+
 def test_all_kinds_search_on_as_many_threads_as_torch(small, monkeypatch):
     index, before = small[0], faiss.omp_get_max_threads()
     index.approximate("hnsw")
@@ -326,6 +345,15 @@ def test_a_file_with_more_codes_than_ids_is_named(small, tmp_path):
     small[0].metadata = small[0].metadata[:-1]
     small[0].save(tmp_path / "x.index")
     with pytest.raises(ValueError, match="x.index: expected a code for each id"):
+        HashIndex.load(tmp_path / "x.index")
+
+
+def test_a_file_with_an_effort_that_never_ends_is_named(small, tmp_path):
+    small[0].approximate("multihash", 8)
+    assert (small[0].search(CODES, 3).ids >= 0).all()
+    small[0].effort = 9
+    small[0].save(tmp_path / "x.index")
+    with pytest.raises(ValueError, match="x.index: effort: expected a whole number from 0 to 8"):
         HashIndex.load(tmp_path / "x.index")
 
 
@@ -462,7 +490,10 @@ def test_bad_settings_are_named(small):
     for call, message in (
         (lambda: HashIndex(0), "bits: expected"),
         (lambda: index.approximate("hsnw"), "did you mean 'hnsw'?"),
-        (lambda: index.approximate("hnsw", -1), "effort: expected a whole number from 0"),
+        (lambda: index.approximate("hnsw", 0), "effort: expected a whole number from 1 to"),
+        (lambda: index.approximate("ivf", 0), "effort: expected a whole number from 1 to"),
+        (lambda: index.approximate("multihash", 9), "effort: expected a whole number from 0 to 8, for 'mul"),
+        (lambda: index.approximate("multihash", -1), "effort: expected a whole number from 0 to 8"),
         (lambda: index.choose(recall=95), "recall: expected a share above 0, at most 1, found 95"),
         (lambda: HashIndex(12).add(random_codes(4)), "codes: expected zeros after the 12 bits"),
         (lambda: as_table({"id": [1]}, 1), "metadata: expected fields other than id, code"),
@@ -528,6 +559,13 @@ def test_in_a_filter_true_is_no_number(empty):
         ({"n": 2**70}, set()),
     ):
         assert set(empty.search(CODES[:1], 4, filter=filter).ids[0].tolist()) - {-1} == expected, filter
+
+
+def test_in_a_filter_large_whole_numbers_are_exact():
+    index = HashIndex(16)
+    index.add(CODES, metadata={"n": [2**53, 2**53 + 1, 2**53 + 2, 5]})
+    found = index.search(CODES[:1], 4, filter={"n": [2**53 + 1, 5.0, 0.5]})
+    assert set(found.ids[0].tolist()) - {-1} == {1, 3}
 
 
 def test_items_without_fields_stay_so(empty):
