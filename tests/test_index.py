@@ -568,6 +568,23 @@ def test_in_a_filter_large_whole_numbers_are_exact():
     assert set(found.ids[0].tolist()) - {-1} == {1, 3}
 
 
+def test_filters_find_any_text(empty):
+    "Of one line, which is all that Milvus can look for."
+    texts = ["a\tb", "a\\tb", "ä", 'a"b', "a\x07b", "a\0b", "\\", "{a}", "\u2028", "😀"]
+    empty.add(random_codes(len(texts)), metadata={"größe": texts, 'a"\\b': texts})
+    for i, text in enumerate(texts):
+        for name in ("größe", 'a"\\b'):
+            assert set(empty.search(CODES[:1], 10, filter={name: text}).ids[0].tolist()) - {-1} == {i}, text
+    assert set(empty.search(CODES[:1], 10, filter={"größe": texts[:3]}).ids[0].tolist()) - {-1} == {0, 1, 2}
+
+
+def test_a_number_of_neighbours_of_any_type(empty):
+    "Twice 200 is more than a uint8 holds."
+    codes = random_codes(300)
+    empty.add(codes)
+    equal(empty.search(codes[:2], np.uint8(200)), empty.search(codes[:2], 200))
+
+
 def test_items_without_fields_stay_so(empty):
     empty.add(CODES[:2])
     assert empty.add(CODES[2:]).tolist() == [2, 3]
@@ -654,6 +671,30 @@ def test_milvus_names_search_before_add_and_other_bits(tmp_path):
         MilvusIndex(tmp_path / "x.db", 32)
     with pytest.raises(ValueError, match="place: expected a file NAME.db or a URL"):
         MilvusIndex(tmp_path / "x.index", 16)
+
+
+@with_milvus
+def test_milvus_names_texts_that_it_can_not_look_for(embedded):
+    for text in ("a\nb", "a\rb"):
+        with pytest.raises(ValueError, match="filter: expected texts of one line, for Milvus, found"):
+            embedded.search(CODES, filter={"path": text})
+
+
+@with_milvus
+def test_milvus_lets_go_of_a_file_that_it_refuses(embedded):
+    "Unless another index of this process has it open."
+    place = embedded.place
+    program = f"from s5vh_nb.search.milvus import open_index; print(len(open_index({place!r})))"
+    with pytest.raises(ValueError, match="bits: expected 16"):
+        MilvusIndex(place, 32)
+    other = MilvusIndex(place)
+    other.close()
+    assert len(embedded) == 300
+    embedded.close()
+    with pytest.raises(ValueError, match="bits: expected 16"):
+        MilvusIndex(place, 32)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
+    assert done.stdout == "300\n", done.stderr
 
 
 @with_milvus
