@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s5vh_nb.basics.config import BaselineConfig, to_dict
 from s5vh_nb.basics.files import only_run
 from s5vh_nb.cli import command
 from s5vh_nb.cli.command import main
@@ -946,6 +947,13 @@ def test_indexing_on_a_server_leaves_nothing_here(files, monkeypatch, capsys):
     assert "http://host:19530: no answer" in capsys.readouterr().err and set(files.iterdir()) == before
 
 
+def test_bits_of_a_file_and_of_the_command(files, capsys):
+    np.savez("told.npz", codes=random_codes(4, 12), bits=12)
+    for words, bits in ([], 12), (["--bits", "16"], 16):
+        assert main(["index", "told.npz", f"{bits}.index", *words]) == 0
+        assert f"4 items added, 4 in all, {bits} bits" in capsys.readouterr().out
+
+
 def test_indexing_waits_for_another_run(files):
     "Both add to the index that the other one leaves."
     with only_run(files):
@@ -965,6 +973,9 @@ def test_commands_name_what_is_wrong(files, capsys):
     (files / "empty.npy").touch()
     (files / "half.npz").write_bytes((files / "more.npz").read_bytes()[:200])
     np.save("floats.npy", np.zeros((3, 8)))
+    (files / "fitted").mkdir()
+    fitted = json.dumps(to_dict(BaselineConfig()))
+    (files / "fitted" / "config.json").write_text(fitted, encoding="utf-8")
     assert main(["index", "codes.npy", "a.index"]) == 0
     for line, message in (
         ("index nowhere.npy b.index", "nowhere.npy"),
@@ -977,6 +988,12 @@ def test_commands_name_what_is_wrong(files, capsys):
         ("index codes.npy b.index --manifest floats.npy", "floats.npy: expected a table (CSV, UTF-8)"),
         ("index codes.npy b.index --manifest empty.npy", "empty.npy: expected a table (CSV, UTF-8)"),
         ("index codes.npy b.db --recall 0.9", "--recall: expected an index file"),
+        ("index codes.npy b.db --recall 0", "--recall: expected an index file"),
+        ("index codes.npy b.index --recall 0", "recall: expected a share above 0"),
+        ("index codes.npy b.index --bits 0", "bits: expected"),
+        ("index codes.npy a.index --bits 0", "a.index: expected codes of 0 bits, found 16"),
+        ("--import s5vh_nb.nothing list", "--import: expected a module, found 's5vh_nb.nothing'"),
+        ("search a.index --caption x --model fitted", "config.json: expected the configuration of a network"),
         ("index codes.npy b.db --replicas 2", "--replicas: expected the URL of a Milvus server, found b.db"),
         ("index codes.npy b.index --shards 2 --lists 9", "--shards --lists: expected the URL of a Milvus"),
         ("search nowhere.index --id 1", "nowhere.index: expected a file"),
