@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s5vh_nb.basics.config import BaselineConfig, to_dict
-from s5vh_nb.basics.files import only_run
+from s5vh_nb.basics.files import only_run, write_text
 from s5vh_nb.cli import command
 from s5vh_nb.cli.command import main
 from s5vh_nb.search import index as index_module
@@ -404,6 +404,18 @@ def test_a_full_disk_leaves_the_old_file(small, tmp_path):
     with files_of_at_most(8192), pytest.raises(OSError, match=f"{path}: expected to write the whole file"):
         small[0].save(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.index"]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_the_umask_says_who_may_read(small, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        small[0].save(tmp_path / "x.index")
+        write_text(tmp_path / "x.txt", "text")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(("x.index", "x.txt"), 0o666 & ~umask)
 
 
 def test_a_process_killed_while_saving_leaves_the_old_file(small, tmp_path):
