@@ -20,7 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s5vh_nb.basics.files import only_run
+from s5vh_nb.basics.config import BaselineConfig, to_dict
+from s5vh_nb.basics.files import only_run, write_text
 from s5vh_nb.cli import command
 from s5vh_nb.cli.command import main
 from s5vh_nb.search import index as index_module
@@ -120,6 +121,27 @@ def test_items_come_and_go(small):
     index.remove(index.ids)
     assert len(index) == 0 and index.add(codes[:2]).tolist() == [0, 1]  # now without metadata
     assert index.about([1]).shape == (1, 0)
+
+
+@pytest.mark.parametrize("step", ["_as_words", "np.concatenate", "np.ascontiguousarray"])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_an_interrupted_add_adds_nothing(small, monkeypatch, step, error):
+    "And what is added again gets its own ids."
+    index, codes = small
+    index.approximate("hnsw")
+
+    def broken(*_):
+        raise error
+
+    more = {"path": ["a", "b"], "label": [0, 1]}
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(f"{index_module.__name__}.{step}", broken)
+        index.add(random_codes(2, seed=9), [1000, 400], more)
+    assert len(index) == len(index.metadata) == index._words.shape[1] == 300
+    assert index.kind == "hnsw" and index.search(codes[:9], 5).ids.max() < 300
+    index.add(random_codes(2, seed=9), [1000, 400], more)
+    np.testing.assert_array_equal(index.codes([1000, 400]), random_codes(2, seed=9))
+    assert index.about([400])["path"].tolist() == ["b"]
 
 
 def test_filters(small):
@@ -235,6 +257,25 @@ def test_a_choice_that_fails_changes_nothing(small):
         assert (index.kind, index.effort) == ("hnsw", 40)
 
 
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("kind, effort", [("exact", 0), ("ivf", 2)])
+def test_an_interrupted_choice_changes_nothing(small, monkeypatch, error, kind, effort):
+    index, build = small[0], index_module._build
+    index.approximate(kind, effort)
+    before = index.search(CODES, 5)
+
+    def broken(kind, codes):
+        if kind == "multihash":
+            raise error
+        return build(kind, codes)
+
+    monkeypatch.setattr(index_module, "_build", broken)
+    with pytest.raises(error):
+        index.choose()
+    assert (index.kind, index.effort) == (kind, effort)
+    equal(index.search(CODES, 5), before)
+
+
 def test_all_kinds_search_on_as_many_threads_as_torch(small, monkeypatch):
     index, before = small[0], faiss.omp_get_max_threads()
     index.approximate("hnsw")
@@ -300,6 +341,23 @@ def test_other_files_are_named(tmp_path):
         HashIndex.load(path)
 
 
+def test_a_file_with_more_codes_than_ids_is_named(small, tmp_path):
+    small[0].ids = small[0].ids[:-1]
+    small[0].metadata = small[0].metadata[:-1]
+    small[0].save(tmp_path / "x.index")
+    with pytest.raises(ValueError, match="x.index: expected a code for each id"):
+        HashIndex.load(tmp_path / "x.index")
+
+
+def test_a_file_with_an_effort_that_never_ends_is_named(small, tmp_path):
+    small[0].approximate("multihash", 8)
+    assert (small[0].search(CODES, 3).ids >= 0).all()
+    small[0].effort = 9
+    small[0].save(tmp_path / "x.index")
+    with pytest.raises(ValueError, match="x.index: effort: expected a whole number from 0 to 8"):
+        HashIndex.load(tmp_path / "x.index")
+
+
 @contextlib.contextmanager
 def files_of_at_most(size):
     "As on a full disk: the system refuses to write more into a file."
@@ -346,6 +404,18 @@ def test_a_full_disk_leaves_the_old_file(small, tmp_path):
     with files_of_at_most(8192), pytest.raises(OSError, match=f"{path}: expected to write the whole file"):
         small[0].save(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.index"]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_the_umask_says_who_may_read(small, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        small[0].save(tmp_path / "x.index")
+        write_text(tmp_path / "x.txt", "text")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(("x.index", "x.txt"), 0o666 & ~umask)
 
 
 def test_a_process_killed_while_saving_leaves_the_old_file(small, tmp_path):
@@ -433,7 +503,10 @@ def test_bad_settings_are_named(small):
     for call, message in (
         (lambda: HashIndex(0), "bits: expected"),
         (lambda: index.approximate("hsnw"), "did you mean 'hnsw'?"),
-        (lambda: index.approximate("hnsw", -1), "effort: expected a whole number from 0"),
+        (lambda: index.approximate("hnsw", 0), "effort: expected a whole number from 1 to"),
+        (lambda: index.approximate("ivf", 0), "effort: expected a whole number from 1 to"),
+        (lambda: index.approximate("multihash", 9), "effort: expected a whole number from 0 to 8, for 'mul"),
+        (lambda: index.approximate("multihash", -1), "effort: expected a whole number from 0 to 8"),
         (lambda: index.choose(recall=95), "recall: expected a share above 0, at most 1, found 95"),
         (lambda: HashIndex(12).add(random_codes(4)), "codes: expected zeros after the 12 bits"),
         (lambda: as_table({"id": [1]}, 1), "metadata: expected fields other than id, code"),
@@ -499,6 +572,30 @@ def test_in_a_filter_true_is_no_number(empty):
         ({"n": 2**70}, set()),
     ):
         assert set(empty.search(CODES[:1], 4, filter=filter).ids[0].tolist()) - {-1} == expected, filter
+
+
+def test_in_a_filter_large_whole_numbers_are_exact():
+    index = HashIndex(16)
+    index.add(CODES, metadata={"n": [2**53, 2**53 + 1, 2**53 + 2, 5]})
+    found = index.search(CODES[:1], 4, filter={"n": [2**53 + 1, 5.0, 0.5]})
+    assert set(found.ids[0].tolist()) - {-1} == {1, 3}
+
+
+def test_filters_find_any_text(empty):
+    "Of one line, which is all that Milvus can look for."
+    texts = ["a\tb", "a\\tb", "ä", 'a"b', "a\x07b", "a\0b", "\\", "{a}", "\u2028", "😀"]
+    empty.add(random_codes(len(texts)), metadata={"größe": texts, 'a"\\b': texts})
+    for i, text in enumerate(texts):
+        for name in ("größe", 'a"\\b'):
+            assert set(empty.search(CODES[:1], 10, filter={name: text}).ids[0].tolist()) - {-1} == {i}, text
+    assert set(empty.search(CODES[:1], 10, filter={"größe": texts[:3]}).ids[0].tolist()) - {-1} == {0, 1, 2}
+
+
+def test_a_number_of_neighbours_of_any_type(empty):
+    "Twice 200 is more than a uint8 holds."
+    codes = random_codes(300)
+    empty.add(codes)
+    equal(empty.search(codes[:2], np.uint8(200)), empty.search(codes[:2], 200))
 
 
 def test_items_without_fields_stay_so(empty):
@@ -587,6 +684,30 @@ def test_milvus_names_search_before_add_and_other_bits(tmp_path):
         MilvusIndex(tmp_path / "x.db", 32)
     with pytest.raises(ValueError, match="place: expected a file NAME.db or a URL"):
         MilvusIndex(tmp_path / "x.index", 16)
+
+
+@with_milvus
+def test_milvus_names_texts_that_it_can_not_look_for(embedded):
+    for text in ("a\nb", "a\rb"):
+        with pytest.raises(ValueError, match="filter: expected texts of one line, for Milvus, found"):
+            embedded.search(CODES, filter={"path": text})
+
+
+@with_milvus
+def test_milvus_lets_go_of_a_file_that_it_refuses(embedded):
+    "Unless another index of this process has it open."
+    place = embedded.place
+    program = f"from s5vh_nb.search.milvus import open_index; print(len(open_index({place!r})))"
+    with pytest.raises(ValueError, match="bits: expected 16"):
+        MilvusIndex(place, 32)
+    other = MilvusIndex(place)
+    other.close()
+    assert len(embedded) == 300
+    embedded.close()
+    with pytest.raises(ValueError, match="bits: expected 16"):
+        MilvusIndex(place, 32)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
+    assert done.stdout == "300\n", done.stderr
 
 
 @with_milvus
@@ -838,6 +959,13 @@ def test_indexing_on_a_server_leaves_nothing_here(files, monkeypatch, capsys):
     assert "http://host:19530: no answer" in capsys.readouterr().err and set(files.iterdir()) == before
 
 
+def test_bits_of_a_file_and_of_the_command(files, capsys):
+    np.savez("told.npz", codes=random_codes(4, 12), bits=12)
+    for words, bits in ([], 12), (["--bits", "16"], 16):
+        assert main(["index", "told.npz", f"{bits}.index", *words]) == 0
+        assert f"4 items added, 4 in all, {bits} bits" in capsys.readouterr().out
+
+
 def test_indexing_waits_for_another_run(files):
     "Both add to the index that the other one leaves."
     with only_run(files):
@@ -857,6 +985,9 @@ def test_commands_name_what_is_wrong(files, capsys):
     (files / "empty.npy").touch()
     (files / "half.npz").write_bytes((files / "more.npz").read_bytes()[:200])
     np.save("floats.npy", np.zeros((3, 8)))
+    (files / "fitted").mkdir()
+    fitted = json.dumps(to_dict(BaselineConfig()))
+    (files / "fitted" / "config.json").write_text(fitted, encoding="utf-8")
     assert main(["index", "codes.npy", "a.index"]) == 0
     for line, message in (
         ("index nowhere.npy b.index", "nowhere.npy"),
@@ -869,6 +1000,12 @@ def test_commands_name_what_is_wrong(files, capsys):
         ("index codes.npy b.index --manifest floats.npy", "floats.npy: expected a table (CSV, UTF-8)"),
         ("index codes.npy b.index --manifest empty.npy", "empty.npy: expected a table (CSV, UTF-8)"),
         ("index codes.npy b.db --recall 0.9", "--recall: expected an index file"),
+        ("index codes.npy b.db --recall 0", "--recall: expected an index file"),
+        ("index codes.npy b.index --recall 0", "recall: expected a share above 0"),
+        ("index codes.npy b.index --bits 0", "bits: expected"),
+        ("index codes.npy a.index --bits 0", "a.index: expected codes of 0 bits, found 16"),
+        ("--import s5vh_nb.nothing list", "--import: expected a module, found 's5vh_nb.nothing'"),
+        ("search a.index --caption x --model fitted", "config.json: expected the configuration of a network"),
         ("index codes.npy b.db --replicas 2", "--replicas: expected the URL of a Milvus server, found b.db"),
         ("index codes.npy b.index --shards 2 --lists 9", "--shards --lists: expected the URL of a Milvus"),
         ("search nowhere.index --id 1", "nowhere.index: expected a file"),

@@ -242,6 +242,24 @@ def test_a_relative_data_folder_leaves_the_notebook_whole(checkout, tmp_path, mo
     assert "'data', '<data_root>'" in text
 
 
+def test_only_whole_folders_are_replaced(checkout):
+    "Not ends of others, nor what reads like one in a picture; but those after a line's end or a colour."
+    picture = "iVBORw0+/data/AAA+/data="
+    data = {"image/png": picture, "text/html": f"<img src='data:image/png;base64,{picture}'> /data/a"}
+    lines = "/data\n/data/b \x1b[0;32m/data/c\x1b[0m ./data/d s5vh_nb/data/e '/data'"
+    outputs = [nbformat.v4.new_output("display_data", data=data)]
+    outputs.append(nbformat.v4.new_output("error", ename="E", evalue=lines, traceback=[lines]))
+    cell = nbformat.v4.new_code_cell(outputs=outputs)
+    text = execute.shareable(nbformat.v4.new_notebook(cells=[cell]), checkout, "/data")
+    shown, failed = nbformat.reads(text, 4).cells[0].outputs
+    assert shown.data["image/png"] == picture
+    assert shown.data["text/html"] == data["text/html"].replace(" /data/a", " <data_root>/a")
+    expected = (
+        "<data_root>\n<data_root>/b \x1b[0;32m<data_root>/c\x1b[0m ./data/d s5vh_nb/data/e '<data_root>'"
+    )
+    assert failed.evalue == failed.traceback[0] == expected
+
+
 def test_a_full_temporary_disk_costs_only_its_own_artefact(make, capsys, monkeypatch):
     "papermill's copy is cut off in the middle; the reason is what the disk said."
     make("first", "print('first')")

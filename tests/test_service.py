@@ -137,7 +137,7 @@ def test_answers_are_those_of_the_search(way, url):
     search = Search.open(way / "model", way / "videos.index", device="cpu")
     for i in (4, 7):
         content = (way / "videos" / search.index.about([i]).path[i]).read_bytes()
-        answer = send(f"{url}/search", content, top="7")
+        answer = send(f"{url}/search", content, top="0000000007")
         assert found(answer) == expected(search, content, 7)
         one = search.index.search(search.index.codes([i]), 7)
         assert found(ask(f"{url}/search?id={i}&top=7")) == list(
@@ -150,12 +150,12 @@ def test_answers_are_those_of_the_search(way, url):
 
 
 @contextlib.contextmanager
-def of_items(folder, metadata):
+def of_items(folder, metadata, videos=None):
     "The address of a service that takes ids of three items."
     index = HashIndex(16)
     index.add(np.array([[0, 0], [0, 1], [0, 3]], np.uint8), metadata=metadata)
     index.save(folder / "items.index")
-    with serving.in_background(serving.Service(folder / "items.index", workers=1, device="cpu")) as url:
+    with serving.in_background(serving.Service(folder / "items.index", None, videos, workers=1)) as url:
         yield url
 
 
@@ -166,6 +166,25 @@ def test_an_index_without_metadata(tmp_path):
         assert [row["about"] for row in json.loads(answer[2])["found"]] == [{}, {}]
         assert "1. item 0" in ask(f"{url}/?id=0")[2].decode()
         assert ask(f"{url}/strip/0")[0] == 404
+
+
+def test_links_in_a_circle_are_no_videos(tmp_path):
+    (tmp_path / "loop.gif").symlink_to("loop.gif")
+    with of_items(tmp_path, {"path": ["loop.gif"] * 3}, tmp_path) as url:
+        answer = ask(f"{url}/search?id=0")
+        assert answer[0] == 200 and [item["strip"] for item in json.loads(answer[2])["found"]] == [None] * 3
+        assert ask(f"{url}/strip/0")[0] == 404
+
+
+def test_where_nothing_is_found_there_is_no_more(tmp_path):
+    "As an approximate search may do."
+    index = HashIndex(64)
+    index.add(np.zeros((64, 8), np.uint8))
+    index.approximate("multihash", 0)
+    index.save(tmp_path / "x.index")
+    with contextlib.closing(serving.Service(tmp_path / "x.index", workers=1)) as service:
+        answer = service._search(np.full((1, 8), 255, np.uint8), 10, "a query")
+    assert (answer.found, answer.more) == ([], 0)
 
 
 def test_numbers_of_the_metadata_are_exact(tmp_path):
@@ -362,6 +381,9 @@ REFUSED = {  # status and part of the sentence: address, form
     (415, "is needed, not text/plain"): ("/search", {"content": b"a", "kind": "text/plain"}),
     (422, "No video was sent"): ("/search", {"content": b"a", "field": "film"}),
     (422, "How many: a whole number from 1 to 100"): ("/search", {"content": b"a", "top": "101"}),
+    (422, "not '0000000016000'"): ("/search", {"content": b"a", "top": "0000000016000"}),
+    (422, "not '00000000100000000000'"): ("/search", {"content": b"a", "top": "000000001" + "0" * 5000}),
+    (422, "1 to 100 is needed, not '٠'"): ("/search", {"content": b"a", "top": "٠"}),  # a zero
     (422, "found an empty file"): ("/search", {"content": b""}),
     (422, "a.mp4: expected a video, found"): (
         "/search",

@@ -9,6 +9,7 @@ __all__ = ['user_path', 'atomic_write', 'check_writable', 'write_text', 'only_ru
 import contextlib
 import os
 import re
+import secrets
 import tempfile
 from pathlib import Path
 
@@ -42,14 +43,14 @@ def _errno(error) -> int | None:
 
 def _temporary_beside(path: Path) -> Path:
     "A new empty file in the folder of `path`, which is made when missing; an `OSError` names `path`."
+    tmp = path.parent / f"{path.name}.tmp-{secrets.token_hex(8)}{path.suffix}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f"{path.name}.tmp-", suffix=path.suffix, dir=path.parent)
+        tmp.touch(exist_ok=False)  # may be read by whom the umask says, unlike those of `tempfile`
     except OSError as e:
         found = f"{path}: expected a folder that can be written to, found: {e.strerror}"
         raise type(e)(e.errno, found) from e
-    os.close(handle)
-    return Path(name)
+    return tmp
 
 
 @contextlib.contextmanager
@@ -65,11 +66,12 @@ def atomic_write(
     """
     path = user_path(path)
     tmp = _temporary_beside(path)
+    mode = tmp.stat().st_mode
     try:
         yield tmp
         with open(tmp, "rb") as f:
             os.fsync(f.fileno())
-        os.chmod(tmp, 0o644)
+        os.chmod(tmp, mode)  # safetensors puts a file in its place that others can't read
         os.replace(tmp, path)
     except Exception as e:
         if _errno(e) is None:

@@ -115,12 +115,14 @@ def _index(args):
     "Add codes to an index, which is made where there is none."
     read = _read_codes(args.codes)
     given = {"codes": read.pop("codes"), "ids": read.pop("ids", None)}
-    told = args.bits or int(read.pop("bits", 0))  # 0: nothing tells
-    model = str(read.pop("model", ""))
-    bits = told or 8 * given["codes"].shape[1]
+    told, model = read.pop("bits", None), str(read.pop("model", ""))
+    told = told if args.bits is None else args.bits  # None: nothing tells
+    bits = 8 * given["codes"].shape[1] if told is None else int(told)
     given["metadata"] = read or None
     milvus = is_milvus(args.index)
-    check(not (milvus and args.recall), "--recall", "an index file (Milvus has its own kinds)", args.index)
+    check(
+        not milvus or args.recall is None, "--recall", "an index file (Milvus has its own kinds)", args.index
+    )
     spread = {name: getattr(args, name) for name in _SPREAD if getattr(args, name) is not None}
     options = " ".join(f"--{name}" for name in spread)
     check("://" in args.index or not spread, options, "the URL of a Milvus server", args.index)
@@ -136,13 +138,13 @@ def _index(args):
         place.parent.mkdir(parents=True, exist_ok=True)
         with only_run(place.parent, wait=True):
             index = HashIndex.load(place) if place.exists() else HashIndex(bits, model)
-            check(told in (0, index.bits), args.index, f"codes of {told} bits", index.bits)
+            check(told is None or bits == index.bits, args.index, f"codes of {bits} bits", index.bits)
             same = index.model == model or not (index.model and model)
             check(
                 same, args.index, f"codes of the model {model}, as in {args.codes}", f"those of {index.model}"
             )
             ids = index.add(**given)
-            if args.recall:
+            if args.recall is not None:
                 print(index.choose(args.recall).round(3).to_string(index=False))
             index.save(place)
     print(f"{args.index}: {len(ids)} items added, {len(index)} in all, {index.bits} bits")
@@ -598,6 +600,14 @@ def _dispatch(args) -> int:
     return 0
 
 
+def _import(module: str):
+    "`ImportError` where there is no such module, or nothing of that name in it."
+    try:
+        pkgutil.resolve_name(module)
+    except AttributeError as error:
+        raise ImportError(f"--import: expected a module, found {module!r}: {error}") from error
+
+
 def main(
     argv: list | None = None,  # The command's words; None takes those of the shell
 ) -> int:
@@ -613,7 +623,7 @@ def main(
     args = _parser().parse_args(argv)
     try:
         for module in vars(args).pop("modules"):
-            pkgutil.resolve_name(module)
+            _import(module)
         return _dispatch(args)
     except (ValueError, OSError, ImportError) as error:
         print(f"s5vh-nb: {error}", file=sys.stderr)

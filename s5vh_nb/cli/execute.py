@@ -39,6 +39,10 @@ def _places(root: Path, data_root: str | None) -> dict:
     return {folder: named[folder] for folder in sorted(named, key=len, reverse=True) if folder != "/"}
 
 
+_PICTURE = r'"image/\w+": "[^"]*"|;base64,[\w+/=]+'  # in the text of a notebook
+_BEFORE = r"(?:(?<![\w.-])|(?<=\\[nrt])|(?<=\dm))"  # a folder, also \n or a colour's code
+
+
 def shareable(
     nb,  # An executed notebook; its metadata are changed
     root: Path,  # The project's folder
@@ -65,7 +69,8 @@ def shareable(
     nb.metadata["papermill"] = {key: notes[key] for key in ("parameters", "version") if key in notes}
     text = nbformat.writes(nb)
     for folder, name in _places(root, data_root).items():
-        text = re.sub(re.escape(folder) + r"(?![\w.-])", lambda match: name, text)
+        wanted = f"({_PICTURE})|{_BEFORE}{re.escape(folder)}" + r"(?![\w.-])"
+        text = re.sub(wanted, lambda match: match[1] or name, text)
     return text + "\n"
 
 # %% ../../nbs/lib/cli/02_execute.ipynb #516fe33a

@@ -492,21 +492,22 @@ class Service:
     def _search(self, codes: np.ndarray, top: int, query: str, **more) -> _Answer:
         found = self.index.search(codes, top)
         ids = found.ids[0][found.ids[0] >= 0]
-        distances = found.distances[0][: len(ids)].tolist()
+        distances = found.distances[0][: len(ids)]
         about = _records(self.index.about(ids))
         items = [
             {"rank": rank, "id": i, "distance": distance, "about": facts, "strip": self._strip_url(i, facts)}
-            for rank, (i, distance, facts) in enumerate(zip(ids.tolist(), distances, about, strict=True), 1)
+            for rank, (i, distance, facts) in enumerate(
+                zip(ids.tolist(), distances.tolist(), about, strict=True), 1
+            )
         ]
-        last = found.distances[0].max()
-        return _Answer(query, items, int(found.ties[0] - (found.distances[0] == last).sum()), **more)
+        return _Answer(query, items, int(found.ties[0] - (distances == distances[-1:]).sum()), **more)
 
     def _strip_url(self, i: int, about: dict) -> str | None:
         return f"/strip/{i}" if _is_emoji(about) or self._file(about) else None
 
     def _file(self, about: dict) -> Path | None:
         "The video of an item; None where it is not below the folder of videos."
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # the last of links in a circle
             file = (self.videos / str(about["path"])).resolve() if self.videos and "path" in about else None
             return file if file and file.is_relative_to(self.videos) and file.is_file() else None
 
@@ -621,9 +622,10 @@ async def _form(request, most: int) -> dict:
 
 def _whole(text: str) -> int:
     "How many items a form asks for."
-    if not (text.isdecimal() and 1 <= int(text[:9]) <= _MOST):
+    digits = text.lstrip("0")  # Python reads no more than some thousand of them
+    if not (digits.isdecimal() and len(digits) <= 9 and 1 <= int(digits) <= _MOST):
         raise _Refused(422, f"How many: a whole number from 1 to {_MOST} is needed, not {text[:20]!r}.")
-    return int(text)
+    return int(digits)
 
 
 async def _answer_form(service: Service, request) -> _Answer:

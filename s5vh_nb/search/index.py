@@ -168,6 +168,11 @@ def _exact(
 EFFORTS = {"ivf": (1, 4, 16, 64), "hnsw": (32, 128, 512), "multihash": (0, 1, 2)}  # tried by `choose`
 
 
+def _width(n: int, bits: int) -> int:
+    "Bits of a piece of the codes, for `multihash`: a piece has about as many values as there are codes."
+    return min(bits, max(4, round(np.log2(n))))
+
+
 def _build(
     kind: str,  # One of `EFFORTS`
     codes: np.ndarray,  # (n, bytes) uint8
@@ -181,7 +186,7 @@ def _build(
     elif kind == "hnsw":
         made = faiss.IndexBinaryHNSW(bits, 16)
     else:
-        width = min(bits, max(4, round(np.log2(n))))
+        width = _width(n, bits)
         made = faiss.IndexBinaryMultiHash(bits, bits // width, width)
     made.add(codes)
     return made
@@ -532,18 +537,19 @@ class HashIndex:
             not old.any(), "ids", "ids that the index does not have yet (`remove` them first)", ids[old][:1]
         )
         table = as_table(metadata, n, self.metadata)
-        self.metadata = pd.concat([self.metadata, table], ignore_index=True) if len(self) else table
-        self.ids = np.concatenate([self.ids, ids])
-        self._words = np.concatenate([self._words, _as_words(codes)], 1)
-        self._take(None if (np.diff(self.ids) > 0).all() else np.argsort(self.ids))
+        table = pd.concat([self.metadata, table], ignore_index=True) if len(self) else table
+        words = np.concatenate([self._words, _as_words(codes)], 1)
+        every = np.concatenate([self.ids, ids])
+        self._take(every, words, table, None if (np.diff(every) > 0).all() else np.argsort(every))
         return ids
 
-    def _take(self, rows):
-        "Keep these rows, in this order; None: all as they are."
-        self._use("exact", 0, None)
+    def _take(self, ids, words, metadata, rows):
+        "Hold these rows, in this order, or None: all as they are. After an error the index is as before."
         if rows is not None:
-            self.ids, self._words = self.ids[rows], np.ascontiguousarray(self._words[:, rows])
-            self.metadata = self.metadata.iloc[rows].reset_index(drop=True)
+            ids, words = ids[rows], np.ascontiguousarray(words[:, rows])
+            metadata = metadata.iloc[rows].reset_index(drop=True)
+        self._use("exact", 0, None)
+        vars(self).update(ids=ids, _words=words, metadata=metadata)  # at once, as Ctrl-C may come
 
     def remove(
         self,
@@ -556,7 +562,8 @@ class HashIndex:
         ids
             (n,) ids of items
         """
-        self._take(np.delete(np.arange(len(self)), self._rows(ids)))
+        rows = np.delete(np.arange(len(self)), self._rows(ids))
+        self._take(self.ids, self._words, self.metadata, rows)
 
     def codes(
         self,
@@ -634,7 +641,8 @@ class HashIndex:
         for name, value in filter.items():
             column = self.metadata[name]
             values = [each for each in several(value) if _is_bool(each) == (column.dtype.kind == "b")]
-            allowed &= column.isin(values).to_numpy()
+            exactly = pd.Series(values, dtype=object)  # of whole numbers and others pandas would make floats
+            allowed &= column.isin(exactly).to_numpy()
         return allowed
 
     def approximate(
@@ -657,8 +665,15 @@ class HashIndex:
             self._use("exact", 0, None)
             return
         effort = EFFORTS[kind][1] if effort is None else effort
-        check(is_whole(effort) and effort >= 0, "effort", "a whole number from 0", repr(effort))
+        self._check_effort(kind, effort, "effort")
         self._use(kind, effort, _build(kind, _as_codes(self._words)))
+
+    def _check_effort(self, kind: str, effort, where: str):
+        "`ValueError` for an effort with which faiss would stop, or never end."
+        whole = 8 * -(-self.bits // 8)
+        least, most = (0, _width(len(self), whole)) if kind == "multihash" else (1, 2**31 - 1)
+        good = is_whole(effort) and least <= effort <= most
+        check(good, where, f"a whole number from {least} to {most}, for {kind!r}", repr(effort))
 
     def _use(self, kind: str, effort: int, structure):
         "Search in this structure from now on; None: in the codes."
@@ -693,6 +708,19 @@ class HashIndex:
         some = np.linspace(0, len(self) - 1, min(256, len(self))).astype(int)
         queries = _as_codes(self._words[:, some]) if queries is None else queries
         queries = check_search(queries, top, None, None, self.bits, len(self), ())
+        before = self.kind, self.effort, self._structure
+        try:
+            table, structures = self._try_all(queries, top)
+        finally:
+            self._use(*before)
+        best = table["ms"].where(table["recall"] >= recall).idxmin()
+        best = best if table["ms"][best] <= table["ms"][0] / 2 else 0
+        table["chosen"] = table.index == best
+        self._use(table["kind"][best], int(table["effort"][best]), structures[table["kind"][best]])
+        return table
+
+    def _try_all(self, queries: np.ndarray, top: int) -> tuple[pd.DataFrame, dict]:
+        "A row for each trial, and the structures by kind; the last one stays in use."
         self._use("exact", 0, None)
         exact, seconds = _timed(self.search, queries, top)
         size = (self._words.nbytes + self.ids.nbytes) / 1e6
@@ -705,12 +733,7 @@ class HashIndex:
                 found, seconds = _timed(self.search, queries, top)
                 share = recall_at(found, exact)
                 rows.append((kind, effort, share, 1e3 * seconds / len(queries), more, built))
-        table = pd.DataFrame(rows, columns=["kind", "effort", "recall", "ms", "MB", "build s"])
-        best = table["ms"].where(table["recall"] >= recall).idxmin()
-        best = best if table["ms"][best] <= table["ms"][0] / 2 else 0
-        table["chosen"] = table.index == best
-        self._use(table["kind"][best], int(table["effort"][best]), structures[table["kind"][best]])
-        return table
+        return pd.DataFrame(rows, columns=["kind", "effort", "recall", "ms", "MB", "build s"]), structures
 
     def save(
         self,
@@ -751,9 +774,13 @@ class HashIndex:
         """
         arrays, about = _read(user_path(path), mmap)
         index = cls(about["bits"], about.get("model", ""))
+        size = len(index._words), len(arrays["ids"])
+        shape = arrays["words"].shape
+        check(shape == size, f"{path}", f"a code for each id, {size} words", shape)
         index._words, index.ids = arrays["words"], arrays["ids"]
         index.metadata = as_table(json.loads(arrays["metadata"].tobytes()), len(index))
         if "structure" in arrays:
+            index._check_effort(about["kind"], about["effort"], f"{path}: effort")
             structure = faiss.deserialize_index_binary(np.array(arrays["structure"]))
             index._use(about["kind"], about["effort"], structure)
         return index

@@ -6,11 +6,13 @@
 __all__ = ['is_milvus', 'MilvusIndex', 'open_index']
 
 # %% ../../nbs/lib/search/03_milvus.ipynb #6fd27261
+import collections
 import contextlib
 import json
 import logging
 import re
 import warnings
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from .index import Found, HashIndex, as_table, check_codes, check_ids, check_sea
 _MOST = 16384  # items that Milvus returns at most
 _PIECE = 10000  # items in one message
 _NOTHING = "id < 0"  # a filter that lets nothing through
+_open = collections.defaultdict(weakref.WeakSet)  # place -> indexes that share the one connection to it
 
 
 def _is_file(place: str) -> bool:
@@ -69,8 +72,17 @@ def _errors(place: str, expected: str):
                 log.setLevel(level)
 
 
+def _quoted(value) -> str:
+    "A value of a filter; in a text only quotes and backslashes are escaped, Milvus finds no others."
+    if not isinstance(value, str):
+        return json.dumps(value)
+    check(not re.search("[\n\r]", value), "filter", "texts of one line, for Milvus", repr(value))
+    escaped = re.sub(r'(["\\])', r"\\\1", value)
+    return f'"{escaped}"'
+
+
 def _expression(filter) -> str:
-    "A filter in Milvus's language; every text is quoted as in JSON."
+    "A filter in Milvus's language."
     if filter is None:
         return ""
     if not isinstance(filter, Mapping):
@@ -82,8 +94,8 @@ def _expression(filter) -> str:
         for each in several(value):
             each = each.item() if isinstance(each, np.generic) else each
             groups.setdefault(type(each), []).append(each)
-        lists = [json.dumps(group, ensure_ascii=False) for group in groups.values()]
-        wanted = [f"$meta[{json.dumps(name)}] in {values}" for values in lists]
+        lists = [", ".join(map(_quoted, group)) for group in groups.values()]
+        wanted = [f"$meta[{json.dumps(name, ensure_ascii=False)}] in [{values}]" for values in lists]
         parts.append(f"({' or '.join(wanted or [_NOTHING])})")
     return " and ".join(parts)
 
@@ -153,11 +165,21 @@ class MilvusIndex:
             if _is_file(self.place):
                 self._check_file(bits, lists, shards, replicas)
             self._client = pymilvus.MilvusClient(self.place, token=token, timeout=timeout)
-            if not self._client.has_collection(collection, timeout=timeout):
-                check(bits is not None, "bits", "the length of the codes, for a new index", "none")
-                check_bits(bits)
-                self._create(pymilvus.DataType, bits, lists or 0, shards or 1)
-            self._load(pymilvus.client.types.LoadState.Loaded, replicas)
+            _open[self.place].add(self)
+            try:
+                self._prepare(pymilvus, bits, lists, shards, replicas)
+            except BaseException:
+                self.close()
+                raise
+
+    def _prepare(self, pymilvus, bits, lists, shards, replicas):
+        "Have the collection in memory, a new one where there is none; `ValueError` where it is another."
+        collection, timeout = self.collection, self._timeout
+        if not self._client.has_collection(collection, timeout=timeout):
+            check(bits is not None, "bits", "the length of the codes, for a new index", "none")
+            check_bits(bits)
+            self._create(pymilvus.DataType, bits, lists or 0, shards or 1)
+        self._load(pymilvus.client.types.LoadState.Loaded, replicas)
         described = self._call("describe_collection")
         about = described["description"].split()
         ours = len(about) == 2 and about[1] == "bits" and about[0].isdecimal()
@@ -212,6 +234,9 @@ class MilvusIndex:
 
     def close(self):
         "Let go of the file or the connection; the index can't be used any more."
+        _open[self.place].discard(self)
+        if _open[self.place]:
+            return
         self._client.close()
         if _is_file(self.place):
             from milvus_lite.server_manager import server_manager_instance
@@ -356,6 +381,7 @@ class MilvusIndex:
         """
         fields, size = self._first() if isinstance(filter, Mapping) else (), len(self)
         queries = check_search(queries, top, radius, filter, self.bits, min(size, _MOST), fields)
+        top = int(top)  # twice a uint8 may be more than it holds
         most = min(size, _MOST)
         limit, hits = min(2 * top, most), {}
         todo = np.arange(len(queries))

@@ -66,9 +66,9 @@ def load_network(
     )
     try:
         config = from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+        check_config(config, "its kind", NetworkConfig)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: expected the configuration of a network, found: {error}") from error
-    check_config(config, str(path), NetworkConfig)
     with contextlib.redirect_stdout(io.StringIO()):  # the Hub's mixin prints
         return network_class(config).from_pretrained(user_path(folder), map_location=device)
 
