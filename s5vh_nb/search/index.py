@@ -641,8 +641,9 @@ class HashIndex:
         for name, value in filter.items():
             column = self.metadata[name]
             values = [each for each in several(value) if _is_bool(each) == (column.dtype.kind == "b")]
-            exactly = pd.Series(values, dtype=object)  # of whole numbers and others pandas would make floats
-            allowed &= column.isin(exactly).to_numpy()
+            if len({*map(type, values)}) > 1:  # pandas would make floats of whole numbers beside fractions
+                values = pd.Series(values, dtype=object)
+            allowed &= column.isin(values).to_numpy()
         return allowed
 
     def approximate(
