@@ -1,6 +1,7 @@
 """Encoding in other people's hands: threads, casts, kinds of input, saved networks that are not there."""
 
 import contextlib
+import dataclasses
 import gc
 import threading
 import time
@@ -24,8 +25,8 @@ from s5vh_nb.models.methods import fit_baseline
 from s5vh_nb.models.mixers import MIXERS
 from s5vh_nb.models.plus import Plus
 from s5vh_nb.models.s5vh import S5VH
+from s5vh_nb.ops import streams
 from s5vh_nb.ops.dispatch import use_backend
-from s5vh_nb.ops.streams import recording
 
 VIDEOS = S5VHConfig(d=13, bits=16, m=16, depth=2, decoder_m=16)
 PAIRS = DMMHConfig(di=12, dt=9, bits=16, width=16, image_hidden=16, cnn_width=8)
@@ -247,16 +248,17 @@ def test_no_garbage_is_collected_while_threads_record_in_turns(monkeypatch):
     fakes |= dict(set_stream=lambda stream: None, graph=lambda *args: contextlib.nullcontext())
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(streams, "_SIDE_STREAMS", {})
     inside, seen = threading.Event(), []
 
     def first():
-        with recording(None):
+        with streams.recording(None):
             inside.set()
             time.sleep(0.2)
 
     def second():
         inside.wait()
-        with recording(None):
+        with streams.recording(None):
             seen.append(gc.isenabled())
 
     with ThreadPoolExecutor(2) as pool:
@@ -265,9 +267,12 @@ def test_no_garbage_is_collected_while_threads_record_in_turns(monkeypatch):
 
 
 def test_networks_made_elsewhere_leave_ordinary_ones_alone():
+    pairs = dataclasses.replace(PAIRS, width=24)  # of which nothing is kept yet
     with torch.device("meta"):
-        DMMH(PAIRS)
-    assert {x.device.type for x in DMMH(PAIRS).state_dict().values()} == {"cpu"}
+        DMMH(pairs)
+    net = DMMH(pairs)
+    assert {x.device.type for x in (*net.parameters(), *net.buffers())} == {"cpu"}
+    assert len(net.encode(torch.randn(2, 12), torch.randn(2, 9))) == 2
 
 
 def test_arrays_into_a_network_itself_are_named():

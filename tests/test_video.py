@@ -481,10 +481,14 @@ def test_what_cannot_be_read_is_listed_and_skipped(videos, tmp_path, monkeypatch
     assert again.new == 0 and again.unreadable == done.unreadable
 
 
-def test_a_fault_that_passes_is_no_verdict(videos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_fault_that_passes_is_no_verdict(videos, tmp_path, monkeypatch, wrapped):
+    "Also where the decoder says only that it can't open the file."
+
     def fault(file, *args):
         if str(file).endswith("4.gif"):
-            raise OSError(errno.EIO, "Input/output error")
+            error = OSError(errno.EIO, "Input/output error")
+            raise (ValueError("expected a video") if wrapped else error) from (error if wrapped else None)
         return read_clip(file, *args)
 
     monkeypatch.setattr(extract, "read_clip", fault)

@@ -279,7 +279,7 @@ class SLGConfig(ObjectiveConfig):
         check(0 <= self.tau_plus < 1, "tau_plus", "a prior in [0, 1)", self.tau_plus)
         check(0 <= self.refresh <= 1, "refresh", "a share in [0, 1]", self.refresh)
         check(self.n_centers > 1, "n_centers", "at least 2", self.n_centers)
-        check(self.temperature > 0, "temperature", "a positive number", self.temperature)
+        check(self.temperature >= 0.0125, "temperature", "at least 0.0125", self.temperature)
         fits = self.centers in ("semantic", "plain", "hadamard", "random") or self.centers.startswith("file:")
         check(fits, "centers", "'semantic', 'plain', 'hadamard' or 'random'", repr(self.centers))
         check(0 <= self.labelled <= 1, "labelled", "a share in [0, 1]", self.labelled)

@@ -614,9 +614,10 @@ _PASSING = errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, err
 
 
 def _passes(error: Exception) -> bool:
-    "Whether an error is of the machine, not of the video."
-    of_system = isinstance(error, OSError) and error.errno in _PASSING
-    return of_system or isinstance(error, (FileNotFoundError, MemoryError))
+    "Whether an error, or what it came from, is of the machine, not of the video."
+    causes = error, error.__cause__
+    of_system = any(isinstance(each, OSError) and each.errno in _PASSING for each in causes)
+    return of_system or any(isinstance(each, (FileNotFoundError, MemoryError)) for each in causes)
 
 
 def _decode(t: int, view: View, video: _Video) -> _Read:

@@ -466,7 +466,7 @@ class HDF5Rows(RowStore):
         rows: slice,  # Part of the first axis
         columns: slice = slice(None),  # Part of the second
     ) -> np.ndarray:
-        """A block of the array, float32; `ValueError` at NaN and infinity.
+        """A block, float32; `ValueError` at NaN and infinity, and for a file that was written since.
 
         Parameters
         ----------
