@@ -230,7 +230,7 @@ def test_a_watched_network_can_be_forgotten():
     watched, alive = _Watched(net, "cpu"), weakref.ref(net)
     del net
     gc.collect()
-    assert watched.was and alive() is None
+    assert watched.parts and alive() is None
 
 
 def test_an_encoder_goes_when_its_network_leaves_the_gpu():

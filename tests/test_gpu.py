@@ -52,7 +52,7 @@ OPTIONS = [{}, {"tied": True}, {"directions": "forward"}, {"directions": "backwa
 @pytest.mark.parametrize("t", [13, 200])  # the scan takes the second in chunks
 def test_fused_layers_are_the_plain_layers(t, options):
     torch.manual_seed(0)
-    net = layers(3, 32, **options)  # from the third on, sums overwrite each other without gradients
+    net = layers(3, 32, **options)
     for p in net.parameters():
         nn.init.normal_(p, std=0.3)  # gains and biases too
     x, plain = torch.randn(3, t, 32), copy.deepcopy(net).double()  # on the CPU layers are the plain ones
@@ -61,7 +61,10 @@ def test_fused_layers_are_the_plain_layers(t, options):
     y = net.cuda()(x.cuda())
     assert_near(with_gradients(y, y.square().sum(), net.parameters()), wanted, 1e-4)
     with torch.no_grad():  # the scan writes over its step sizes, gates over signals, sums over sums
-        assert_near([net(x.cuda())], [exact], 1e-4)
+        there = x.cuda()
+        assert_near([net(there)], [exact], 1e-4)
+        assert torch.equal(there.cpu(), x) and net(there, overwrite=True) is there
+        assert_near([there], [exact], 1e-4)
 
 
 @pytest.mark.parametrize("kind", [RetNet, RWKV])
@@ -198,6 +201,9 @@ def test_graphs_of_earlier_calls_hold_while_a_network_stays_as_it_was():
     assert (same_as_a_copy(model, x) != others[-1]).float().mean() > 0.9
     hook.remove()
     assert torch.equal(same_as_a_copy(model, x), others[-1])
+    there = model.cpu().encode(x.cpu())  # the graphs' weights have left the GPU
+    assert model not in codes._ENCODERS and (there != others[-1]).float().mean() < 0.02
+    assert torch.equal(same_as_a_copy(model.cuda(), x), others[-1])
 
 
 def test_other_parts_in_the_place_of_earlier_ones():
@@ -256,6 +262,7 @@ def test_slices_of_videos_are_the_whole():
         of_parts = [None] * 5 if factors is None else factors.split(20, 1)
         alone = [net(part, factors=own) for part, own in zip(x.split(20), of_parts)]
         assert_near([net(x, factors=factors)], [torch.cat(alone)], 1e-6)
+        assert_near([net(x.clone(), factors, overwrite=True)], [torch.cat(alone)], 1e-6)
 
 
 def test_gradients_of_a_captured_step():

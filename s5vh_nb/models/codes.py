@@ -214,7 +214,8 @@ _PLAIN = bool, int, float, str, tuple, type(None)
 class _Watched:
     """What the kernels of a network depend on beside its inputs and the numbers in its weights.
 
-    It keeps parts of the network, but not the network itself, which could else never be forgotten.
+    It keeps parts of the network, but not the network itself, which could else never be forgotten. The memory
+    of its tensors stays: a graph may be replayed once more before a change is seen.
     """
 
     def __init__(self, net: "HashNetwork", device: str):
@@ -225,22 +226,32 @@ class _Watched:
         self.hooks = [x for m in modules for x in (m._forward_hooks, m._forward_pre_hooks)]
         names = [[name for name in vars(m) if name[0] != "_" and name != "training"] for m in modules]
         self.own = [*zip(map(vars, modules), names)]
-        self.was = self._now()
+        self.held = [(x, x.untyped_storage()) for x in self._tensors()]
+        self.parts, self.rest = self._parts(), self._rest()
 
-    def _now(self) -> list:
-        found = [chosen_backend(), torch.get_float32_matmul_precision(), any(self.hooks), type(self.net())]
-        found += [torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)]
+    def _tensors(self) -> list:
+        return [x for own in self.tensors for x in own.values() if x is not None]
+
+    def _parts(self) -> list:
         children = [*chain.from_iterable(x.values() for x in self.children)]
-        found += *children, *map(type, children)
-        tensors = [x for own in self.tensors for x in own.values() if x is not None]
-        found += [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
+        same = *children, *map(type, children), *map(id, self._tensors())
+        precision = torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)
+        chosen = chosen_backend(), torch.get_float32_matmul_precision(), *precision
+        return [*chosen, any(self.hooks), type(self.net()), *same]
+
+    def _rest(self) -> list:
+        found = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in self._tensors()]
         for attributes, names in self.own:
             own = map(attributes.get, names)
             found += len(attributes), *(x if type(x) in _PLAIN else id(x) for x in own)
         return found
 
+    def has_its_parts(self) -> bool:
+        "Whether modules, tensors, hooks, backend and precision are the same: quickly found."
+        return self.parts == self._parts()
+
     def is_as_it_was(self) -> bool:
-        return self.was == self._now()
+        return self.has_its_parts() and self.rest == self._rest()
 
 
 class _Encoder:
@@ -283,15 +294,20 @@ def _codes(net: "HashNetwork", device: str, *projected) -> Tensor:
 _ENCODERS = weakref.WeakKeyDictionary()  # network on a GPU -> its encoder
 
 
-def _encoder_of(net: "HashNetwork", device: str) -> _Encoder:
-    "A new encoder, or on a GPU the one that there is while the network stays as it was."
-    encoder = _ENCODERS.get(net)
-    if encoder is None or not encoder.watched.is_as_it_was():
-        encoder = _Encoder(net, device)
-        _ENCODERS.pop(net, None)
-        if encoder.replays:
-            _ENCODERS[net] = encoder
+def _new_encoder(net: "HashNetwork", device: str) -> _Encoder:
+    "An encoder in the place of an earlier one."
+    encoder = _Encoder(net, device)
+    _ENCODERS.pop(net, None)
+    if encoder.replays:
+        _ENCODERS[net] = encoder
     return encoder
+
+
+def _encoder_of(net: "HashNetwork", device: str) -> _Encoder:
+    "A new encoder, or on a GPU the one that there is while the network has its parts."
+    encoder = _ENCODERS.get(net)
+    same = encoder is not None and encoder.device == device and encoder.watched.has_its_parts()
+    return encoder if same else _new_encoder(net, device)
 
 
 class HashNetwork(nn.Module, PyTorchModelHubMixin):
@@ -368,14 +384,14 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
 
     def h_of_projected(
         self,
-        *projected: Tensor | None,  # From `project`
+        *projected: Tensor | None,  # From `project`; without gradients a GPU may write over them
     ) -> Tensor:
         """`h` of the inputs that were projected, (b, k).
 
         Parameters
         ----------
         *projected : Tensor | None
-            From `project`
+            From `project`; without gradients a GPU may write over them
         """
         return self.h(*projected)
 
@@ -415,8 +431,9 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         def encoded(encoder, start):
             "The codes of a block, the smallest and the largest numbers in what they are made from."
             projected = encoder.project(*(block(x, start) for x in inputs))
-            codes = encoder.codes(*projected)
-            return codes, [end for x in projected if x is not None for end in torch.aminmax(x)]
+            there = [x for x in projected if x is not None and x.numel() > 0]
+            ends = [end for x in there for end in torch.aminmax(x)]
+            return encoder.codes(*projected), ends
 
         kind, taken = like.device.type, like.dtype
         projects = type(self).project is not HashNetwork.project
@@ -424,11 +441,17 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
             taken = torch.get_autocast_dtype(kind)  # of the product that comes first
         starts = tqdm(range(0, n, batch), "encode", unit="batch", leave=False, disable=not progress)
         with torch.cuda.device_of(like):
-            encoder = _encoder_of(self, kind)
-            codes, ends = zip(*(encoded(encoder, start) for start in starts))
-            largest = torch.stack([*chain.from_iterable(ends)]).abs().amax().item()
-            check_largest(largest, "features, projected" if projects else "features")
-            return torch.cat(codes).cpu()
+            encoder, made = _encoder_of(self, kind), []
+            for start in starts:
+                made.append(encoded(encoder, start))
+                if start == 0 and encoder.watched is not None and not encoder.watched.is_as_it_was():
+                    encoder = _new_encoder(self, kind)  # found out while the GPU works
+                    made = [encoded(encoder, start)]
+            codes, ends = zip(*made)
+            largest = torch.stack([*chain.from_iterable(ends)]).abs().amax()
+            codes = torch.cat(codes).cpu()
+            check_largest(largest.item(), "features, projected" if projects else "features")
+            return codes
 
     def program_of(
         self,

@@ -370,6 +370,7 @@ class Layers(nn.Sequential):
         x: Tensor,  # (b, t, m)
         factors: Tensor | None = None,  # (l, b), see `draw_factors`; None draws them
         lengths: Tensor | None = None,  # (b,), see `Bidirectional`; with lengths, layers are not fused
+        overwrite: bool = False,  # Without gradients, a GPU may write over `x`
     ) -> Tensor:  # (b, t, m)
         """Parameters
         ----------
@@ -379,6 +380,8 @@ class Layers(nn.Sequential):
             (l, b), see `draw_factors`; None draws them
         lengths : Tensor | None
             (b,), see `Bidirectional`; with lengths, layers are not fused
+        overwrite : bool
+            Without gradients, a GPU may write over `x`
 
         Returns
         -------
@@ -392,7 +395,8 @@ class Layers(nn.Sequential):
         if not mamba or lengths is not None:
             return self._one_by_one(x, factors, lengths)
         backward, eps = int(self[0].directions != "forward"), self[0].branches()[0][0].eps
-        return mamba_layers(x, self._one_by_one, lambda: _stack_weights(list(self)), backward, eps, factors)
+        options = backward, eps, factors, overwrite
+        return mamba_layers(x, self._one_by_one, lambda: _stack_weights(list(self)), *options)
 
     def _one_by_one(self, x, factors, lengths=None):
         for i, layer in enumerate(self):

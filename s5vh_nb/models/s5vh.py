@@ -176,7 +176,7 @@ class _Encoder(nn.Module):
 
     def embeddings(
         self,
-        z: Tensor,  # (b, v, m) from `project`
+        z: Tensor,  # (b, v, m) from `project`; without gradients a GPU may write over it
         lengths: Tensor | None = None,  # (b,) how many frames count, the first ones; None: all
     ) -> Tensor:  # (b, v, m)
         """What the layers make of the frames.
@@ -184,7 +184,7 @@ class _Encoder(nn.Module):
         Parameters
         ----------
         z : Tensor
-            (b, v, m) from `project`
+            (b, v, m) from `project`; without gradients a GPU may write over it
         lengths : Tensor | None
             (b,) how many frames count, the first ones; None: all
 
@@ -193,7 +193,7 @@ class _Encoder(nn.Module):
         Tensor
             (b, v, m)
         """
-        return norm_linear(self.layers(z, lengths=lengths), self.norm, self.head)
+        return norm_linear(self.layers(z, lengths=lengths, overwrite=True), self.norm, self.head)
 
     def step(
         self,
@@ -517,6 +517,9 @@ class VideoNetwork(HashNetwork):
         return self.program_of(VideoCodes, (None, None, self.config.d))
 
 
+_COPIED = 8192  # frames whose features are copied at a time
+
+
 class S5VH(VideoNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"]):
     """Self-supervised video hashing with selective state spaces (S5VH, AAAI 2025).
 
@@ -601,14 +604,17 @@ class S5VH(VideoNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"]
         self,
         x: Tensor,  # (b, t, d)
     ) -> tuple:
-        """The projected frames (b, t, m).
+        """The projected frames (b, t, m). On a GPU in parts: half precision copies their features.
 
         Parameters
         ----------
         x : Tensor
             (b, t, d)
         """
-        return (self.encoder.project(x),)
+        if not x.is_cuda:
+            return (self.encoder.project(x),)
+        parts = [self.encoder.project(part) for part in x.split(max(1, _COPIED // x.shape[1]))]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts),)
 
     def h_of_projected(
         self,

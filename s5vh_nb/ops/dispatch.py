@@ -282,6 +282,7 @@ def mamba_layers(
     backward: int,  # So many of the `g` directions, the last ones, run from the last frame to the first
     eps: float,  # Of the norms
     factors: Tensor | None = None,  # (l, b), of what each layer adds to each video; None: 1
+    overwrite: bool = False,  # Without gradients, a GPU may write over `x`
 ) -> Tensor:  # (b, t, m)
     """Bidirectional Mamba layers: `plain`, or on a GPU with float32 inputs the same in one step.
 
@@ -299,6 +300,8 @@ def mamba_layers(
         Of the norms
     factors : Tensor | None
         (l, b), of what each layer adds to each video; None: 1
+    overwrite : bool
+        Without gradients, a GPU may write over `x`
 
     Returns
     -------
@@ -306,7 +309,7 @@ def mamba_layers(
         (b, t, m)
     """
     if x.dtype == torch.float32 and runs_on_triton(x):
-        return mamba_layers_triton(x, weights, backward, eps, _product_dtype(x), factors)
+        return mamba_layers_triton(x, weights, backward, eps, _product_dtype(x), factors, overwrite)
     return plain(x, factors)
 
 

@@ -319,38 +319,35 @@ class _Kept(NamedTuple):
     saved: torch.Tensor | None  # States between the scan's segments
 
 
-_SHORT = 64  # frames
+def _signals_and_gates(normed, w, in_bias, reversed_from, keep) -> tuple:
+    """Both as one product gives them (b, t, 2*g*d), the convolved signals and the gates (b, t, g*d) each.
 
-
-def _layer_forward(norm, w, in_bias, reversed_from, keep) -> tuple[torch.Tensor, _Kept | None]:
-    """What one layer with the weights `w` adds to the sum (b, t, m), and what its backward pass needs.
-
-    The first product adds `in_bias`, column m of its matrix. If nothing is kept, gates of long videos overwrite
-    the signals once these are convolved; those of short ones come from the same product, which is faster.
+    The product adds `in_bias`, column m of its matrix. If nothing is kept, there are two of them, and the gates
+    overwrite the signals once these are convolved.
     """
-    g, d = w.dt_proj.shape[:2]
-    r, n = w.dt_proj.shape[2], w.A.shape[1]
-    shape, m = norm.normed.shape[:2], norm.total.shape[2]
+    channels, m = w.A.shape[0], w.in_proj.shape[1] - _PADDING
+    frames = normed[..., :m].flatten(0, 1)  # (b*t, m)
 
     def project(rows, out=None):
-        frames = norm.normed[..., :m].flatten(0, 1)  # (b*t, m)
-        return torch.addmm(in_bias[rows], frames, w.in_proj[rows, :m].T, out=out)
+        made = torch.addmm(in_bias[rows], frames, w.in_proj[rows, :m].T, out=out)
+        return made.unflatten(0, normed.shape[:2])
 
-    signals, gates = slice(g * d), slice(g * d, None)
-    overwrite = not keep and shape[1] > _SHORT
-    made = project(signals if overwrite else slice(None))
-    uz = made.unflatten(0, shape)  # (b, t, 2*g*d) or only the signals (b, t, g*d)
-    u = conv_forward(uz[..., signals], w.taps, w.conv_bias, True, reversed_from)  # (b, t, g*d)
-    z = project(gates, out=made).unflatten(0, shape) if overwrite else uz[..., gates]  # (b, t, g*d)
-    s = u.new_empty(*u.shape[:2], g, r + 2 * n)  # delta's rank, B, C of each direction
+    signals, gates = slice(channels), slice(channels, None)
+    uz = project(slice(None) if keep else signals)
+    u = conv_forward(uz[..., signals], w.taps, w.conv_bias, True, reversed_from)
+    return uz, u, uz[..., gates] if keep else project(gates, out=uz.flatten(0, 1))
+
+
+def _scan_layer(u, z, w, reversed_from, keep) -> tuple:
+    "What the scan reads beside signals u and gates z, as in `_Kept`: s and delta; what it makes."
+    g, d, r = w.dt_proj.shape
+    s = u.new_empty(*u.shape[:2], g, r + 2 * w.A.shape[1])
     torch.bmm(_by_direction(u.unflatten(2, (g, d))), w.x_proj.mT, out=_by_direction(s))
     delta = torch.empty_like(u)
     torch.bmm(_by_direction(s[..., :r]), w.dt_proj.mT, out=_by_direction(delta.unflatten(2, (g, d))))
     B, C = s[..., r:].chunk(2, -1)  # (b, t, g, n)
     options, out = (True, reversed_from, keep, False), None if keep else delta
-    scan = scan_forward(u, delta, w.A, B, C, w.D, z, w.dt_bias, *options, out=out)
-    kept = _Kept(norm._replace(total=None), uz, u, s, delta, scan.out, scan.saved) if keep else None
-    return scan.out @ w.out_proj.T, kept
+    return s, delta, scan_forward(u, delta, w.A, B, C, w.D, z, w.dt_bias, *options, out=out)
 
 
 def _layer_backward(dtotal, dy, factors, first, w, reversed_from, kept, grads, beside) -> tuple:
@@ -448,6 +445,34 @@ def _layer_by_layer(
     ]
 
 
+def _all_forward(x, factors, eps, reversed_from, keep, weights) -> tuple[torch.Tensor, list]:
+    """What comes out of the last layer (b, t, m), and what the backward pass of each layer needs.
+
+    If nothing is kept, the sums overwrite `x`, and memory is free as soon as all has been read.
+    """
+    all_kept, y = [], None
+    factors = [None] * len(weights[0]) if factors is None else list(factors.unbind())  # (b,) each
+    in_biases = weights[0][..., x.shape[2]].contiguous()  # (l, 2*g*d)
+    for i, w in enumerate(_layer_by_layer(weights)):
+        entering = factors[i - 1] if i else None  # of what the layer before has added
+        norm = _norm_forward(x, y, eps, w.in_proj.dtype, entering, in_place=not keep)
+        x = norm.total
+        del y
+        uz, u, z = _signals_and_gates(norm.normed, w, in_biases[i], reversed_from, keep)
+        norm = norm._replace(total=None) if keep else None
+        s, delta, scan = _scan_layer(u, z, w, reversed_from, keep)
+        if keep:
+            all_kept.append(_Kept(norm, uz, u, s, delta, scan.out, scan.saved))
+        h = scan.out
+        del uz, u, z, s, delta, scan
+        y = h @ w.out_proj.T
+        del h
+    out = None if keep else x
+    if factors[-1] is None:
+        return torch.add(x, y, out=out), all_kept
+    return torch.addcmul(x, factors[-1][:, None, None], y, out=out), all_kept
+
+
 class _Layers(torch.autograd.Function):
     """Bidirectional Mamba layers of x (b, t, m).
 
@@ -455,21 +480,12 @@ class _Layers(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, factors, eps, reversed_from, keep, *weights):
-        ctx.kept, y = [], None
-        ctx.factors = [None] * len(weights[0]) if factors is None else list(factors.unbind())  # (b,) each
-        in_biases = weights[0][..., x.shape[2]].contiguous()  # (l, 2*g*d)
-        for i, w in enumerate(_layer_by_layer(weights)):
-            entering = ctx.factors[i - 1] if i else None  # of what the layer before has added
-            # without gradients: the first sum is the input, the second new memory, which later ones share
-            norm = _norm_forward(x, y, eps, w.in_proj.dtype, entering, in_place=i > 1 and not keep)
-            x = norm.total
-            del y  # its memory is free for what comes
-            y, kept = _layer_forward(norm, w, in_biases[i], reversed_from, keep)
-            ctx.kept.append(kept)
+    def forward(ctx, x, factors, eps, reversed_from, *weights):
+        out, ctx.kept = _all_forward(x, factors, eps, reversed_from, True, weights)
+        ctx.factors = [None] * len(ctx.kept) if factors is None else list(factors.unbind())
         ctx.reversed_from = reversed_from
         ctx.save_for_backward(*weights)
-        return x + y if factors is None else torch.addcmul(x, factors[-1][:, None, None], y)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -512,6 +528,7 @@ def mamba_layers_triton(
     eps: float,  # Of the norms
     dtype: torch.dtype,  # Of matrix products and of what lies between them
     factors: torch.Tensor | None = None,  # (l, b) float32, of what each layer adds to each video; None: 1
+    overwrite: bool = False,  # Without gradients, write over `x`
 ) -> torch.Tensor:  # (b, t, m) float32
     """Residual Mamba layers of all directions (S5VH, temporal encoder) on a GPU.
 
@@ -532,6 +549,8 @@ def mamba_layers_triton(
         Of matrix products and of what lies between them
     factors : torch.Tensor | None
         (l, b) float32, of what each layer adds to each video; None: 1
+    overwrite : bool
+        Without gradients, write over `x`
 
     Returns
     -------
@@ -553,16 +572,16 @@ def mamba_layers_triton(
     else:
         ready = prepare()
     g, d = ready[2].shape[1:3]
-    keep = torch.is_grad_enabled() and any(v.requires_grad for v in (x, *ready))
-    options = eps, (g - backward) * d, keep
-    videos = max(32, 32768 // x.shape[1])
-    if keep or len(x) <= videos:
+    options = eps, (g - backward) * d
+    if torch.is_grad_enabled() and any(v.requires_grad for v in (x, *ready)):
         return _Layers.apply(x.contiguous(), factors, *options, *ready)
-    out, parts = torch.empty_like(x), x.split(videos)  # nothing is kept: what lies between fits into a slice
-    factors = [None] * len(parts) if factors is None else factors.split(videos, 1)
-    for into, part, of_part in zip(out.split(videos), parts, factors):
-        into.copy_(_Layers.apply(part.contiguous(), of_part, *options, *ready))
-    return out
+    # nothing is kept: what lies between fits into a slice
+    x = x.contiguous() if overwrite else x.clone(memory_format=torch.contiguous_format)
+    parts = x.split(max(32, 32768 // x.shape[1]))
+    factors = [None] * len(parts) if factors is None else factors.split(len(parts[0]), 1)
+    for part, of_part in zip(parts, factors):
+        _all_forward(part, of_part, *options, False, ready)
+    return x
 
 # %% ../../nbs/lib/ops/04_triton_layers.ipynb #71a0c2f1
 @triton.jit
