@@ -229,6 +229,14 @@ def test_features_of_half_precision(make):
                 assert (model.encode(x) != model.encode(x.float())).float().mean() < (0.02 if half else 1e-9)
 
 
+def test_encoding_in_inference_mode():
+    "Its graphs serve other calls as well."
+    model, x = small(), torch.randn(9, 25, 8, device="cuda")
+    with torch.inference_mode():
+        inside = same_as_a_copy(model, x)
+    assert torch.equal(same_as_a_copy(model, x), inside)
+
+
 def test_graphs_go_with_their_network():
     "Memory and entry are free once nobody holds the network; a first one is for what stays, such as streams."
     x, held = torch.randn(2000, 25, 8, device="cuda"), []
@@ -295,7 +303,8 @@ def test_inputs_of_another_kind_get_an_ordinary_call():
     assert len(total.graphs) == 4
 
 
-CONFIG = train_config("spoken-digits", "smoke", epochs=4, warmup=1, precision="float32")
+# three layers, so that some are dropped
+CONFIG = train_config("spoken-digits", "smoke", epochs=4, warmup=1, precision="float32", depth=3)
 TERMS = ("loss", "reconstruction", "contrast", "alignment")
 
 
@@ -367,9 +376,54 @@ def test_captured_steps_of_rivals(monkeypatch, kind, name):
     assert (codes[0] == codes[1]).float().mean() > 0.95
 
 
+@pytest.mark.parametrize("past_warmup", [False, True])
+def test_a_step_with_dropped_layers_is_that_on_a_cpu(past_warmup, monkeypatch):
+    "Loss, gradients and labels with the same draws, which the refresh of labels has, too."
+    config = replace(CONFIG, relaxation="tanh", d=13)
+    x, order = torch.randn(5, 25, 13), torch.rand(5, 25).argsort(1)
+    kept = 1 - torch.linspace(0, 0.5, 3)[:, None]
+    drawn = {b: (torch.rand(3, b) < kept) / kept for b in (5, 10)}
+    asked, found = [], []
+
+    def draw_factors(layers, b):
+        asked.append(b)
+        return drawn[b].to(layers.kept.device) if len(layers) == 3 else None
+
+    monkeypatch.setattr(Layers, "draw_factors", draw_factors)
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        torch.manual_seed(0)
+        model, objective = S5VH(config.model), SLGObjective(config, 5)
+        objective.centers.copy_(torch.randn_like(objective.centers).sign())
+        objective.soft_labels.copy_(torch.randn_like(objective.soft_labels).softmax(1))
+        model, objective = model.to(device, dtype), objective.to(device, dtype)
+        parts = [x.to(device, dtype), torch.arange(5, device=device), order.to(device)]
+        loss = objective(model, *parts, past_warmup=past_warmup)["loss"]
+        found.append([*with_gradients(loss, loss, model.parameters()), objective.soft_labels])
+    assert_near(*reversed(found), 1e-3)
+    assert (drawn[10] == 0).any() and (5 in asked) == past_warmup
+
+
+def test_dropped_layers_go_on_as_drawn_after_a_stop(tmp_path, monkeypatch):
+    "The same seed gives the same training, also where it was stopped."
+    whole, again = trained(), trained()
+    assert whole.history == again.history
+    epoch = training.train_epoch
+
+    def dies(run, *rest):
+        if run.epoch == 2:
+            raise KeyboardInterrupt
+        return epoch(run, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "train_epoch", dies)
+        trained(checkpoint=tmp_path / "run.pt", every=1)
+    resumed = trained(checkpoint=tmp_path / "run.pt", resume=True)
+    assert torch.allclose(losses(resumed), losses(whole), rtol=1e-5)
+
+
 @pytest.mark.parametrize("mixer", ["Mamba", "Transformer", "RetNet"])
 def test_the_loss_of_videos_of_different_lengths_is_that_on_a_cpu(mixer):
-    config = replace(CONFIG, mixer=mixer, relaxation="tanh", drop_path=0.0, d=13)
+    config = replace(CONFIG, mixer=mixer, relaxation="tanh", depth=1, d=13)
     lengths = torch.tensor([25, 4, 13, 24, 7])
     x, drawn = torch.randn(5, 25, 13), torch.rand(5, 25)
     order = drawn.masked_fill(torch.arange(25) >= lengths[:, None], 2).argsort(1)

@@ -29,7 +29,7 @@ from s5vh_nb.learning.training import fit_objective, is_evaluation_epoch
 from s5vh_nb.models.dmmh import DMMH
 from s5vh_nb.models.s5vh import S5VH
 
-CONFIG = train_config("spoken-digits", "smoke", epochs=6)
+CONFIG = train_config("spoken-digits", "smoke", epochs=6, depth=2)  # some layers are dropped
 IMPORTS = """
 import sys
 import numpy as np
@@ -39,7 +39,7 @@ from s5vh_nb.learning.training import train
 data = load("spoken-digits")
 """
 SCRIPT = f"""{IMPORTS}
-config = train_config("spoken-digits", "smoke", epochs=6)
+config = train_config("spoken-digits", "smoke", epochs=6, depth=2)
 run = train(config, data, device="cpu", checkpoint=sys.argv[1], every=1, resume=True, progress=False)
 np.save(sys.argv[2], run.model.encode(data.query.frames).numpy())
 """

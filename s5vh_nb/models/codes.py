@@ -327,6 +327,11 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         self.config = config
 
+    def _apply(self, *args, **kwargs):
+        "Move or cast the network, which frees its graphs."
+        _ENCODERS.pop(self, None)
+        return super()._apply(*args, **kwargs)
+
     def __repr__(self):
         fields = {f: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
         told = [
@@ -395,6 +400,7 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         """
         return self.h(*projected)
 
+    @torch.inference_mode(False)  # graphs must not keep tensors of that mode
     @torch.no_grad()
     def packed(
         self,

@@ -39,7 +39,7 @@ def _sinusoids(
     return torch.where(j % 2 == 0, angle.sin(), angle.cos())
 
 
-@functools.lru_cache(64)
+@functools.cache
 def _kept_positions(t, m, device, dtype):
     return _sinusoids(torch.arange(t, device=device, dtype=dtype), m)
 
@@ -62,10 +62,12 @@ def positions(
     device
         Where to make them
     """
-    # a program that torch exports makes its own, for any number of frames
-    make = _kept_positions.__wrapped__ if exporting() else _kept_positions
     device = torch.get_default_device() if device is None else device
-    return make(t, m, device, torch.get_default_dtype())
+    dtype = torch.get_default_dtype()
+    if exporting():  # a program makes its own, for any number of frames
+        return _kept_positions.__wrapped__(t, m, device, dtype)
+    # few tables, so all of them can stay: recorded graphs read them
+    return _kept_positions(1 << max(t - 1, 0).bit_length(), m, device, dtype)[:t]
 
 # %% ../../nbs/lib/models/04_s5vh.ipynb #48f3bd05
 def take(

@@ -7,6 +7,7 @@ __all__ = ['norm_linear_triton', 'mamba_layers_triton', 'frame_error_triton']
 
 # %% ../../nbs/lib/ops/04_triton_layers.ipynb #ed4ef85f
 from collections.abc import Callable
+from itertools import chain
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -289,7 +290,7 @@ def norm_linear_triton(
     """
     check_triton(x)
     weights = norm.weight, norm.bias, linear.weight, linear.bias
-    return _NormLinear.apply(x.contiguous(), *weights, norm.eps, dtype)
+    return _NormLinear.apply(x.contiguous(), *(w.contiguous() for w in weights), norm.eps, dtype)
 
 # %% ../../nbs/lib/ops/04_triton_layers.ipynb #7c9d1e42
 def _by_direction(x: torch.Tensor) -> torch.Tensor:  # (b, t, g, w) -> (g, b*t, w), a view
@@ -310,7 +311,8 @@ def _pad_rank(x_proj, dt_proj) -> tuple:
 class _Kept(NamedTuple):
     "What the backward pass of a layer needs."
 
-    norm: _Norm  # Of the layer's input; without the sum
+    normed: torch.Tensor  # The normalised input, padded (b, t, m + 8)
+    scales: torch.Tensor  # Its factor r of every frame
     uz: torch.Tensor  # Signals and gates of all directions (b, t, 2*g*d)
     u: torch.Tensor  # Signals after the convolution (b, t, g*d)
     s: torch.Tensor  # Low-rank step sizes, B and C of each direction (b, t, g, r + 2*n)
@@ -386,12 +388,13 @@ def _layer_backward(dtotal, dy, factors, first, w, reversed_from, kept, grads, b
     _, conv_parts = conv_backward(scan.u, signal, w.taps, w.conv_bias, True, reversed_from, dx=dsignal)
 
     def in_proj_gradient():
-        torch.mm(duz.flatten(0, 1).T, kept.norm.normed.flatten(0, 1), out=grads.in_proj)
+        torch.mm(duz.flatten(0, 1).T, kept.normed.flatten(0, 1), out=grads.in_proj)
         sum_parts(conv_parts, grads.conv)
 
-    beside(in_proj_gradient, duz, kept.norm.normed, conv_parts, grads.in_proj, grads.conv)
+    beside(in_proj_gradient, duz, kept.normed, conv_parts, grads.in_proj, grads.conv)
     dnormed, y_dtype = duz @ w.in_proj[:, :m], None if first else dy.dtype
-    return _norm_backward(dtotal, dnormed, kept.norm, dtotal.dtype, y_dtype, factors)
+    norm = _Norm(None, kept.normed, kept.scales)
+    return _norm_backward(dtotal, dnormed, norm, dtotal.dtype, y_dtype, factors)
 
 
 class _Weights(torch.autograd.Function):
@@ -459,10 +462,11 @@ def _all_forward(x, factors, eps, reversed_from, keep, weights) -> tuple[torch.T
         x = norm.total
         del y
         uz, u, z = _signals_and_gates(norm.normed, w, in_biases[i], reversed_from, keep)
-        norm = norm._replace(total=None) if keep else None
+        of_norm = norm[1:] if keep else None
+        del norm
         s, delta, scan = _scan_layer(u, z, w, reversed_from, keep)
         if keep:
-            all_kept.append(_Kept(norm, uz, u, s, delta, scan.out, scan.saved))
+            all_kept.append(_Kept(*of_norm, uz, u, s, delta, scan.out, scan.saved))
         h = scan.out
         del uz, u, z, s, delta, scan
         y = h @ w.out_proj.T
@@ -481,19 +485,18 @@ class _Layers(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, factors, eps, reversed_from, *weights):
-        out, ctx.kept = _all_forward(x, factors, eps, reversed_from, True, weights)
-        ctx.factors = [None] * len(ctx.kept) if factors is None else list(factors.unbind())
+        out, kept = _all_forward(x, factors, eps, reversed_from, True, weights)
+        ctx.factors = [None] * len(kept) if factors is None else list(factors.unbind())
         ctx.reversed_from = reversed_from
-        ctx.save_for_backward(*weights)
+        ctx.save_for_backward(*weights, *chain.from_iterable(kept))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        layers, weights = (
-            _layer_by_layer(ctx.saved_tensors),
-            SimpleNamespace(**dict(zip(_NAMES, ctx.saved_tensors))),
-        )
+        tensors, size = ctx.saved_tensors, len(_Kept._fields)
+        layers, weights = _layer_by_layer(tensors), SimpleNamespace(**dict(zip(_NAMES, tensors)))
+        all_kept = [_Kept(*tensors[i : i + size]) for i in range(len(_NAMES), len(tensors), size)]
         beside = SideStream(dout.device, lane=1)
         l, g = weights.dt_proj.shape[:2]
         channels, width = weights.taps.shape[1:]  # g*d
@@ -511,14 +514,14 @@ class _Layers(torch.autograd.Function):
         dy = (dtotal if last is None else dtotal * last[:, None, None]).to(weights.in_proj.dtype)
         for i in reversed(range(l)):
             of_layer = SimpleNamespace(**{name: v[i] for name, v in grads.items()})
-            shared = layers[i], ctx.reversed_from, ctx.kept[i]
+            shared = layers[i], ctx.reversed_from, all_kept[i]
             entering = ctx.factors[i - 1] if i else None
             dtotal, dy = _layer_backward(dtotal, dy, entering, i == 0, *shared, of_layer, beside)
         dA = grads["scan"][:, : -2 * channels].view_as(weights.A)
         dD, ddt_bias = grads["scan"][:, -2 * channels :].chunk(2, 1)
         of_products = grads["in_proj"], grads["x_proj"], grads["dt_proj"], out_proj
         of_conv = grads["conv"][:, :-1].mT, grads["conv"][:, -1]
-        return dtotal, None, None, None, None, *of_products, *of_conv, ddt_bias, dA, dD
+        return dtotal, None, None, None, *of_products, *of_conv, ddt_bias, dA, dD
 
 
 def mamba_layers_triton(
