@@ -130,7 +130,7 @@ def test_notebook_of_paper_1(cells, pretend, checkout):
 ROUTE, NEW = "spoken-pairs to spoken-digits, 64 bits", "animated-emoji:even to animated-emoji:odd, 16 bits"
 BOTH, MORE = "spoken-digits, spoken-pairs", "spoken-digits, spoken-pairs, animated-emoji:even"
 MOVED, DEPTH = "after transfer it beats ITQ, time mean", "S5VH now has stochastic depth"
-CHANGES = [  # claim, data, findings and seeds now -> why the committed verdict of then changed; None: it did not
+CHANGES = [  # claim, data, findings and seeds now -> why its verdict of then changed; None: it is the same
     ((MOVED, BOTH, {ROUTE: GOOD}, 5), DEPTH),  # undecided then
     ((MOVED, BOTH, {ROUTE: BAD, NEW: None}, 5), DEPTH),
     ((MOVED, MORE, {ROUTE: BAD, NEW: BAD}, 5), DEPTH),
