@@ -127,6 +127,42 @@ def test_notebook_of_paper_1(cells, pretend, checkout):
     assert (checkout / "figures" / "smoke" / "s5vh" / "claims.png").exists()
 
 
+ROUTE, NEW = "spoken-pairs to spoken-digits, 64 bits", "animated-emoji:even to animated-emoji:odd, 16 bits"
+BOTH, MORE = "spoken-digits, spoken-pairs", "spoken-digits, spoken-pairs, animated-emoji:even"
+MOVED, DEPTH = "after transfer it beats ITQ, time mean", "S5VH now has stochastic depth"
+CHANGES = [  # claim, data, findings and seeds now -> why its verdict of then changed; None: it is the same
+    ((MOVED, BOTH, {ROUTE: GOOD}, 5), DEPTH),  # undecided then
+    ((MOVED, BOTH, {ROUTE: BAD, NEW: None}, 5), DEPTH),
+    ((MOVED, MORE, {ROUTE: BAD, NEW: BAD}, 5), DEPTH),
+    ((MOVED, MORE, {ROUTE: OPEN, NEW: BAD}, 5), "more sets or settings are compared now"),
+    ((MOVED, MORE, {ROUTE: None, NEW: BAD}, 5), "what decided then has not been run again"),
+    ((MOVED, MORE, {ROUTE: OPEN, NEW: GOOD}, 5), None),
+    ((MOVED, "spoken-digits", {ROUTE: BAD}, 5), None),  # on less data
+    ((MOVED, BOTH, {ROUTE: None}, 5), None),
+    (("Mamba beats RetNet", "spoken-digits", {"64 bits": OPEN}, 3), f"{DEPTH} (3 seeds, not 5)"),
+    (
+        ("time grows at most linearly with t", "random features", {"batch 1, t up to 200": BAD}, None),
+        "measured in another way",
+    ),
+]
+
+
+def test_why_verdicts_changed(cells):
+    changes = cells("s5vh/claims")["changes"]
+    for (says, *now), cause in CHANGES:
+        lines = changes([Claim(says, "A less B", "made up", *now)])
+        assert [line["cause"] for line in lines] == [cause] * (cause is not None), (says, now)
+
+
+def test_verdicts_of_then_are_those_of_their_comparisons(cells):
+    space = cells("s5vh/claims")
+    details = space["DETAILS"].set_index(["claim", "data", "setting"]).effect
+    judged = space["THEN"].dropna(subset="effect")
+    for then in judged.itertuples():
+        assert details[then.claim, then.data, then.weakest] == pytest.approx(then.effect, abs=1e-4)
+    assert set(zip(judged.claim, judged.data)) == set(details.index.droplevel("setting"))
+
+
 def test_separated_centers_are_judged_by_their_record(cells, keep):
     keep(config("semantic", "s5vh/centers"), {"shortest": {"semantic": 3}, "wanted": 4}, "centers")
     line = run(cells, "s5vh/claims").loc["centers are well separated"]
