@@ -6,8 +6,9 @@ import warnings
 import pytest
 import torch
 
-from s5vh_nb.basics.config import S5VHConfig
+from s5vh_nb.basics.config import S5VHConfig, replace
 from s5vh_nb.models.codes import sign_ste, unpack
+from s5vh_nb.models.mixers import MIXERS
 from s5vh_nb.models.s5vh import S5VH, positions
 
 SIZES = dict(d=40, m=32, k=16, decoder=24, depth=2, classes=7)  # of a small checkpoint
@@ -237,3 +238,19 @@ def test_frames_go_from_layer_to_layer_in_float32_under_autocast(features):
     model.bfloat16()
     model(torch.randn(2, 4, 4, dtype=torch.bfloat16))
     assert seen[2:] == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_first_weights_of_the_release(mixer):
+    "Xavier and no bias in all layers, mixers included; hash layer and decoder input keep torch's own start."
+    config = S5VHConfig(d=13, bits=32, m=64, depth=2, decoder_m=64, mixer=mixer, start="released")
+    net = S5VH(replace(config, directions="forward") if mixer == "Transformer" else config)
+    kept = net.hash.linear, net.decoder.embed
+    for name, linear in net.named_modules():
+        if not isinstance(linear, torch.nn.Linear):
+            continue
+        rows, columns = linear.weight.shape
+        limit = columns**-0.5 if linear in kept else math.sqrt(6 / (rows + columns))
+        assert 0.9 * limit < linear.weight.abs().max() <= limit, name
+        if linear.bias is not None:
+            assert linear.bias.any() == (linear in kept), name
