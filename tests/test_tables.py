@@ -11,6 +11,7 @@ from s5vh_nb.basics.profiles import train_config
 from s5vh_nb.evidence.archive import Archive
 from s5vh_nb.evidence.experiments import (
     EXPERIMENTS,
+    NO_DEPTH,
     WITH_DEPTH,
     WITHOUT_DEPTH,
     config_of,
@@ -130,20 +131,46 @@ def test_a_lead_at_few_bits_must_be_a_lead(cells, pretend, ours, rival, found):
 
 
 def test_the_audit_says_what_records_there_are(cells, pretend):
-    "Its first sentences, from the base alone, and with a row that has a larger effect than another."
+    "Its first sentences, from the base alone, and with rows that are better or worse than what they replace."
     pretend(network(), 0.6)
-    few = cells("s5vh/audit")["to_know"]
-    assert few[0] == "None of the 0 differences tried alone here has a measurable effect."
-    assert few[1] == "The whole release has not been run here." and len(few) == 5
+    depth, alone, together, _, rivals = cells("s5vh/audit")["to_know"]
+    assert "; a training without it has not been run yet. " in depth
+    assert depth.endswith("'released' together have not been run yet.")
+    assert alone == "No other deviation has been run alone yet."
+    assert together.endswith("; alone, the first has not been run yet, and the second has not been run yet.")
+    assert rivals.endswith("and with RWKV this has not been run yet.")
     pretend(network(drop_path=0.0), 0.2)
     pretend(network(tied=True), 0.7)
+    pretend(network(centers="hadamard"), 0.6)
     pretend(network(mixer="LSTM"), 0.5)
+    pretend(network(mixer="LSTM", frozen=True), 0.3)
     found = cells("s5vh/audit")
-    assert found["to_know"][0].startswith(
-        "Of the 2 differences tried alone here, stochastic depth [10] changes most: +"
+    depth, alone, _, _, rivals = found["to_know"]
+    assert "; it raises GmAP by 0." in depth
+    assert alone.startswith(
+        "Of 2 other deviations that were tried alone, 1 has a measurable effect; it is that of"
     )
-    assert found["to_know"][4] == "No measurable difference alone: none of those tried."
-    assert list(found["table"].place) == ["10", "3", "6"]
+    assert "'one set of weights for both directions', which raises GmAP by 0." in alone
+    assert "; with LSTM this lowers GmAP by 0." in rivals
+    assert set(found["table"].place) == {"10", "3", "12", "4", "6"}
+
+
+def test_the_audit_has_four_rows_on_a_second_set(cells, pretend, checkout, capsys):
+    two, experiment = ["spoken-digits", "spoken-pairs"], EXPERIMENTS["s5vh/audit"]
+    assert experiment.datasets["full"] == ("spoken-digits", "asl-words")
+    everywhere = ["base", "released", "released start", NO_DEPTH]
+    assert [row for row in experiment.rows if experiment.runs_on(row, two[1], two)] == everywhere
+    pretend(network(), 0.6)
+    for row, quality in {"base": 0.5, "released": 0.8, NO_DEPTH: 0.9}.items():
+        pretend(config_of(experiment.rows[row], two[1], "smoke", 16, 1), quality)
+    cells("s5vh/audit", dataset=two)
+    table = pd.read_csv(checkout / "results" / "smoke" / "tables" / "s5vh_audit_sets.csv")
+    assert set(table.dataset) == {two[1]}
+    effects = table.set_index("as released")["effect on GmAP"]
+    assert effects["the whole release"] > 0 > effects["stochastic depth"]
+    printed = capsys.readouterr().out
+    assert "On spoken-pairs, stochastic depth lowers GmAP by 0." in printed
+    assert "The start values alone have not been run yet." in printed
 
 
 def pretend_rows(pretend, experiment, qualities):

@@ -295,6 +295,7 @@ _TRAINED_AND_FROZEN = {
     for state, changes in (("trained", {}), ("frozen", dict(frozen=True)))
 }
 _SLOW = tuple(f"{mixer}, {state}" for mixer in _FROZEN[1:] for state in ("trained", "frozen"))
+_ON_ALL_SETS = ("released", RELEASE_DIFFERENCES["start"], NO_DEPTH)  # the others on the first set alone
 _AUDITED = {  # each differs from the base in one thing, or in what the name says
     "released": _RELEASED,
     **_ALONE,
@@ -476,12 +477,12 @@ _PAPER1 = {
     ),
     "audit": Experiment(
         {"base": {}, **_AUDITED},
-        datasets=_FIRST_VIDEOS,
+        datasets=_ABLATED,
         first_only=True,
         base="base",
         without={"smoke": _SLOW, "quick": (*_SLOW, *_BUT_FOR, TWO_DIFFERENCES)},
         longest_only=_everywhere(_AUDITED),
-        first_set_only=("base", *_AUDITED),
+        first_set_only=tuple(row for row in _AUDITED if row not in _ON_ALL_SETS),
     ),
     "gain": Experiment(
         {**_at_both_depths(_GAIN), "ITQ, flattened": _ITQ["ITQ, flattened"]},
