@@ -495,12 +495,14 @@ def _channels_side_by_side(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-_LONGEST = 16 * 65_535  # steps: of the convolution, 16 a program
+_MOST = 65_535  # programs of a launch along an axis other than the first
+_LONGEST = 16 * _MOST  # steps: of the convolution, 16 a program
 
 
 def _with_strides(x: torch.Tensor) -> tuple:
     "A tensor and its strides but the last, as the kernels take it; `ValueError` for too long a sequence."
-    steps = x.shape[1]
+    sequences, steps = x.shape[:2]
+    check(sequences <= _MOST, "sequences", f"up to {_MOST} at a time", sequences)
     fits = steps <= _LONGEST and steps * x.stride(1) < 2**31  # offsets in a sequence have 32 bits
     expected = f"up to {_LONGEST} of them, in less than 2^31 numbers (a stream takes more)"
     check(fits, "steps of a sequence", expected, f"{steps}, {x.stride(1)} numbers apart")
