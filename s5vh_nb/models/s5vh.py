@@ -519,7 +519,7 @@ class VideoNetwork(HashNetwork):
         return self.program_of(VideoCodes, (None, None, self.config.d))
 
 
-_COPIED = 8192  # frames whose features are copied at a time
+_COPIED = 16384  # frames whose features are copied at a time
 
 
 class S5VH(VideoNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"]):
@@ -606,17 +606,18 @@ class S5VH(VideoNetwork, library_name="s5vh_nb", tags=["video-hashing", "mamba"]
         self,
         x: Tensor,  # (b, t, d)
     ) -> tuple:
-        """The projected frames (b, t, m). On a GPU in parts: half precision copies their features.
+        """The projected frames (b, t, m). Under autocast float32 features are copied, so in parts.
 
         Parameters
         ----------
         x : Tensor
             (b, t, d)
         """
-        if not x.is_cuda:
+        copied = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
+        videos = max(1, _COPIED // x.shape[1])
+        if not copied or len(x) <= videos:
             return (self.encoder.project(x),)
-        parts = [self.encoder.project(part) for part in x.split(max(1, _COPIED // x.shape[1]))]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts),)
+        return (torch.cat([self.encoder.project(part) for part in x.split(videos)]),)
 
     def h_of_projected(
         self,
