@@ -105,7 +105,7 @@ MEET = {  # figures of curves and their rows; others show a row on a line of its
     "centers": list(EXPERIMENTS["s5vh/centers"].rows),
     "temporal": list(EXPERIMENTS["s5vh/temporal"].rows),
     "convergence": list(EXPERIMENTS["s5vh/convergence"].rows),
-    "epochs": list(EXPERIMENTS["s5vh/epochs"].rows),
+    "schedule/epochs": list(EXPERIMENTS["s5vh/schedule/epochs"].rows),
     "gain": list(EXPERIMENTS["s5vh/gain"].rows),
     "schedule": [row for row in EXPERIMENTS["s5vh/schedule"].rows if row.count(",") == 1],
     "scale": list(EXPERIMENTS["beyond/scale"].rows),

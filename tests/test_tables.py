@@ -238,5 +238,22 @@ def test_schedule_and_size(cells, pretend, capsys):
 @pytest.mark.parametrize("rows", [["ITQ, flattened"], [NETWORKS["S5VH"]], list(HALF_OF_THEM)[:1]])
 def test_schedule_of_some_rows(cells, pretend, rows):
     pretend_rows(pretend, "s5vh/schedule", dict.fromkeys(rows, 0.5))
+    pretend_rows(pretend, "s5vh/schedule/epochs", {"S5VH as released": 0.5})
     found = cells("s5vh/schedule")
     assert found["best"].empty and found["leads"].empty and found["trends"].empty
+    assert len(found["comparisons"]) == (3 if NETWORKS["S5VH"] in rows else 0)
+
+
+def test_along_one_training(cells, pretend, capsys):
+    "Both sides at equal epochs, and at the best of each; the end is that of the records, not of the curves."
+    scores = {"S5VH": (0.9, (0.3, 0.5, 0.2)), "without contrast": (0.4, (0.1, 0.1, 0.6))}
+    for row, (quality, curve) in scores.items():
+        config = config_of(EXPERIMENTS["s5vh/schedule/epochs"].rows[row], "spoken-digits", "smoke", 16, 1)
+        pretend(config, quality, curve)
+    lines = cells("s5vh/schedule")["comparisons"].set_index("at")
+    assert list(lines.index) == ["epoch 1", "epoch 3, the last", "best of each"]
+    assert lines.gain["epoch 1"] == pytest.approx(0.2) and lines.gain["best of each"] == pytest.approx(-0.1)
+    assert lines.gain["epoch 3, the last"] > 0.3 and lines["S5VH is"].iloc[1] == "better (one seed)"
+    printed = capsys.readouterr().out
+    assert "The GmAP of S5VH is highest: spoken-digits after 2 epochs, 0.500 (0.200 at the end)." in printed
+    assert "at the end: S5VH is better than S5VH without contrast (+" in printed

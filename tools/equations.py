@@ -104,7 +104,7 @@ PARTS = {  # in the order in which the method uses them
             "Training",
             ("implementation", "setup"),
             (),
-            ("s5vh/schedule", "s5vh/epochs", "s5vh/precision"),
+            ("s5vh/schedule", "s5vh/precision"),
             ("test_training::test_a_killed_run_resumes_to_the_same_codes",),
         ),
         Part(

@@ -30,7 +30,7 @@ LAST = {  # as `FIRST`, after the library
     "S5VH": (
         "s5vh",
         "retrieval neighbours codes transfer efficiency temporal directions losses centers convergence "
-        "audit gain epochs schedule precision claims",
+        "audit gain schedule precision claims",
     ),
     "DMMH": ("dmmh", "table1 table2 neighbours evaluation ablations speed arithmetic claims"),
     "Beyond the papers": ("beyond", "plus supervised sensitivity bits long scale copies billion"),
