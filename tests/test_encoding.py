@@ -17,14 +17,14 @@ import torch
 
 from s5vh_nb.basics.config import DMMHConfig, PlusConfig, S5VHConfig
 from s5vh_nb.datasets.splits import Split
-from s5vh_nb.models import codes
+from s5vh_nb.models import codes, s5vh
 from s5vh_nb.models.baselines import fit_lsh, itq_rotation
 from s5vh_nb.models.codes import _Watched, pack, unpack
 from s5vh_nb.models.dmmh import DMMH
 from s5vh_nb.models.methods import fit_baseline
 from s5vh_nb.models.mixers import MIXERS
 from s5vh_nb.models.plus import Plus
-from s5vh_nb.models.s5vh import S5VH
+from s5vh_nb.models.s5vh import S5VH, positions
 from s5vh_nb.ops import streams
 from s5vh_nb.ops.dispatch import use_backend
 
@@ -237,9 +237,33 @@ def test_an_encoder_goes_when_its_network_leaves_the_gpu():
     net = S5VH(VIDEOS)
     encoder = codes._Encoder(net, "cpu")
     encoder.watched, codes._ENCODERS[net] = _Watched(net, "cpu"), encoder
-    net.hash.linear.weight.data = net.hash.linear.weight.data.clone()  # as `net.cpu()` does
+    net.float()
+    assert net in codes._ENCODERS  # nothing has changed
+    net.hash.linear.weight.data = net.hash.linear.weight.data.clone()
     net.encode(torch.randn(2, 5, 13))
     assert net not in codes._ENCODERS
+    encoder.watched, codes._ENCODERS[net] = _Watched(net, "cpu"), encoder
+    net.double()
+    assert net not in codes._ENCODERS
+
+
+@torch.no_grad()
+def test_features_that_are_copied_are_projected_in_parts(monkeypatch):
+    net, x, sizes = S5VH(VIDEOS).eval(), torch.randn(7, 5, 13), []
+    net.encoder.embed.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(s5vh, "_COPIED", 15)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts, whole = net.project(x)[0], net.encoder.project(x)
+        net.project(x.bfloat16())
+    assert sizes == [3, 3, 1, 7, 7] and torch.allclose(parts, whole, atol=1e-2)
+
+
+def test_positions_stay_where_graphs_read_them():
+    first = positions(25, 64)
+    for t in range(1, 200):
+        assert len(positions(t, 64)) == len(positions(t, 32)) == t
+    assert positions(25, 64).data_ptr() == first.data_ptr()
+    assert torch.equal(positions(200, 64)[:25], first)
 
 
 def test_no_garbage_is_collected_while_threads_record_in_turns(monkeypatch):

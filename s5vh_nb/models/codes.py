@@ -214,7 +214,7 @@ _PLAIN = bool, int, float, str, tuple, type(None)
 class _Watched:
     """What the kernels of a network depend on beside its inputs and the numbers in its weights.
 
-    It keeps parts of the network, but not the network itself, which could else never be forgotten. The memory
+    It keeps parts of the network, but not the network itself, which could otherwise never be forgotten. The memory
     of its tensors stays: a graph may be replayed once more before a change is seen.
     """
 
@@ -328,9 +328,12 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         self.config = config
 
     def _apply(self, *args, **kwargs):
-        "Move or cast the network, which frees its graphs."
-        _ENCODERS.pop(self, None)
-        return super()._apply(*args, **kwargs)
+        "Move or cast the network; graphs go with the tensors that they read."
+        super()._apply(*args, **kwargs)
+        encoder = _ENCODERS.get(self)
+        if encoder is not None and not encoder.watched.is_as_it_was():
+            del _ENCODERS[self]
+        return self
 
     def __repr__(self):
         fields = {f: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
@@ -389,14 +392,14 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
 
     def h_of_projected(
         self,
-        *projected: Tensor | None,  # From `project`; without gradients a GPU may write over them
+        *projected: Tensor | None,  # From `project`; a network that overrides both may write over them
     ) -> Tensor:
         """`h` of the inputs that were projected, (b, k).
 
         Parameters
         ----------
         *projected : Tensor | None
-            From `project`; without gradients a GPU may write over them
+            From `project`; a network that overrides both may write over them
         """
         return self.h(*projected)
 
