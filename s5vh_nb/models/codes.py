@@ -214,8 +214,8 @@ _PLAIN = bool, int, float, str, tuple, type(None)
 class _Watched:
     """What the kernels of a network depend on beside its inputs and the numbers in its weights.
 
-    It keeps parts of the network, but not the network itself, which could otherwise never be forgotten. The memory
-    of its tensors stays: a graph may be replayed once more before a change is seen.
+    It keeps parts of the network, but not the network itself, which could otherwise never be forgotten. The
+    memory of its tensors stays: a graph may be replayed once more before a change is seen.
     """
 
     def __init__(self, net: "HashNetwork", device: str):
