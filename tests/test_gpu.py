@@ -326,6 +326,20 @@ def trained(ragged=False, config=CONFIG, **options):
     return training.train(config, digits(ragged), progress=False, **{"device": "cuda", **options})
 
 
+def stopped(monkeypatch, path, **options):
+    "Train until the third epoch, which fails; the checkpoint has two."
+    epoch = training.train_epoch
+
+    def dies(run, *rest):
+        if run.epoch == 2:
+            raise KeyboardInterrupt
+        return epoch(run, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "train_epoch", dies)
+        trained(checkpoint=path, every=1, **options)
+
+
 def losses(run):
     return torch.tensor([[h[name] for name in TERMS if name in h] for h in run.history])
 
@@ -409,16 +423,7 @@ def test_dropped_layers_go_on_as_drawn_after_a_stop(tmp_path, monkeypatch):
     "The same seed gives the same training, also where it was stopped."
     whole, again = trained(), trained()
     assert whole.history == again.history
-    epoch = training.train_epoch
-
-    def dies(run, *rest):
-        if run.epoch == 2:
-            raise KeyboardInterrupt
-        return epoch(run, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "train_epoch", dies)
-        trained(checkpoint=tmp_path / "run.pt", every=1)
+    stopped(monkeypatch, tmp_path / "run.pt")
     resumed = trained(checkpoint=tmp_path / "run.pt", resume=True)
     assert torch.allclose(losses(resumed), losses(whole), rtol=1e-5)
 
@@ -452,16 +457,7 @@ def test_features_that_do_not_fit_are_fetched_meanwhile(precision, monkeypatch):
 
 @pytest.mark.parametrize("first,then", [("cpu", "cuda"), ("cuda", "cpu")])
 def test_a_checkpoint_goes_on_elsewhere(first, then, tmp_path, monkeypatch):
-    epoch = training.train_epoch
-
-    def dies(run, *rest):
-        if run.epoch == 2:
-            raise KeyboardInterrupt
-        return epoch(run, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "train_epoch", dies)
-        trained(device=first, checkpoint=tmp_path / "run.pt", every=1)
+    stopped(monkeypatch, tmp_path / "run.pt", device=first)
     run = trained(device=then, checkpoint=tmp_path / "run.pt", resume=True)
     assert len(run.history) == CONFIG.epochs and run.history[-1]["loss"] < run.history[0]["loss"]
 
