@@ -322,10 +322,10 @@ class _Kept(NamedTuple):
 
 
 def _signals_and_gates(normed, w, in_bias, reversed_from, keep) -> tuple:
-    """Both as one product gives them (b, t, 2*g*d), the convolved signals and the gates (b, t, g*d) each.
+    """What one product gives, signals and gates (b, t, 2*g*d); then convolved signals, gates (b, t, g*d) each.
 
-    The product adds `in_bias`, column m of its matrix. If nothing is kept, there are two of them, and the gates
-    overwrite the signals once these are convolved.
+    The product adds `in_bias`, column m of its matrix. If nothing is kept, there are two products: the gates
+    overwrite the signals once these are convolved, and are returned in place of both.
     """
     channels, m = w.A.shape[0], w.in_proj.shape[1] - _PADDING
     frames = normed[..., :m].flatten(0, 1)  # (b*t, m)
@@ -341,7 +341,7 @@ def _signals_and_gates(normed, w, in_bias, reversed_from, keep) -> tuple:
 
 
 def _scan_layer(u, z, w, reversed_from, keep) -> tuple:
-    "What the scan reads beside signals u and gates z, as in `_Kept`: s and delta; what it makes."
+    "From convolved signals u and gates z: s and delta (see `_Kept`), and what the scan makes."
     g, d, r = w.dt_proj.shape
     s = u.new_empty(*u.shape[:2], g, r + 2 * w.A.shape[1])
     torch.bmm(_by_direction(u.unflatten(2, (g, d))), w.x_proj.mT, out=_by_direction(s))
