@@ -9,6 +9,7 @@ Let it run alone: trainings beside it slow down what the CPU does, set-up above 
 The whole run goes from features in memory to the packed codes of database and queries, hash centers included.
 A short training in another process goes before it, and its time is recorded apart: it compiles the kernels,
 which later trainings on the same machine find on the disk.
+On a GPU, what stochastic depth costs is timed too, in short trainings with and without it that take turns.
 
 Beside every time is its floor, the greater of two: counted operations over the rate of a large matrix product
 of that precision, and bytes that must move over the bandwidth of a large copy, both rates measured in the
@@ -162,15 +163,27 @@ def apart(function, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def phases(run, config, steps, work, limits) -> dict:
-    "The time of a step before and after the warm-up."
-    epochs, warmup = np.array(run.seconds[1:]), config.objective.warmup
+def steps_per_epoch(config, data) -> int:
+    return -(-len(data.train) // config.batch)
+
+
+def phases(run, data) -> dict:
+    "Milliseconds of a step before and after the warm-up."
+    epochs, warmup = np.array(run.seconds[1:]), run.config.objective.warmup
     parts = {"warm-up": epochs[1:warmup], "main": epochs[warmup + 1 :]}
-    return {
-        phase: beside_floor(float(1000 * np.median(seconds) / steps), work[phase], limits, config.precision)
-        for phase, seconds in parts.items()
-        if len(seconds)
-    }
+    steps = steps_per_epoch(run.config, data)
+    return {name: float(1000 * np.median(part) / steps) for name, part in parts.items() if len(part)}
+
+
+def depth_cost(config, data, device, epochs: int = 24) -> dict:
+    "A step's time with stochastic depth and without: two trainings of each, which take turns."
+    depths = {"with_ms": config.model.drop_path, "without_ms": 0.0}
+    short, found = replace(config, epochs=epochs, warmup=epochs // 2, n_centers=8), {}
+    for name, drop_path in 2 * list(depths.items()):
+        run = train(replace(short, drop_path=drop_path), data, device=str(device), progress=False)
+        for phase, ms in phases(run, data).items():
+            found.setdefault(phase, {}).setdefault(name, []).append(ms)
+    return {phase: t | {"ratio": sum(t["with_ms"]) / sum(t["without_ms"])} for phase, t in found.items()}
 
 
 def measure(config, data, device, videos) -> RunRecord:
@@ -183,7 +196,7 @@ def measure(config, data, device, videos) -> RunRecord:
     precision, warmup = config.precision, config.objective.warmup
     limits = ceilings(device, precision, *([SIGNS] if device.type == "cuda" else []))
     work = {"warm-up": work_of_step(run, data, False), "main": work_of_step(run, data, True)}
-    steps, t = -(-len(data.train) // config.batch), data.train.frames.shape[1]
+    steps, t = steps_per_epoch(config, data), data.train.frames.shape[1]
     whole = [
         (steps * warmup, work["warm-up"]),
         (steps * (config.epochs - warmup), work["main"]),
@@ -193,12 +206,16 @@ def measure(config, data, device, videos) -> RunRecord:
     metrics = {
         "host": device_name("cpu"),
         "ceilings": limits,
-        "step": phases(run, config, steps, work, limits),
+        "step": {
+            phase: beside_floor(ms, work[phase], limits, precision) for phase, ms in phases(run, data).items()
+        },
         "features to codes": beside_floor(1000 * (train_seconds + code_seconds), total, limits, precision),
         "encode": encoding(run.model, precision, device, limits),
         "score 45600 x 45600": scoring(device, limits),
         "last_loss": run.history[-1]["loss"],
     }
+    if device.type == "cuda":
+        metrics["stochastic depth"] = depth_cost(config, data, device)
     seconds = {
         "a short training before, in its own process": first,
         "set-up": run.seconds[0],
@@ -255,7 +272,11 @@ def main():
         config = train_config(data.name, "paper", precision=precision, **shorter)
         record = archive.save(measure(config, data, device, given.videos), {})
         shown = table(record.metrics).to_string(float_format="{:.4g}".format, na_rep="-")
-        print(f"{precision}, {record.device}", shown, record.name, sep="\n", flush=True)
+        costs = [
+            f"stochastic depth, {phase}: a step takes {t['ratio']:.3f} times one without"
+            for phase, t in record.metrics.get("stochastic depth", {}).items()
+        ]
+        print(f"{precision}, {record.device}", shown, *costs, record.name, sep="\n", flush=True)
 
 
 if __name__ == "__main__":
