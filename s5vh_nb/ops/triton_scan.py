@@ -479,11 +479,13 @@ def _plan(
     NB, K = triton.next_power_of_2(n), min(t, 3)
     save = K if t <= _LONG else _SEGMENTS * K
     DB = min(64, max(8, 512 // NB), triton.next_power_of_2(d // g))
+    if wide and t > _LONG:
+        K = 4
     if wide and b * g * (d // g // (2 * DB)) >= _PROGRAMS:
         DB, K = 2 * DB, 1
     blocks = g * triton.cdiv(d // g, DB)
     programs = b * blocks
-    chunks = 1 if 2 * programs >= _PROGRAMS else max(1, min(t // 64, _PROGRAMS // programs))
+    chunks = 1 if (4 if wide else 2) * programs >= _PROGRAMS else max(1, min(t // 64, _PROGRAMS // programs))
     chunk = triton.cdiv(triton.cdiv(t, chunks), save) * save
     grid = blocks, triton.cdiv(t, chunk), b
     sizes = dict(t=t, d=d, group_size=d // g, chunk=chunk, K=K, N=n, DB=DB, NB=NB)
