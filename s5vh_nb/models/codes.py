@@ -34,7 +34,7 @@ from ..basics.devices import Device, as_tensor, pick_device
 from ..basics.files import atomic_write, user_path
 from ..datasets.rows import LARGEST
 from ..ops.dispatch import chosen_backend
-from ..ops.streams import GraphedCall, SideStream
+from ..ops.streams import GraphedCall
 
 # %% ../../nbs/lib/models/00_codes.ipynb #33ef2b62
 class _StraightThroughSign(torch.autograd.Function):
@@ -254,27 +254,11 @@ class _Watched:
         return self.has_its_parts() and self.rest == self._rest()
 
 
-class _Repeated:
-    "A call replayed as a CUDA graph; threads take turns on its buffers."
-
-    def __init__(self, call):
-        self.call, self.lock, self.done = GraphedCall(call), threading.Lock(), torch.cuda.Event()
-
-    def __call__(self, *inputs) -> Tensor:
-        with self.lock:
-            self.done.wait()  # another thread may have used another stream
-            result = self.call(*inputs).clone()
-            self.done.record()
-        return result
-
-
-_LANES = 2  # blocks that a GPU works on at a time
-
-
 class _Encoder:
     """The way from inputs on a device to packed codes, in evaluation mode.
 
-    On a GPU all behind `project` is replayed as a CUDA graph, unless a hook wants to be called each time.
+    On a GPU all behind `project` is replayed as a CUDA graph, unless a hook wants to be called each time;
+    threads take turns on its buffers.
     """
 
     def __init__(
@@ -285,27 +269,21 @@ class _Encoder:
         self.watched = _Watched(net, device) if device == "cuda" else None
         self.net, self.device = evaluation_view(net), device
         self.replays = self.watched is not None and not any(self.watched.hooks)
-        call = partial(_codes, self.net, device)
-        self.lanes = [_Repeated(call) if self.replays else call for _ in range(_LANES)]
+        self.repeated, self.lock = GraphedCall(partial(_codes, self.net, device)), threading.Lock()
+        self.done = torch.cuda.Event() if self.replays else None
 
-    def codes(
-        self,
-        lane: int,  # Work of different lanes may go on at the same time
-        *inputs: Tensor,
-    ) -> tuple:
-        """Codes, the smallest and the largest numbers in what they are made from.
-
-        Parameters
-        ----------
-        lane : int
-            Work of different lanes may go on at the same time
-        *inputs : Tensor
-        """
+    def project(self, *inputs) -> tuple:
         with _without_copies(self.device):
-            projected = self.net.project(*inputs)
-        there = [x for x in projected if x is not None and x.numel() > 0]
-        ends = [end for x in there for end in torch.aminmax(x)]
-        return self.lanes[lane](*projected), *ends
+            return self.net.project(*inputs)
+
+    def codes(self, *projected) -> Tensor:
+        if not self.replays:
+            return _codes(self.net, self.device, *projected)
+        with self.lock:
+            self.done.wait()  # another thread may have used another stream
+            codes = self.repeated(*projected).clone()
+            self.done.record()
+        return codes
 
 
 def _codes(net: "HashNetwork", device: str, *projected) -> Tensor:
@@ -455,32 +433,30 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         def block(x, start):
             if x is None:
                 return None
-            x = as_tensor(x[start : start + size])
+            x = as_tensor(x[start : start + batch])
             as_it_is = x.ndim == 1 or x.dtype == taken  # lengths stay whole numbers
             return x.to(like.device) if as_it_is else x.to(like)
 
         def encoded(encoder, start):
-            lane = start // size % len(sides)
-            return sides[lane](lambda: encoder.codes(lane, *(block(x, start) for x in inputs)))
+            "The codes of a block, the smallest and the largest numbers in what they are made from."
+            projected = encoder.project(*(block(x, start) for x in inputs))
+            there = [x for x in projected if x is not None and x.numel() > 0]
+            ends = [end for x in there for end in torch.aminmax(x)]
+            return encoder.codes(*projected), ends
 
         kind, taken = like.device.type, like.dtype
         projects = type(self).project is not HashNetwork.project
         if projects and taken == torch.float32 and torch.is_autocast_enabled(kind):
             taken = torch.get_autocast_dtype(kind)  # of the product that comes first
-        size = -(-batch // _LANES) if kind == "cuda" else batch
-        starts = tqdm(range(0, n, size), "encode", unit="batch", leave=False, disable=not progress)
+        starts = tqdm(range(0, n, batch), "encode", unit="batch", leave=False, disable=not progress)
         with torch.cuda.device_of(like):
-            where = like.device if n > size else torch.device("cpu")  # a single block needs no other stream
-            sides = [SideStream(where, lane=4 + i) for i in range(_LANES)]
             encoder, made = _encoder_of(self, kind), []
             for start in starts:
                 made.append(encoded(encoder, start))
                 if start == 0 and encoder.watched is not None and not encoder.watched.is_as_it_was():
                     encoder = _new_encoder(self, kind)  # found out while the GPU works
                     made = [encoded(encoder, start)]
-            codes, *ends = zip(*made)
-            for side in sides:
-                side.join(*codes, *chain.from_iterable(ends))
+            codes, ends = zip(*made)
             largest = torch.stack([*chain.from_iterable(ends)]).abs().amax()
             codes = torch.cat(codes).cpu()
             check_largest(largest.item(), "features, projected" if projects else "features")

@@ -52,11 +52,11 @@ def _step_size(raw, bias, SOFTPLUS: tl.constexpr):
 
 # %% ../../nbs/lib/ops/03_triton_scan.ipynb #4d396dd0
 @triton.jit
-def _program_block(A, group_size, N: tl.constexpr, DB: tl.constexpr, NB: tl.constexpr):
-    "Block, group, lanes (channels, states, which of each exist), offsets and mask in (d, n), A for 2^x."
+def _program_block(A, group_size, N: tl.constexpr, DB: tl.constexpr, NB: tl.constexpr, n: tl.constexpr = 0):
+    "Block, group, lanes (channels, states from n on, which exist), offsets and mask in (d, n), A for 2^x."
     blocks = tl.cdiv(group_size, DB)
     block, group = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    inside, states = block * DB + tl.arange(0, DB), tl.arange(0, NB)
+    inside, states = block * DB + tl.arange(0, DB), n + tl.arange(0, NB)
     channels, m_d, m_n = group * group_size + inside, inside < group_size, states < N
     tile, m_dn = channels[:, None] * N + states[None, :], m_d[:, None] & m_n[None, :]  # (DB, NB)
     A2 = tl.load(A + tile, m_dn, 0.0).to(tl.float32) * _LOG2E
@@ -109,22 +109,43 @@ def _vector(ptr, columns, live):
 
 # %% ../../nbs/lib/ops/03_triton_scan.ipynb #49d6cf78
 @triton.jit
+def _forward_rows(by_channel, by_state, s, stop, tiles, K: tl.constexpr):
+    "Rows of the channels for each of K steps; for each tile its rows of the states."
+    of_states = ()
+    for q in tl.static_range(len(tiles)):
+        of_states += (_rows((), by_state, s, stop, tiles[q][0], K),)
+    return _rows(by_channel, (), s, stop, tiles[0][0], K), of_states
+
+
+@triton.jit
 def _forward_segment(
-    h, rows, s, out, A2, bias, skip, lanes, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr
+    hs, rows, s, out, tiles, bias, skip, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr
 ):
-    "K steps of the recurrence from state h; writes the outputs, returns the state after them."
-    channels, states, m_d, m_n = lanes
+    "K steps of the recurrence from the states of the tiles; writes the outputs, returns the states after them."
+    channels, _, m_d, _ = tiles[0][0]
     for k in tl.static_range(K):
-        x = rows[k][0].to(tl.float32)  # (DB,)
-        Bk, Ck = rows[k][3].to(tl.float32)[None, :], rows[k][4].to(tl.float32)[None, :]  # (1, NB)
-        dt = _step_size(rows[k][1], bias, SOFTPLUS)
-        h = tl.exp2(dt[:, None] * A2) * h + (dt * x)[:, None] * Bk  # (DB, NB)
-        y = tl.sum(h * Ck, 1) + skip * x  # (DB,)
+        raw_x, raw_dt, raw_gate = rows[0][k]  # (DB,)
+        x, dt = raw_x.to(tl.float32), _step_size(raw_dt, bias, SOFTPLUS)
+        seen, after = 0.0, ()
+        for q in tl.static_range(len(tiles)):
+            B, C = rows[1][q][k]  # (NB,)
+            h = tl.exp2(dt[:, None] * tiles[q][3]) * hs[q] + (dt * x)[:, None] * B.to(tl.float32)[None, :]
+            seen += h * C.to(tl.float32)[None, :]  # (DB, NB)
+            after += (h,)
+        hs = after
+        y = tl.sum(seen, 1) + skip * x
         if GATED:
-            gate = rows[k][2].to(tl.float32)
+            gate = raw_gate.to(tl.float32)
             y *= gate * _sigmoid(gate)
         tl.store(out[0] + (s + k) * out[1] + channels, y, m_d)
-    return h
+    return hs
+
+
+@triton.jit
+def _store_states(to, hs, tiles, live):
+    "Write the states of all tiles to a (d, n)."
+    for q in tl.static_range(len(tiles)):
+        tl.store(to + tiles[q][1], hs[q], tiles[q][2] & live)
 
 
 @triton.jit
@@ -160,38 +181,41 @@ def _forward_kernel(
     SAVE: tl.constexpr,  # Steps between two saved states: whole segments
     N: tl.constexpr,  # States
     DB: tl.constexpr,  # Channels of a block
-    NB: tl.constexpr,  # States of a block, a power of two
+    NB: tl.constexpr,  # States of a tile, a power of two
 ):
     c, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    block, group, lanes, tile, m_dn, A2 = _program_block(A, group_size, N, DB, NB)
+    tiles, hs = (), ()  # lanes, offsets, mask and A of each tile, and its states
+    for n in tl.static_range(0, N, NB):
+        block, group, lanes, tile, m_dn, A2 = _program_block(A, group_size, N, DB, NB, n)
+        h = tl.zeros_like(A2)
+        if initial is not None:
+            h = tl.load(initial + b * d * N + tile, m_dn, 0.0)
+        if summary is not None:
+            h = _fold(h, summary, b * tl.num_programs(1), 1, c, A2, lanes, tile, m_dn, d, N)
+        tiles, hs = tiles + ((lanes, tile, m_dn, A2),), hs + (h,)
     bias, skip = _vector(bias, lanes[0], lanes[2]), _vector(D, lanes[0], lanes[2])
     first, sign = _direction(group, group_size, reversed_from, t)
     by_channel = _walk(u, 0, b, first, sign), _walk(delta, 0, b, first, sign), _walk(z, 0, b, first, sign)
     by_state = _walk(B, group * B[3], b, first, sign), _walk(C, group * C[3], b, first, sign)
     out = _walk(out, 0, b, first, sign)
     start, stop = c * chunk, tl.minimum(c * chunk + chunk, t)
-    h = tl.zeros_like(A2)
-    if initial is not None:
-        h = tl.load(initial + b * d * N + tile, m_dn, 0.0)
-    if summary is not None:
-        h = _fold(h, summary, b * tl.num_programs(1), 1, c, A2, lanes, tile, m_dn, d, N)
     # whole segments end there
-    rows, end = _rows(by_channel, by_state, start, stop, lanes, K), start + (stop - start) // K * K
+    rows, end = _forward_rows(by_channel, by_state, start, stop, tiles, K), start + (stop - start) // K * K
     for s in range(start, end, K):
-        ahead = _rows(by_channel, by_state, s + K, stop, lanes, K)
+        ahead = _forward_rows(by_channel, by_state, s + K, stop, tiles, K)
         if saved is not None:
             if s % SAVE == 0:
-                tl.store(_saved_at(saved, b, t, s, d, N, SAVE) + tile, h, m_dn & (s > 0))
-        h = _forward_segment(h, rows, s, out, A2, bias, skip, lanes, SOFTPLUS, GATED, K)
+                _store_states(_saved_at(saved, b, t, s, d, N, SAVE), hs, tiles, s > 0)
+        hs = _forward_segment(hs, rows, s, out, tiles, bias, skip, SOFTPLUS, GATED, K)
         rows = ahead
     if REST > 0:
         if end < stop:
             if saved is not None:
                 if end % SAVE == 0:
-                    tl.store(_saved_at(saved, b, t, end, d, N, SAVE) + tile, h, m_dn & (end > 0))
-            h = _forward_segment(h, rows, end, out, A2, bias, skip, lanes, SOFTPLUS, GATED, REST)
+                    _store_states(_saved_at(saved, b, t, end, d, N, SAVE), hs, tiles, end > 0)
+            hs = _forward_segment(hs, rows, end, out, tiles, bias, skip, SOFTPLUS, GATED, REST)
     if last is not None:
-        tl.store(last + b * d * N + tile, h, m_dn & (stop == t))
+        _store_states(last + b * d * N, hs, tiles, stop == t)
 
 # %% ../../nbs/lib/ops/03_triton_scan.ipynb #a2c5ebb5
 @triton.jit
@@ -473,19 +497,20 @@ def _plan(
     d: int,  # Channels
     g: int,  # Groups
     n: int,  # States
-    wide: bool = False,  # Larger blocks, and a row at a time, where they are enough to fill a GPU
+    forward: bool = False,  # Fewer registers are needed: longer segments, or larger blocks
 ) -> tuple:  # Launch grid, arguments by name, steps between two saved states
     "Launch grid and the sizes that the kernels of one pass share."
     NB, K = triton.next_power_of_2(n), min(t, 3)
     save = K if t <= _LONG else _SEGMENTS * K
     DB = min(64, max(8, 512 // NB), triton.next_power_of_2(d // g))
-    if wide and t > _LONG:
-        K = 4
-    if wide and b * g * (d // g // (2 * DB)) >= _PROGRAMS:
+    if forward and b * g * (d // g // (2 * DB)) >= _PROGRAMS:
         DB, K = 2 * DB, 1
+    elif forward and t > _LONG:
+        K = 8
     blocks = g * triton.cdiv(d // g, DB)
     programs = b * blocks
-    chunks = 1 if (4 if wide else 2) * programs >= _PROGRAMS else max(1, min(t // 64, _PROGRAMS // programs))
+    enough = _PROGRAMS // 4 if forward else _PROGRAMS // 2
+    chunks = 1 if programs >= enough else max(1, min(t // 64, _PROGRAMS // programs))
     chunk = triton.cdiv(triton.cdiv(t, chunks), save) * save
     grid = blocks, triton.cdiv(t, chunk), b
     sizes = dict(t=t, d=d, group_size=d // g, chunk=chunk, K=K, N=n, DB=DB, NB=NB)
@@ -578,7 +603,7 @@ def scan_forward(
     """
     b, t = u.shape[:2]
     d, n = A.shape
-    grid, plan, save = _plan(b, t, d, B.shape[2], n, wide=True)
+    grid, plan, save = _plan(b, t, d, B.shape[2], n, forward=True)
     plan |= dict(reversed_from=reversed_from, SOFTPLUS=softplus)
     gate = u if z is None else z
     if out is None:
@@ -589,12 +614,10 @@ def scan_forward(
     if summary:
         tensors = map(_with_strides, (u, delta, u, B))
         _summary_kernel[grid](*tensors, A, bias, summary, ADJOINT=False, GATED=False, **plan)
-    tensors, flags = (
-        map(_with_strides, (u, delta, gate, B, C, out)),
-        dict(REST=t % plan["K"], GATED=z is not None),
-    )
+    tensors, flags = map(_with_strides, (u, delta, gate, B, C, out)), dict(GATED=z is not None, SAVE=save)
+    plan |= dict(NB=min(8, plan["NB"]), maxnreg=128 if plan["K"] == 1 else None)
     _forward_kernel[grid](
-        *tensors, A, D, bias, initial, saved, last, summary, SAVE=save, **flags, **plan, maxnreg=128
+        *tensors, A, D, bias, initial, saved, last, summary, REST=t % plan["K"], **flags, **plan
     )
     return _ForwardScan(out, last, saved)
 
