@@ -489,6 +489,7 @@ def sum_parts(
 # %% ../../nbs/lib/ops/03_triton_scan.ipynb #2539c20a
 _LONG, _SEGMENTS = 64, 8  # of longer sequences, every eighth segment's first state is saved
 _PROGRAMS = 2048  # enough to fill a GPU
+_TILE = 8  # states that the forward pass adds up together
 
 
 def _plan(
@@ -506,7 +507,7 @@ def _plan(
     if forward and b * g * (d // g // (2 * DB)) >= _PROGRAMS:
         DB, K = 2 * DB, 1
     elif forward and t > _LONG:
-        K = 8
+        K = 4
     blocks = g * triton.cdiv(d // g, DB)
     programs = b * blocks
     enough = _PROGRAMS // 4 if forward else _PROGRAMS // 2
@@ -615,7 +616,7 @@ def scan_forward(
         tensors = map(_with_strides, (u, delta, u, B))
         _summary_kernel[grid](*tensors, A, bias, summary, ADJOINT=False, GATED=False, **plan)
     tensors, flags = map(_with_strides, (u, delta, gate, B, C, out)), dict(GATED=z is not None, SAVE=save)
-    plan |= dict(NB=min(8, plan["NB"]), maxnreg=128 if plan["K"] == 1 else None)
+    plan |= dict(NB=min(_TILE, plan["NB"]), maxnreg=128 if plan["K"] == 1 else None)
     _forward_kernel[grid](
         *tensors, A, D, bias, initial, saved, last, summary, REST=t % plan["K"], **flags, **plan
     )
