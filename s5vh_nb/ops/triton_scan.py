@@ -616,7 +616,7 @@ def scan_forward(
         tensors = map(_with_strides, (u, delta, u, B))
         _summary_kernel[grid](*tensors, A, bias, summary, ADJOINT=False, GATED=False, **plan)
     tensors, flags = map(_with_strides, (u, delta, gate, B, C, out)), dict(GATED=z is not None, SAVE=save)
-    plan |= dict(NB=min(_TILE, plan["NB"]), maxnreg=128 if plan["K"] == 1 else None)
+    plan |= dict(NB=min(_TILE, plan["NB"]))
     _forward_kernel[grid](
         *tensors, A, D, bias, initial, saved, last, summary, REST=t % plan["K"], **flags, **plan
     )
