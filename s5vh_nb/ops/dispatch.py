@@ -108,8 +108,8 @@ def _pick(backend: str, x: Tensor, backends: dict) -> str:
         backend = _AUTO.get()
     on_cpu = x.device.type == "cpu"
     if backend == "auto":
-        triton = "triton" in backends and importlib.util.find_spec("triton") is not None
-        triton = triton and x.is_cuda and x.dtype != torch.float64
+        triton = x.is_cuda and x.dtype != torch.float64 and "triton" in backends
+        triton = triton and importlib.util.find_spec("triton") is not None  # last: it looks at the disk
         backend = "numba" if on_cpu else "triton" if triton else "torch"
     check(backend != "numba" or on_cpu, "backend='numba'", "tensors on the CPU", str(x.device))
     return backend
