@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..basics.checks import check
 from ..basics.config import MetricConfig, TrainConfig, check_config
-from ..basics.devices import Device, as_tensor, free_memory, pick_device
+from ..basics.devices import Device, as_tensor, free_memory, keep_freed_memory, pick_device
 from ..basics.files import check_writable, user_path
 from ..basics.parallel import Part, average, fits_into_a_graph, from_first, is_first
 from ..datasets.catalog import load
@@ -506,6 +506,8 @@ def train(
     check(every >= 1, "every", "a number of epochs, at least 1", every)
     clock = time.perf_counter()
     data, device = data or load(config.dataset, data_root), pick_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     checkpoint = checkpoint and user_path(checkpoint)
     config, whole = resolve(config, data), training_share(data, config.share, config.seed)
     data = _labelled_part(whole, config)

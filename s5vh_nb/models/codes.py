@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from ..basics.checks import check, is_whole
 from ..basics.config import NetworkConfig, bits_of, check_config, to_dict
-from ..basics.devices import Device, as_tensor, pick_device
+from ..basics.devices import Device, as_tensor, keep_freed_memory, pick_device
 from ..basics.files import atomic_write, user_path
 from ..datasets.rows import LARGEST
 from ..ops.dispatch import chosen_backend
@@ -445,6 +445,8 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
             return encoder.codes(*projected), ends
 
         kind, taken = like.device.type, like.dtype
+        if kind == "cpu":
+            keep_freed_memory()
         projects = type(self).project is not HashNetwork.project
         if projects and taken == torch.float32 and torch.is_autocast_enabled(kind):
             taken = torch.get_autocast_dtype(kind)  # of the product that comes first
