@@ -8,6 +8,7 @@ __all__ = ['Device', 'pick_device', 'free_memory', 'keep_freed_memory', 'as_tens
 # %% ../../nbs/lib/basics/02_devices.ipynb #bad82495
 import ctypes
 import functools
+import os
 import platform
 from pathlib import Path
 
@@ -84,15 +85,17 @@ def free_memory(
 # %% ../../nbs/lib/basics/02_devices.ipynb #a8e05f31
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 _KEPT, _LARGEST = 2**28, 2**25  # bytes; glibc takes no more for the second
+_TUNED = {"GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
 
 
 @functools.cache  # once in a process
 def keep_freed_memory():
     """The process keeps up to 256 MB that it has freed, for its next tensors; `train` and `encode` call this.
 
-    Tensors from 32 MB on still go back to the system at once. Without glibc nothing is changed.
+    Tensors from 32 MB on still go back to the system at once. Nothing is changed without glibc, or where the
+    environment tunes it: `GLIBC_TUNABLES`, `MALLOC_TRIM_THRESHOLD_` or `MALLOC_MMAP_THRESHOLD_`.
     """
-    if platform.libc_ver()[0] == "glibc":
+    if platform.libc_ver()[0] == "glibc" and not _TUNED & os.environ.keys():
         libc = ctypes.CDLL(None)
         for option, size in ((_M_TRIM_THRESHOLD, _KEPT), (_M_MMAP_THRESHOLD, _LARGEST)):
             libc.mallopt(option, size)
