@@ -84,6 +84,7 @@ SHAPES = [
     (2, 512, 25, 16),
     (1, 5, 64, 64),
     (2, 40, 301, 16),
+    (2, 34, 70, 20),
     (1, 2, 3000, 2),
 ]
 
@@ -133,15 +134,15 @@ def test_last_state():
 @pytest.mark.parametrize("t,groups,reversed_channels", [(1, None, 0), (25, 2, 3), (300, 2, 3)])
 def test_from_a_state(t, groups, reversed_channels):
     "Without gradients: with them the torch backend takes over, and the kernels refuse."
-    given = {name: v.detach() for name, v in arguments(t=t, groups=groups).items()}
-    state = torch.randn(3, 6, 4, device="cuda")
+    given = {name: v.detach() for name, v in arguments(t=t, n=12, groups=groups).items()}
+    state = torch.randn(3, 6, 12, device="cuda")
     options = dict(delta_softplus=True, return_last_state=True, reversed_channels=reversed_channels)
     mine = selective_scan_triton(**given, **options, initial_state=state)
     exact = scan_reference(**in_float64(given), **options, initial_state=state.double())
     for a, b in zip(mine, exact, strict=True):
         assert (a - b).norm() <= 2e-5 * b.norm()
     assert torch.equal(selective_scan(**given, **options, initial_state=state)[0], mine[0])
-    learning = arguments(t=t, groups=groups)
+    learning = arguments(t=t, n=12, groups=groups)
     for wanted in (learning, given | {"initial_state": state.requires_grad_()}):
         with pytest.raises(ValueError, match="initial_state: expected None where gradients are wanted"):
             selective_scan_triton(**{"initial_state": state} | wanted, **options)
