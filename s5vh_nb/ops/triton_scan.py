@@ -489,7 +489,7 @@ def sum_parts(
 # %% ../../nbs/lib/ops/03_triton_scan.ipynb #2539c20a
 _LONG, _SEGMENTS = 64, 8  # of longer sequences, every eighth segment's first state is saved
 _PROGRAMS = 2048  # enough to fill a GPU
-_TILE = 8  # states that the forward pass adds up together
+_TILE = 8  # states of a tile in the forward pass
 
 
 def _plan(
