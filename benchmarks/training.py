@@ -179,8 +179,8 @@ def depth_cost(config, data, device, epochs: int = 24) -> dict:
     "A step's time with stochastic depth and without: two trainings of each, which take turns."
     depths = {"with_ms": config.model.drop_path, "without_ms": 0.0}
     short, found = replace(config, epochs=epochs, warmup=epochs // 2, n_centers=8), {}
-    for name, drop_path in 2 * list(depths.items()):
-        run = train(replace(short, drop_path=drop_path), data, device=str(device), progress=False)
+    for name in ("with_ms", "without_ms", "without_ms", "with_ms"):
+        run = train(replace(short, drop_path=depths[name]), data, device=str(device), progress=False)
         for phase, ms in phases(run, data).items():
             found.setdefault(phase, {}).setdefault(name, []).append(ms)
     return {phase: t | {"ratio": sum(t["with_ms"]) / sum(t["without_ms"])} for phase, t in found.items()}

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_cost_of_stochastic_depth_is_that_of_trainings_in_turn(monkeypatch):
-    "Depth is on, off, on, off. A step's time is the median epoch's of its phase, but for its first."
+    "Depth is on, off, off, on. A step's time is the median epoch's of its phase, but for its first."
     tool = runpy.run_path(str(ROOT / "benchmarks" / "training.py"))
     data, asked = synthetic_like("ucf101", (24, 24, 8), 6), []
     config = train_config(data.name, "smoke", d=6, m=16, batch=8)
@@ -30,14 +30,14 @@ def test_the_cost_of_stochastic_depth_is_that_of_trainings_in_turn(monkeypatch):
 
     monkeypatch.setitem(measured.__globals__, "train", watched)
     found = measured(config, data, torch.device("cpu"), epochs=6)
-    assert [c.model.drop_path for c in asked] == [0.5, 0, 0.5, 0]
+    assert [c.model.drop_path for c in asked] == [0.5, 0, 0, 0.5]
     assert {(c.epochs, c.objective.warmup) for c in asked} == {(6, 3)}
     second = 1000 / 3  # ms a step, of three in an epoch
     warm, main = found["warm-up"], found["main"]
     assert warm["with_ms"] == pytest.approx([2 * second] * 2) and warm["ratio"] == pytest.approx(2)
-    assert main["with_ms"] == pytest.approx([3 * second, 5 * second])
-    assert main["without_ms"] == pytest.approx([4 * second, 6 * second])
-    assert main["ratio"] == pytest.approx(8 / 10)
+    assert main["with_ms"] == pytest.approx([3 * second, 6 * second])
+    assert main["without_ms"] == pytest.approx([4 * second, 5 * second])
+    assert main["ratio"] == pytest.approx(1)
 
 
 def test_the_page_on_speed_shows_stochastic_depth_where_a_record_has_it(monkeypatch):

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import platform
+import sys
 from pathlib import Path
 
 import numba
@@ -84,18 +85,20 @@ def free_memory(
 
 # %% ../../nbs/lib/basics/02_devices.ipynb #a8e05f31
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
-_KEPT, _LARGEST = 2**28, 2**25  # bytes; glibc takes no more for the second
+_KEPT, _LARGEST = 2**28, 2**25  # bytes; of the second, the most that every glibc takes
 _TUNED = {"GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
 
 
 @functools.cache  # once in a process
 def keep_freed_memory():
-    """The process keeps up to 256 MB that it has freed, for its next tensors; `train` and `encode` call this.
+    """From now on the process keeps what it frees, for its next tensors; `train` and `encode` call this.
 
-    Tensors from 32 MB on still go back to the system at once. Nothing is changed without glibc, or where the
-    environment tunes it: `GLIBC_TUNABLES`, `MALLOC_TRIM_THRESHOLD_` or `MALLOC_MMAP_THRESHOLD_`.
+    That is up to 256 MB, for each of the few heaps that its threads may have. Tensors from 32 MB on still go
+    back to the system at once. Nothing is changed without glibc, or where the environment tunes it:
+    `GLIBC_TUNABLES`, `MALLOC_TRIM_THRESHOLD_` or `MALLOC_MMAP_THRESHOLD_`.
     """
-    if platform.libc_ver()[0] == "glibc" and not _TUNED & os.environ.keys():
+    glibc = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+    if glibc and not _TUNED & os.environ.keys():
         libc = ctypes.CDLL(None)
         for option, size in ((_M_TRIM_THRESHOLD, _KEPT), (_M_MMAP_THRESHOLD, _LARGEST)):
             libc.mallopt(option, size)

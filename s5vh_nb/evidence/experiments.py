@@ -169,7 +169,7 @@ class Experiment:
     first_set_only : tuple
         rows that are run on the first data set only
     few_seeds : tuple
-        rows that take the first three seeds only: they cost most
+        rows that take the first three seeds only
     """
 
     rows: dict = field(default_factory=dict)  # name -> `Row`
@@ -183,7 +183,7 @@ class Experiment:
     without: dict = field(default_factory=dict)  # profile -> rows that it leaves out
     longest_only: dict = field(default_factory=dict)  # profile -> rows that it runs at the longest code only
     first_set_only: tuple = ()  # rows that are run on the first data set only
-    few_seeds: tuple = ()  # rows that take the first three seeds only: they cost most
+    few_seeds: tuple = ()  # rows that take the first three seeds only
 
     def __post_init__(self):
         named = [*self.first_set_only, *self.few_seeds, *([self.base] if self.base else [])]
@@ -392,12 +392,13 @@ CENTER_KINDS = {  # centers of a training -> what they change
     "semantic": {},
 }
 
-# the family of video hashing networks, as their authors train them
 _OTHER_MIXERS = {
     **{f"{mixer}, both": dict(mixer=mixer) for mixer in ("LSTM", "RetNet", "RWKV")},
     "Transformer": dict(mixer="Transformer", directions="forward"),
     "Mamba-2, both": dict(mixer="Mamba2"),
 }
+
+# the family of video hashing networks, as their authors train them
 _VIDEO_RIVALS = {name: dict(variant=name.lower()) for name in ("SSTH", "BTH", "ConMH", "AutoSSVH", "WSCH")}
 
 _PAPER1 = {

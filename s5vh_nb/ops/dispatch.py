@@ -20,7 +20,7 @@ from ..basics.checks import check
 from .compiled import conv_numba, scan_numba
 from .reference import by_flipping, conv_torch, exporting, scan_reference, scan_torch
 from .triton_layers import frame_error_triton, mamba_layers_triton, norm_linear_triton
-from .triton_scan import causal_conv1d_triton, selective_scan_triton
+from .triton_scan import causal_conv1d_triton, selective_scan_triton, triton
 
 # %% ../../nbs/lib/ops/05_dispatch.ipynb #c7a380f9
 def _check_gpu_backend(package: str, x: Tensor):
@@ -108,9 +108,9 @@ def _pick(backend: str, x: Tensor, backends: dict) -> str:
         backend = _AUTO.get()
     on_cpu = x.device.type == "cpu"
     if backend == "auto":
-        triton = x.is_cuda and x.dtype != torch.float64 and "triton" in backends
-        triton = triton and importlib.util.find_spec("triton") is not None  # last: it looks at the disk
-        backend = "numba" if on_cpu else "triton" if triton else "torch"
+        kernels = x.is_cuda and x.dtype != torch.float64 and "triton" in backends
+        there = hasattr(triton, "language")
+        backend = "numba" if on_cpu else "triton" if kernels and there else "torch"
     check(backend != "numba" or on_cpu, "backend='numba'", "tensors on the CPU", str(x.device))
     return backend
 

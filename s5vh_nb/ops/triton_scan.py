@@ -119,33 +119,35 @@ def _forward_rows(by_channel, by_state, s, stop, tiles, K: tl.constexpr):
 
 @triton.jit
 def _forward_segment(
-    hs, rows, s, out, tiles, bias, skip, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr
+    tiled, rows, s, out, tiles, bias, skip, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr
 ):
     "K steps of the recurrence from the states of the tiles; writes the outputs, returns the states after them."
     channels, _, m_d, _ = tiles[0][0]
     for k in tl.static_range(K):
         raw_x, raw_dt, raw_gate = rows[0][k]  # (DB,)
         x, dt = raw_x.to(tl.float32), _step_size(raw_dt, bias, SOFTPLUS)
-        seen, after = 0.0, ()
+        total, after = 0.0, ()
         for q in tl.static_range(len(tiles)):
+            _, _, _, A2 = tiles[q]
             B, C = rows[1][q][k]  # (NB,)
-            h = tl.exp2(dt[:, None] * tiles[q][3]) * hs[q] + (dt * x)[:, None] * B.to(tl.float32)[None, :]
-            seen += h * C.to(tl.float32)[None, :]  # (DB, NB)
+            h = tl.exp2(dt[:, None] * A2) * tiled[q] + (dt * x)[:, None] * B.to(tl.float32)[None, :]
+            total += h * C.to(tl.float32)[None, :]  # (DB, NB)
             after += (h,)
-        hs = after
-        y = tl.sum(seen, 1) + skip * x
+        tiled = after
+        y = tl.sum(total, 1) + skip * x
         if GATED:
             gate = raw_gate.to(tl.float32)
             y *= gate * _sigmoid(gate)
         tl.store(out[0] + (s + k) * out[1] + channels, y, m_d)
-    return hs
+    return tiled
 
 
 @triton.jit
-def _store_states(to, hs, tiles, live):
+def _store_states(to, tiled, tiles, live):
     "Write the states of all tiles to a (d, n)."
     for q in tl.static_range(len(tiles)):
-        tl.store(to + tiles[q][1], hs[q], tiles[q][2] & live)
+        _, offsets, m_dn, _ = tiles[q]
+        tl.store(to + offsets, tiled[q], m_dn & live)
 
 
 @triton.jit
@@ -184,15 +186,16 @@ def _forward_kernel(
     NB: tl.constexpr,  # States of a tile, a power of two
 ):
     c, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    tiles, hs = (), ()  # lanes, offsets, mask and A of each tile, and its states
+    tiles, tiled = (), ()  # lanes, offsets, mask and A of each tile; its states
     for n in tl.static_range(0, N, NB):
-        block, group, lanes, tile, m_dn, A2 = _program_block(A, group_size, N, DB, NB, n)
+        block, group, lanes, offsets, m_dn, A2 = _program_block(A, group_size, N, DB, NB, n)
         h = tl.zeros_like(A2)
         if initial is not None:
-            h = tl.load(initial + b * d * N + tile, m_dn, 0.0)
+            h = tl.load(initial + b * d * N + offsets, m_dn, 0.0)
         if summary is not None:
-            h = _fold(h, summary, b * tl.num_programs(1), 1, c, A2, lanes, tile, m_dn, d, N)
-        tiles, hs = tiles + ((lanes, tile, m_dn, A2),), hs + (h,)
+            h = _fold(h, summary, b * tl.num_programs(1), 1, c, A2, lanes, offsets, m_dn, d, N)
+        tiles, tiled = tiles + ((lanes, offsets, m_dn, A2),), tiled + (h,)
+    lanes = tiles[0][0]
     bias, skip = _vector(bias, lanes[0], lanes[2]), _vector(D, lanes[0], lanes[2])
     first, sign = _direction(group, group_size, reversed_from, t)
     by_channel = _walk(u, 0, b, first, sign), _walk(delta, 0, b, first, sign), _walk(z, 0, b, first, sign)
@@ -205,17 +208,17 @@ def _forward_kernel(
         ahead = _forward_rows(by_channel, by_state, s + K, stop, tiles, K)
         if saved is not None:
             if s % SAVE == 0:
-                _store_states(_saved_at(saved, b, t, s, d, N, SAVE), hs, tiles, s > 0)
-        hs = _forward_segment(hs, rows, s, out, tiles, bias, skip, SOFTPLUS, GATED, K)
+                _store_states(_saved_at(saved, b, t, s, d, N, SAVE), tiled, tiles, s > 0)
+        tiled = _forward_segment(tiled, rows, s, out, tiles, bias, skip, SOFTPLUS, GATED, K)
         rows = ahead
     if REST > 0:
         if end < stop:
             if saved is not None:
                 if end % SAVE == 0:
-                    _store_states(_saved_at(saved, b, t, end, d, N, SAVE), hs, tiles, end > 0)
-            hs = _forward_segment(hs, rows, end, out, tiles, bias, skip, SOFTPLUS, GATED, REST)
+                    _store_states(_saved_at(saved, b, t, end, d, N, SAVE), tiled, tiles, end > 0)
+            tiled = _forward_segment(tiled, rows, end, out, tiles, bias, skip, SOFTPLUS, GATED, REST)
     if last is not None:
-        _store_states(last + b * d * N, hs, tiles, stop == t)
+        _store_states(last + b * d * N, tiled, tiles, stop == t)
 
 # %% ../../nbs/lib/ops/03_triton_scan.ipynb #a2c5ebb5
 @triton.jit
@@ -487,9 +490,8 @@ def sum_parts(
     return out
 
 # %% ../../nbs/lib/ops/03_triton_scan.ipynb #2539c20a
-_LONG, _SEGMENTS = 64, 8  # of longer sequences, every eighth segment's first state is saved
+_LONG, _SEGMENTS = 64, 8  # of longer sequences, the state before every eighth segment back is saved
 _PROGRAMS = 2048  # enough to fill a GPU
-_TILE = 8  # states of a tile in the forward pass
 
 
 def _plan(
@@ -500,7 +502,7 @@ def _plan(
     n: int,  # States
     forward: bool = False,  # Fewer registers are needed: longer segments, or larger blocks
 ) -> tuple:  # Launch grid, arguments by name, steps between two saved states
-    "Launch grid and the sizes that the kernels of one pass share."
+    "Launch grid and sizes for the kernels of one pass."
     NB, K = triton.next_power_of_2(n), min(t, 3)
     save = K if t <= _LONG else _SEGMENTS * K
     DB = min(64, max(8, 512 // NB), triton.next_power_of_2(d // g))
@@ -510,8 +512,8 @@ def _plan(
         K = 4
     blocks = g * triton.cdiv(d // g, DB)
     programs = b * blocks
-    enough = _PROGRAMS // 4 if forward else _PROGRAMS // 2
-    chunks = 1 if programs >= enough else max(1, min(t // 64, _PROGRAMS // programs))
+    whole = _PROGRAMS // (4 if forward else 2)  # from so many programs on, time is not cut
+    chunks = 1 if programs >= whole else max(1, min(t // 64, _PROGRAMS // programs))
     chunk = triton.cdiv(triton.cdiv(t, chunks), save) * save
     grid = blocks, triton.cdiv(t, chunk), b
     sizes = dict(t=t, d=d, group_size=d // g, chunk=chunk, K=K, N=n, DB=DB, NB=NB)
@@ -615,11 +617,10 @@ def scan_forward(
     if summary:
         tensors = map(_with_strides, (u, delta, u, B))
         _summary_kernel[grid](*tensors, A, bias, summary, ADJOINT=False, GATED=False, **plan)
-    tensors, flags = map(_with_strides, (u, delta, gate, B, C, out)), dict(GATED=z is not None, SAVE=save)
-    plan |= dict(NB=min(_TILE, plan["NB"]))
-    _forward_kernel[grid](
-        *tensors, A, D, bias, initial, saved, last, summary, REST=t % plan["K"], **flags, **plan
-    )
+    tensors, NB = map(_with_strides, (u, delta, gate, B, C, out)), plan["NB"]
+    plan |= dict(REST=t % plan["K"], GATED=z is not None, SAVE=save)
+    plan["NB"] = max(min(NB, 8), NB // 2)  # two tiles, or one of at most eight states
+    _forward_kernel[grid](*tensors, A, D, bias, initial, saved, last, summary, **plan)
     return _ForwardScan(out, last, saved)
 
 
