@@ -208,7 +208,7 @@ def _without_copies(device):
     return torch.autocast(device, *options, cache_enabled=False)
 
 
-_PLAIN = bool, int, float, str, tuple, type(None)
+_PLAIN = {bool, int, float, str, tuple, type(None)}
 
 
 class _Watched:
@@ -227,7 +227,7 @@ class _Watched:
         names = [[name for name in vars(m) if name[0] != "_" and name != "training"] for m in modules]
         self.own = [*zip(map(vars, modules), names)]
         self.held = [(x, x.untyped_storage()) for x in self._tensors()]
-        self.parts, self.rest = self._parts(), self._rest()
+        self.parts, self.details = self._parts(), self._details()
 
     def _tensors(self) -> list:
         return [x for own in self.tensors for x in own.values() if x is not None]
@@ -239,19 +239,22 @@ class _Watched:
         chosen = chosen_backend(), torch.get_float32_matmul_precision(), *precision
         return [*chosen, any(self.hooks), type(self.net()), *same]
 
-    def _rest(self) -> list:
-        found = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in self._tensors()]
-        for attributes, names in self.own:
-            own = map(attributes.get, names)
-            found += len(attributes), *(x if type(x) in _PLAIN else id(x) for x in own)
-        return found
+    def _details(self) -> list:
+        lie = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x, _ in self.held]
+        own = [x for attributes, names in self.own for x in map(attributes.get, names)]
+        how_many = [len(attributes) for attributes, _ in self.own]
+        return [*lie, *how_many, *[x if type(x) in _PLAIN else id(x) for x in own]]
 
     def has_its_parts(self) -> bool:
         "Whether modules, tensors, hooks, backend and precision are the same: quickly found."
         return self.parts == self._parts()
 
+    def has_its_details(self) -> bool:
+        "Whether the same parts are as they were: where tensors lie, and what modules keep beside them."
+        return self.details == self._details()
+
     def is_as_it_was(self) -> bool:
-        return self.has_its_parts() and self.rest == self._rest()
+        return self.has_its_parts() and self.has_its_details()
 
 
 class _Encoder:
@@ -455,7 +458,7 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
             encoder, made = _encoder_of(self, kind), []
             for start in starts:
                 made.append(encoded(encoder, start))
-                if start == 0 and encoder.watched is not None and not encoder.watched.is_as_it_was():
+                if start == 0 and encoder.watched is not None and not encoder.watched.has_its_details():
                     encoder = _new_encoder(self, kind)  # found out while the GPU works
                     made = [encoded(encoder, start)]
             codes, ends = zip(*made)
