@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from s5vh_nb.basics.checks import check
 from s5vh_nb.basics.config import VARIANTS, to_dict
 from s5vh_nb.basics.files import find_root
 from s5vh_nb.basics.parallel import all_devices, is_first, joined
@@ -123,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main():
     given = parser().parse_args()
+    check(given.epochs >= 2, "--epochs", "at least 2, of which the first is left out", given.epochs)
     if given.into:
         work(given)
         return

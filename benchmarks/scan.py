@@ -48,11 +48,11 @@ def arguments(shape, dtype, device, seed=0):
     return {name: x.to(device).requires_grad_() for name, x in inputs.items()}
 
 
-def outcome(given, backend) -> list:
-    "Output and gradients of one scan."
+def outcome(given, backend, dtype) -> list:
+    "Output and gradients of one scan; the output's weights are numbers of this dtype."
     out = selective_scan(**given, delta_softplus=True, backend=backend)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
-    return [out.detach(), *torch.autograd.grad(out, list(given.values()), weights.to(out.dtype))]
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(out)
+    return [out.detach(), *torch.autograd.grad(out, list(given.values()), weights)]
 
 
 def parity(backend, dtype, device) -> float:
@@ -61,7 +61,7 @@ def parity(backend, dtype, device) -> float:
     for shape in PARITY:
         given = arguments(shape, dtype, device)
         double = {name: x.detach().double().requires_grad_() for name, x in given.items()}
-        pairs = zip(outcome(given, backend), outcome(double, "reference"))
+        pairs = zip(outcome(given, backend, dtype), outcome(double, "reference", dtype))
         worst = max(worst, *(float((mine - theirs).norm() / theirs.norm()) for mine, theirs in pairs))
     return worst
 

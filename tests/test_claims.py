@@ -9,7 +9,18 @@ import torch
 from s5vh_nb.basics.config import BaselineConfig
 from s5vh_nb.evidence.claims import Claim, claims_table, conclusion, weakest
 from s5vh_nb.evidence.experiments import config_of
-from s5vh_nb.evidence.judge import effect, gain, gain_terms, percent_terms, plot_gains, scores_of, verdict
+from s5vh_nb.evidence.judge import (
+    effect,
+    epochs_saved,
+    gain,
+    gain_colour,
+    gain_terms,
+    percent_terms,
+    plot_gains,
+    scores_of,
+    verdict,
+)
+from s5vh_nb.evidence.report import VERDICTS
 from s5vh_nb.evidence.statistics import Interval
 from s5vh_nb.evidence.study import open_study
 
@@ -92,8 +103,27 @@ def test_effects_of_made_up_runs(pretend):
 def test_rows_are_compared_at_the_seeds_that_both_have(store):
     first, second = (store.get(BaselineConfig(bits=16, seed=seed)) for seed in (1, 2))
     assert gain([first, second], [second], store).mean == 0
+    assert gain([first, second], [second, first], store) == Interval(0, 0, 0)  # in any order
+    alone = effect(percent_terms([second], [second], store), store)
+    assert effect(percent_terms([second], [first, second], store), store) == alone
     with pytest.raises(ValueError, match="seeds of the rows: expected some that all have"):
         gain([first], [second], store)
+
+
+def test_curves_are_compared_at_the_seeds_that_both_have(pretend, store):
+    ours, theirs = (
+        [pretend(config(row, seed=seed)) for seed in (1, 2)] for row in ("Mamba, both", "Mamba, tied")
+    )
+    assert epochs_saved(ours, theirs[1:], store).mean == 0
+    blind = pretend(config("Mamba, tied", seed=2), evaluations=())
+    assert epochs_saved(ours, [theirs[0], blind], store) is None
+    assert epochs_saved(ours[:1], theirs[1:], store) is None
+
+
+def test_a_gain_of_nothing_is_drawn_as_undecided():
+    assert [gain_colour(x) for x in (GOOD, OPEN, BAD, Interval(0, 0, 0))] == [
+        VERDICTS[found] for found in ("holds", "undecided", "does not hold", "undecided")
+    ]
 
 
 def test_rows_of_different_data_are_not_compared(pretend, store):

@@ -347,6 +347,10 @@ def test_a_missing_folder_is_not_a_name_on_the_hub(saved, monkeypatch):
         message = f"{name}: expected a folder with a saved network, found no folder"
         with pytest.raises(FileNotFoundError, match=f"^{message}"):
             S5VH.from_pretrained(name)
+    with pytest.raises(
+        ValueError, match="HashNetwork.from_pretrained: expected the class of the saved network"
+    ):
+        codes.HashNetwork.from_pretrained("~/model")
     monkeypatch.setenv("HOME", str(saved.parent))
     assert S5VH.from_pretrained("~/model").config == VIDEOS
 

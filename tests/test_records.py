@@ -440,3 +440,18 @@ def test_forget(archive, checkout, capsys):
     assert archive.records() == [other] and archive.arrays(other)["ap"].sum() == 3
     assert main(["forget", RECORD.name, "--profile", archive.profile]) == 2
     assert f"a record called {RECORD.name}" in capsys.readouterr().err
+
+
+def test_forgotten_within_one_tick_of_the_clock(archive, checkout, monkeypatch):
+    "Linux before 6.13 stamps files 4 ms apart, some file systems seconds."
+    others = [dataclasses.replace(RECORD, label=label) for label in ("again", "once more")]
+    for record in (RECORD, *others):
+        archive.save(record, {})
+    table = checkout / pack(checkout, archive.profile)[0]
+    stamped = table.stat()
+    for record in others:
+        os.utime(table, ns=(stamped.st_atime_ns, stamped.st_mtime_ns))
+        assert record in archive.records()
+        archive.forget(record.name)
+        os.utime(table, ns=(stamped.st_atime_ns, stamped.st_mtime_ns))
+    assert archive.records() == [RECORD]

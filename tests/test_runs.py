@@ -2,12 +2,13 @@
 
 import functools
 import re
+import time
 
 import pytest
 import torch
 
 from s5vh_nb.basics.config import BaselineConfig, TransferConfig, replace, to_dict
-from s5vh_nb.basics.profiles import train_config
+from s5vh_nb.basics.profiles import PUBLISHED, train_config
 from s5vh_nb.datasets.catalog import load
 from s5vh_nb.evidence import runs
 from s5vh_nb.evidence import store as store_module
@@ -75,20 +76,39 @@ def test_a_checkpoint_belongs_to_the_code_that_made_it(tmp_path, monkeypatch):
             path = tmp_path.joinpath(*name.split("_")).with_suffix(".py")
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        return runs.training_digest.__wrapped__()
+        return runs._code_digest.__wrapped__(("learning.training", "models.net"))
 
     training = "from .losses import a\nfrom s5vh_nb.ops.scan import (\n    b,\n)\n"
-    first = digest(learning_training=training, learning_losses="x = 1", ops_scan="y = 1", cli_command="z = 1")
+    rest = dict(
+        ops_scan="y = 1", cli_command="z = 1", models_net="from ..ops.layer import c", ops_layer="w = 1"
+    )
+    first = digest(learning_training=training, learning_losses="x = 1", **rest)
     assert digest(learning_losses="'''A docstring.'''\nx = 1  # one") == first
     assert digest(cli_command="z = 2") == first
-    digests = [first, digest(learning_losses="x = 2"), digest(ops_scan="y = 2")]
-    assert len(set(digests)) == 3
+    edits = (
+        dict(learning_losses="x = 2"),
+        dict(ops_scan="y = 2"),
+        dict(ops_layer="w = 2"),
+        dict(models_net=""),
+    )
+    assert len({first, *(digest(**edit) for edit in edits)}) == 5
+
+
+@pytest.mark.parametrize("dataset, kind", [("spoken-digits", "videos"), ("emoji", "pairs")])
+def test_the_code_of_a_training_has_that_of_its_network_and_objective(dataset, kind, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runs, "_code_digest", seen.append)
+    for variant in ("paper", "plus", *PUBLISHED[kind]):
+        config = train_config(dataset, "smoke", variant=variant)
+        runs.training_digest(config)
+        for name in (config.model.network, config.objective.objective):
+            assert name.partition(":")[0] in {f"s5vh_nb.{module}" for module in seen[-1]}
 
 
 def test_a_checkpoint_is_named_by_its_run_and_its_code(store):
     record = store.get(CONFIG)
     checkpoints = [path.name for path in (store.root / "results" / "checkpoints").iterdir()]
-    assert checkpoints == [f"{record.name}-{runs.training_digest()}.pt"]
+    assert checkpoints == [f"{record.name}-{runs.training_digest(record.configuration)}.pt"]
 
 
 # Measurements
@@ -129,6 +149,22 @@ def test_a_measurement_has_a_name(store):
         store.measure(CONFIG, " ", None)
 
 
+def test_a_network_that_was_kept_takes_no_time_from_its_measurement(store):
+    record = store.get(CONFIG)
+    slow = store.measure(CONFIG, "slow", lambda subject: size(subject) if not time.sleep(0.2) else None)
+    assert slow.seconds["train"] == record.seconds["train"] and slow.seconds["measure"] >= 0.2
+
+
+def test_only_runs_are_made_or_measured(store):
+    fitted = BaselineConfig(bits=16, method="lsh")
+    moved = TransferConfig("spoken-pairs", fitted)
+    store.transfer(fitted, "spoken-pairs")
+    assert store.find(moved) and store.find(moved, "never made") is None
+    for ask in (store.get, functools.partial(store.measure, label="size", measure=size)):
+        with pytest.raises(TypeError, match="config: expected"):
+            ask(moved)
+
+
 def test_codes_that_are_kept_no_more_are_made_again(store):
     "Those of queries that lack a modality, too."
     config = train_config("emoji", "smoke", bits=16)
@@ -158,6 +194,12 @@ def test_one_failure_is_named_when_the_others_are_done(store, workers):
     assert len(store.archive.records()) == 2
     found = store.get_many(good, workers=workers)
     assert [record.configuration.method for record in found] == ["itq", "lsh"]
+
+
+def test_processes_may_make_what_the_store_may(store, monkeypatch):
+    monkeypatch.setenv(NO_TRAINING, "1")
+    may = Store("s5vh/codes", "smoke", root=store.root, device="cpu", may_train=True, progress=False)
+    assert len(may.get_many([BaselineConfig(bits=16, method=m) for m in ("itq", "lsh")], workers=2)) == 2
 
 
 def test_a_run_asked_for_twice_is_made_once(store, monkeypatch):

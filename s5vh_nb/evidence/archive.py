@@ -92,8 +92,16 @@ def _stacked(arrays: dict) -> dict:  # run -> name -> array
     return stacks | {"index": np.frombuffer(json.dumps(index).encode(), np.uint8)}
 
 
+def _state(path: Path) -> tuple:
+    "What tells a file from the one that it replaces: two may come within one tick of the clock."
+    if not path.exists():
+        return ()
+    found = path.stat()
+    return found.st_mtime_ns, found.st_ino, found.st_size
+
+
 @functools.lru_cache(maxsize=8)
-def _unstacked(path: Path, changed: int) -> dict:  # When the file was last changed, in ns
+def _unstacked(path: Path, state: tuple) -> dict:  # From `_state`
     "Run -> name -> array, read-only, of a packed file."
     stacks, found = _read_arrays(path), {}
     expected = "an index of its arrays (earlier versions had none)"
@@ -111,7 +119,7 @@ def _read_record(path: Path) -> RunRecord:
 
 
 @functools.lru_cache(maxsize=64)
-def _packed(path: Path, changed: int) -> dict:  # When the file was last changed, in ns
+def _packed(path: Path, state: tuple) -> dict:  # From `_state`
     "The records of a packed table by name."
     *lines, end = path.read_text("utf-8", "replace").split("\n")  # labels may hold other ends of lines
     records = [from_line(line, f"{path}, line {n}") for n, line in enumerate(lines + [end] * bool(end), 1)]
@@ -143,8 +151,7 @@ class _Source(NamedTuple):
         if self.table is None:
             found = _read_arrays(self.file)
             return {name: array for name, array in found.items() if not name.startswith(_CODES)}
-        changed = self.file.stat().st_mtime_ns if self.file.exists() else 0
-        return dict(_unstacked(self.file, changed).get(_key(self.record), {}))
+        return dict(_unstacked(self.file, _state(self.file)).get(_key(self.record), {}))
 
 
 class Archive:
@@ -170,7 +177,7 @@ class Archive:
     def tables(self) -> dict:
         "Packed table -> its records by name."
         paths = [path for path in sorted(self.evidence.glob("*.jsonl")) if ".jsonl.tmp-" not in path.name]
-        return {path: _packed(path, path.stat().st_mtime_ns) for path in paths}
+        return {path: _packed(path, _state(path)) for path in paths}
 
     def path_of(
         self,

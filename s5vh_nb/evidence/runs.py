@@ -10,6 +10,7 @@ __all__ = ['complete', 'training_digest', 'Learnt', 'evaluate', 'learn', 'learns
 import ast
 import functools
 import hashlib
+import pkgutil
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -68,10 +69,9 @@ def _without_docstrings(tree):
 
 
 @functools.cache
-def training_digest() -> str:
-    "8 hex digits over the code that training reaches."
-    folder, digests = Path(s5vh_nb.__file__).parent, {}
-    waiting = ["learning.training"]
+def _code_digest(modules: tuple) -> str:  # Of this package, as `wing.name`
+    "8 hex digits over their code and all code that they reach."
+    folder, digests, waiting = Path(s5vh_nb.__file__).parent, {}, list(modules)
     while waiting:
         module = waiting.pop()
         path = folder.joinpath(*module.split(".")).with_suffix(".py")
@@ -81,6 +81,18 @@ def training_digest() -> str:
         waiting += _imports(tree, module)
         digests[module] = ast.dump(_without_docstrings(tree))
     return hashlib.sha256("".join(digests[m] for m in sorted(digests)).encode()).hexdigest()[:8]
+
+
+def training_digest(config: TrainConfig) -> str:
+    """8 hex digits over the code of this package that the training reaches, its network and objective included.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    """
+    named = pkgutil.resolve_name(config.model.network), pkgutil.resolve_name(config.objective.objective)
+    modules = {each.__module__.removeprefix("s5vh_nb.") for each in named}
+    return _code_digest(("learning.training", *sorted(modules)))
 
 # %% ../../nbs/lib/evidence/05_runs.ipynb #4f628e1b
 class Learnt(NamedTuple):
@@ -122,7 +134,7 @@ def evaluate(
 def learn(
     config: TrainConfig | BaselineConfig,  # Complete, see `complete`
     data: Dataset,
-    checkpoint: Path,  # Of a network: where it is kept; an unfinished one is taken up
+    checkpoint: Path | None,  # Of a network: where it is kept; an unfinished one is taken up
     device: Device = None,
     progress: bool = True,
 ) -> Learnt:
@@ -133,7 +145,7 @@ def learn(
     config : TrainConfig | BaselineConfig
         Complete, see `complete`
     data : Dataset
-    checkpoint : Path
+    checkpoint : Path | None
         Of a network: where it is kept; an unfinished one is taken up
     device : Device
     progress : bool

@@ -52,12 +52,14 @@ class Subject:
     def __init__(self, store: "Store", config: Config, data: Dataset):
         self.store, self.config = store, config
         self.data, self.seconds = data, {}
+        self.learning = 0.0  # seconds until the hash function was there: a moment where it had been kept
 
     @functools.cached_property
     def hasher(self):
         "The trained network, on the store's device and in evaluation mode, or the fitted baseline."
+        begun = time.perf_counter()
         learnt = self.store._learn(self.config, self.data)
-        self.seconds["train"] = learnt.seconds
+        self.learning, self.seconds["train"] = time.perf_counter() - begun, learnt.seconds
         return learnt.hasher
 
     @functools.cached_property
@@ -148,14 +150,14 @@ class Store:
         """
         check_config(config, "config", TrainConfig, BaselineConfig, TransferConfig)
         if isinstance(config, TransferConfig):
-            return self._find_transfer(config)
+            return self._find_transfer(config, label)
         data = self._described(config.dataset)
         return self._checked(self.archive.find(run_name(complete(config, data), label)), data)
 
-    def _find_transfer(self, config):
+    def _find_transfer(self, config, label):
         home, away = self._described(config.source.dataset), self._described(config.dataset)
         config = TransferConfig(config.dataset, complete(config.source, home))
-        record = self._checked(self.archive.find(run_name(config)), away)
+        record = self._checked(self.archive.find(run_name(config, label)), away)
         expected = record and record.data["source"]["fingerprint"]
         fits = record is None or expected == home.fingerprint
         check(
@@ -189,6 +191,7 @@ class Store:
         label : str
             Name of a repetition, which learns for itself
         """
+        check_config(config, "config", TrainConfig, BaselineConfig)  # for another data set: `transfer`
         if record := self.find(config, label):
             return record
         data = self.data(config.dataset)
@@ -251,7 +254,7 @@ class Store:
 
     def _quiet(self) -> "Store":
         "The same store without bars, for another process."
-        options = dict(root=self.root, data_root=self.data_root, device=self.device)
+        options = dict(root=self.root, data_root=self.data_root, device=self.device, may_train=self.may_train)
         return Store(self.artefact, self.profile, **options, progress=False)
 
     def measure(
@@ -272,6 +275,7 @@ class Store:
             A `Subject` -> {"metrics": ..., perhaps "arrays", "columns", "device"}
         """
         check(label.strip() != "", "label", "the name of a measurement", repr(label))
+        check_config(config, "config", TrainConfig, BaselineConfig)  # for another data set: `transfer`
         if record := self.find(config, label):
             return record
         data = self.data(config.dataset)
@@ -279,8 +283,7 @@ class Store:
         self._check_may_train([run_name(config, label)])
         subject, begun = Subject(self, config, data), time.perf_counter()
         made = measure(subject)
-        trained = subject.seconds.get("train", 0)
-        seconds = {**subject.seconds, "measure": max(0.0, time.perf_counter() - begun - trained)}
+        seconds = {**subject.seconds, "measure": time.perf_counter() - begun - subject.learning}
         return self._save(config, data, label, seconds=seconds, **made)
 
     def transfer(
@@ -331,8 +334,10 @@ class Store:
             check_writable(self.archive.path_of(names[0]))  # now, not after the training
 
     def _learn(self, config, data, label=""):
-        folder = self.root / "results" / "checkpoints"
-        checkpoint = folder / f"{run_name(config, label)}-{training_digest()}.pt"
+        checkpoint = None
+        if isinstance(config, TrainConfig):
+            folder = self.root / "results" / "checkpoints"
+            checkpoint = folder / f"{run_name(config, label)}-{training_digest(config)}.pt"
         return learn(config, data, checkpoint, self.device, self.progress)
 
     def _save(

@@ -508,6 +508,8 @@ class HashNetwork(nn.Module, PyTorchModelHubMixin):
         **options
             Of the Hub's mixin
         """
+        told = "config" in cls.__init__.__annotations__
+        check(told, f"{cls.__name__}.from_pretrained", "the class of the saved network", "the base of all")
         name, device = pretrained_model_name_or_path, pick_device(map_location)
         folder = _saved_folder(name)
         if folder is not None:
