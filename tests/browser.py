@@ -11,6 +11,10 @@ import time
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+class Reloaded(Exception):
+    "The page was loaded anew while an expression waited for its value."
+
+
 class Browser:
     "Chromium without a window; it is told what to do through a pipe, in the DevTools protocol."
 
@@ -66,6 +70,8 @@ class Browser:
         end = time.monotonic() + 60
         while (answer := self._listen(end)).get("id") != self._number:
             assert time.monotonic() < end
+        if "navigated" in answer.get("error", {}).get("message", ""):
+            raise Reloaded
         assert "error" not in answer, answer
         return answer["result"]
 

@@ -985,6 +985,9 @@ def test_commands_name_what_is_wrong(files, capsys):
     (files / "empty.npy").touch()
     (files / "half.npz").write_bytes((files / "more.npz").read_bytes()[:200])
     np.save("floats.npy", np.zeros((3, 8)))
+    (files / "more.csv").write_text("path,label\na.mp4,cat,\n", encoding="utf-8")
+    np.savez("one.npz", codes=np.load("codes.npy"), source="my camera")
+    np.savez("pair.npz", codes=np.load("codes.npy"), bits=[16, 16])
     (files / "fitted").mkdir()
     fitted = json.dumps(to_dict(BaselineConfig()))
     (files / "fitted" / "config.json").write_text(fitted, encoding="utf-8")
@@ -999,6 +1002,12 @@ def test_commands_name_what_is_wrong(files, capsys):
         ("index codes.npy b.index --manifest nowhere.csv", "nowhere.csv"),
         ("index codes.npy b.index --manifest floats.npy", "floats.npy: expected a table (CSV, UTF-8)"),
         ("index codes.npy b.index --manifest empty.npy", "empty.npy: expected a table (CSV, UTF-8)"),
+        ("index codes.npy b.index --manifest more.csv", "more.csv: expected 2 values in a row"),
+        (
+            "index one.npz b.index",
+            "metadata: expected 40 values a field, one an item, found {'source': 'one value'}",
+        ),
+        ("index pair.npz b.index", "pair.npz: bits: expected a whole number, found [16, 16]"),
         ("index codes.npy b.db --recall 0.9", "--recall: expected an index file"),
         ("index codes.npy b.db --recall 0", "--recall: expected an index file"),
         ("index codes.npy b.index --recall 0", "recall: expected a share above 0"),
@@ -1013,6 +1022,7 @@ def test_commands_name_what_is_wrong(files, capsys):
         ("search a.index --codes floats.npy", "floats.npy: expected packed codes"),
         ("search a.index --id 1 --where label", "--where: expected FIELD=VALUE"),
         ("search a.index --id 1 --where label=1", "filter: expected one of"),
+        ("search a.index --id 1 --where a=1 --where a=2", "--where: expected each field once, found a twice"),
         ("search a.index --id 1 --top 0", "top: expected a whole number from 1"),
     ):
         capsys.readouterr()

@@ -440,6 +440,10 @@ def test_forget(archive, checkout, capsys):
     assert archive.records() == [other] and archive.arrays(other)["ap"].sum() == 3
     assert main(["forget", RECORD.name, "--profile", archive.profile]) == 2
     assert f"a record called {RECORD.name}" in capsys.readouterr().err
+    archive.save(RECORD, {})
+    archive.path_of(RECORD.name).write_bytes(b"{")  # a damaged one
+    assert main(["forget", RECORD.name, "--profile", archive.profile]) == 0
+    assert archive.records() == [other]
 
 
 def test_forgotten_within_one_tick_of_the_clock(archive, checkout, monkeypatch):

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -27,7 +28,7 @@ from s5vh_nb.datasets.catalog import is_there, load
 from s5vh_nb.datasets.copies import EDITS, filmstrip_clip, video_file
 from s5vh_nb.datasets.decode import MOST_PIXELS, View, evenly, read_clip
 from s5vh_nb.datasets.extract import extract_features, find_videos, make_extractor
-from s5vh_nb.datasets.video_files import read_manifest
+from s5vh_nb.datasets.video_files import OWN_FILES, read_manifest
 from s5vh_nb.learning.training import train
 
 av = pytest.importorskip("av", reason="the extra `video` is not installed")
@@ -680,6 +681,10 @@ def test_a_finished_folder_can_be_extended(videos, tmp_path):
     (videos / "blue" / "2.gif").unlink()
     done = extract_features(videos, out, **FAST)
     assert (done.new, done.videos) == (2, 8)
+    shutil.copytree(out, tmp_path / "cut")
+    (tmp_path / "cut" / OWN_FILES[1]).unlink()
+    with pytest.raises(FileNotFoundError, match=f"cut/{OWN_FILES[1]}: expected a file"):
+        extract_features(videos, tmp_path / "cut", **FAST)
     np.testing.assert_array_equal(features_of(out, "red/1.gif"), before)
     fresh = extract_features(videos, tmp_path / "fresh", **FAST)
     assert load("own-videos", out).fingerprint == load("own-videos", fresh.folder).fingerprint

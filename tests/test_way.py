@@ -286,7 +286,7 @@ def test_a_bundled_set_and_the_papers_network(way, capsys):
     assert f"paper/{EXTRACTION}: expected a file that names the frame extractor" in capsys.readouterr().err
 
 
-def test_a_stopped_training_continues(way, small, monkeypatch):
+def test_a_stopped_training_continues(way, small, monkeypatch, capsys):
     "It ends with the weights of one that was not stopped."
     run("train features whole --epochs 12 --bits 16 --device cpu")
     epochs, true_epoch = [], training.train_epoch
@@ -307,6 +307,9 @@ def test_a_stopped_training_continues(way, small, monkeypatch):
     assert weights[0] == weights[1] and not (way / "parts" / "unfinished.pt").exists()
     monkeypatch.setattr(trained, "train", None)  # it is done: nothing is trained
     run("train features parts --epochs 12 --bits 16 --device cpu")
+    (way / "parts" / "model.safetensors").unlink()
+    run("train features parts --epochs 12 --bits 16 --device cpu", 2)
+    assert "model.safetensors: expected the weights, found no such file" in capsys.readouterr().err
 
 
 def test_a_folder_with_something_else_is_left_alone(way, capsys):
@@ -318,6 +321,8 @@ def test_a_folder_with_something_else_is_left_alone(way, capsys):
         ("train features model --epochs 3 --seed 2", "model: expected an empty folder, or this training"),
         ("train spoken-digits model", "dataset"),
         ("train features released", "released: expected an empty folder"),
+        ("train features features", "features: expected an empty folder, or this training, begun or done"),
+        ("features videos model --extractor histogram", "model: expected a folder for features"),
         (
             "train features mine",
             "mine: expected an empty folder, or this training, begun or done, found README.md",

@@ -14,6 +14,7 @@ import shlex
 import sys
 import time
 import zipfile
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ import pandas as pd
 import s5vh_nb
 from ..basics.checks import check, known
 from ..basics.config import VARIANTS, replace
-from ..basics.files import atomic_write, check_writable, find_root, only_run, user_path
+from ..basics.files import atomic_write, check_writable, find_root, only_run, read_table, user_path
 from ..basics.parallel import is_first, joined
 from ..basics.pools import RayPool
 from ..basics.profiles import PROFILES, PUBLISHED, train_config
@@ -92,20 +93,14 @@ def _read_codes(
     try:
         read = np.load(user_path(path), allow_pickle=False)
         arrays = {"codes": read} if isinstance(read, np.ndarray) else dict(read)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: expected {wanted}, found: {error}") from error
     codes = arrays.get("codes")
     good = codes is not None and codes.ndim == 2 and codes.dtype == np.uint8
     check(good, path, wanted, ", ".join(f"{n} {a.dtype} {a.shape}" for n, a in arrays.items()) or "nothing")
+    bits = arrays.get("bits", np.array(8))
+    check(bits.ndim == 0 and bits.dtype.kind in "iu", f"{path}: bits", "a whole number", repr(bits.tolist()))
     return arrays
-
-
-def _read_manifest(path: str) -> pd.DataFrame:
-    "The table; `ValueError` naming a file that is none."
-    try:
-        return pd.read_csv(user_path(path), keep_default_na=False, encoding="utf-8")
-    except ValueError as error:  # of parsing and of decoding
-        raise ValueError(f"{path}: expected a table (CSV, UTF-8), found: {error}") from error
 
 
 _SPREAD = ("shards", "replicas", "lists")  # options of an index on a server
@@ -127,7 +122,7 @@ def _index(args):
     options = " ".join(f"--{name}" for name in spread)
     check("://" in args.index or not spread, options, "the URL of a Milvus server", args.index)
     if args.manifest:
-        table = _read_manifest(args.manifest)
+        table = read_table(args.manifest)
         given["metadata"] = table.drop(columns="id", errors="ignore")
         given["ids"] = table["id"].to_numpy() if "id" in table else given["ids"]
     if milvus:
@@ -167,6 +162,7 @@ def _filter(pairs: list) -> dict | None:
     for pair in pairs:
         check("=" in pair[1:], "--where", "FIELD=VALUE", repr(pair))
         name, text = pair.split("=", 1)
+        check(name not in filter, "--where", "each field once", f"{name} twice")
         filter[name] = _meanings(text)
     return filter or None
 

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from ..basics.checks import check, is_whole, known
 from ..basics.devices import Device, pick_device
-from ..basics.files import check_writable, only_run, user_path, write_text
+from ..basics.files import check_writable, only_run, read_table, user_path, write_text
 from ..basics.pools import RayPool, WorkerDied, in_order
 from .decode import Clip, View, check_av, read_clip
 from .features import IMAGENET, vgg_fc7
@@ -340,10 +340,7 @@ def _read_table(
     "Path -> (label, split or None) of each video; `ValueError` where a video has no label."
     table = user_path(table)
     check(table.is_file(), f"{table}", "a table of labels", "nothing there", FileNotFoundError)
-    try:
-        found = pd.read_csv(table, dtype=str, keep_default_na=False)
-    except ValueError as error:  # of parsing and of decoding
-        raise ValueError(f"{table}: expected a table (CSV, UTF-8), found: {error}") from error
+    found = read_table(table, dtype=str)
     check({"path", "label"} <= set(found), f"{table}", "the columns path and label", list(found))
     twice = found.path[found.path.duplicated()]
     check(twice.empty, f"{table}", "each path once", f"twice {''.join(twice[:1])}")
@@ -485,6 +482,7 @@ class _Work:
         """
         if self.begun:
             return False
+        own_videos(self.out)  # names a file of it that is missing or damaged
         columns = ["path", "label", "split"]
         return _manifest(videos, self.known, table)[columns].equals(read_manifest(self.out)[columns])
 
@@ -750,6 +748,7 @@ def extract_features(
     side = net.view.side
     d = net(np.zeros((1, side, side, 3), np.uint8)).shape[1]
     named = "standard" if weights is None else Path(weights).name
+    check(not (out / "config.json").exists(), f"{out}", "a folder for features", "that of a model")
     check_writable(out / MANIFEST)
     with only_run(out):
         work = _Work(out, dict(extractor=extractor, weights=named, frames=t, d=d))

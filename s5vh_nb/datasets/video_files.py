@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..basics.checks import check, known
-from ..basics.files import atomic_write, user_path, write_text
+from ..basics.files import atomic_write, read_table, user_path, write_text
 from .paper_files import binary_labels, read_matrices, size_notes, write_matrices
 from .rows import HDF5Rows, write_rows
 from .splits import Dataset, Split
@@ -215,10 +215,7 @@ def read_manifest(
     path = user_path(folder) / MANIFEST
     check(path.is_file(), f"{path}", "a file", "nothing there", FileNotFoundError)
     text = dict.fromkeys(("path", "label", "split", "damage"), str)
-    try:
-        found = pd.read_csv(path, dtype=text, keep_default_na=False)
-    except ValueError as error:
-        raise ValueError(f"{path}: expected a table, found: {error}") from error
+    found = read_table(path, dtype=text)
     check(set(text) <= set(found), f"{path}", f"columns {', '.join(text)}", list(found))
     return found
 

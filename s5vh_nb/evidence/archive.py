@@ -292,8 +292,8 @@ class Archive:
         name : str
             A run's name
         """
-        source = self._source(name)
-        check(source, f"results/{self.profile}", f"a record called {name}", "none", FileNotFoundError)
+        there = self.path_of(name).exists() or self._source(name)  # a damaged one can't be read
+        check(there, f"results/{self.profile}", f"a record called {name}", "none", FileNotFoundError)
         for path in (self.path_of(name), self.path_of(name).with_suffix(".npz")):
             path.unlink(missing_ok=True)
         for table, records in self.tables().items():

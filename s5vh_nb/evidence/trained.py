@@ -18,6 +18,7 @@ from ..basics.parallel import all_devices, from_first, is_first
 from ..datasets.catalog import CATALOG
 from ..datasets.extract import EXTRACTION, read_settings
 from ..datasets.splits import Dataset
+from ..datasets.video_files import MANIFEST
 from .identity import differences, method_name
 from .records import RunRecord, device_name, from_line, to_line
 from .runs import encode_and_score, learns_from_both
@@ -27,6 +28,7 @@ from ..learning.resolve import resolve
 from ..learning.training import TrainedRun, train
 from ..models.codes import HashNetwork
 from ..search.queries import VOCABULARY
+from ..search.videos import load_network
 
 # %% ../../nbs/lib/evidence/15_trained.ipynb #bb9b2de0
 _ENDS = (" low", " high")  # of an interval, behind the name of a score
@@ -164,10 +166,12 @@ def _existing(out: Path, config: TrainConfig, data: Dataset) -> RunRecord | None
         if record.data["fingerprint"] != data.fingerprint:
             unlike += [f"data (fingerprint {record.data['fingerprint']})"]
         check(not unlike, f"{out}", expected, f"{record.name}, which differs in {', '.join(unlike)}")
+        load_network(out, "cpu")  # names what is missing or damaged
         (out / _CHECKPOINT).unlink(missing_ok=True)
         return record
     if not (out / _CHECKPOINT).is_file():
-        there = [name for name in ("config.json", "model.safetensors", "README.md") if (out / name).exists()]
+        others = "config.json", "model.safetensors", "README.md", EXTRACTION, MANIFEST
+        there = [name for name in others if (out / name).exists()]
         check(not there, f"{out}", expected, ", ".join(there))
     check_writable(out / RECORD)
     return None

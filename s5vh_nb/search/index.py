@@ -288,6 +288,11 @@ def _kind(column: pd.Series) -> str:
     return "true or false" if kind == "b" else "numbers" if kind in "iuf" else "text"
 
 
+def _how_many(values) -> int | str:
+    "Values of a field, or that it is one value for all."
+    return len(values) if hasattr(values, "__len__") and getattr(values, "ndim", 1) else "one value"
+
+
 def as_table(
     metadata,  # Field name -> one value an item, or a table; None: no fields
     n: int,  # Items
@@ -316,7 +321,7 @@ def as_table(
     check(len(set(fields)) == len(fields), "metadata", "fields whose names differ as text", fields)
     check(all(map(_is_text, fields)), "metadata", "names that UTF-8 can hold", ascii(fields))
     check(not set(fields) & set(_RESERVED), "metadata", f"fields other than {', '.join(_RESERVED)}", fields)
-    sizes = {name: len(metadata[name]) for name in metadata}
+    sizes = {name: _how_many(metadata[name]) for name in metadata}
     check(set(sizes.values()) <= {n}, "metadata", f"{n} values a field, one an item", sizes)
     columns = {str(name): metadata[name] for name in metadata}
     for name, values in columns.items():
