@@ -694,6 +694,18 @@ def test_a_finished_folder_can_be_extended(videos, tmp_path):
         extract_features(videos, out, **FAST | {"t": 4})
 
 
+def test_weights_of_one_name_are_told_apart(videos, tmp_path, monkeypatch):
+    "`histogram` takes none; here it only stands in for a network."
+    make = extract.make_extractor
+    monkeypatch.setattr(extract, "make_extractor", lambda name, weights, device: make(name, None, device))
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "best.pth").write_text(folder)
+    extract_features(videos, tmp_path / "out", **FAST, weights=tmp_path / "one" / "best.pth")
+    with pytest.raises(ValueError, match=r"out: expected .*best.pth \(\w{16}\)"):
+        extract_features(videos, tmp_path / "out", **FAST, weights=tmp_path / "two" / "best.pth")
+
+
 def test_labels_from_a_table(videos, tmp_path):
     paths = [each.path for each in find_videos(videos, {})]
     table = tmp_path / "labels.csv"

@@ -348,6 +348,7 @@ def test_two_trainings_in_one_folder_are_refused(way, capsys):
 def test_commands_name_what_is_wrong(way, capsys):
     shutil.copytree("model", "bare")
     (way / "bare" / EXTRACTION).unlink()
+    (way / "other.pth").touch()
     shutil.copytree("model", "foreign")
     (way / "foreign" / EXTRACTION).write_text('{"settings": {}}', encoding="utf-8")
     shutil.copytree("features", "others")
@@ -368,6 +369,7 @@ def test_commands_name_what_is_wrong(way, capsys):
         (f"{search} bare", "extraction.json: expected a file that names the frame extractor"),
         (f"{search} foreign", "extraction.json: expected a file that names the frame extractor"),
         (f"{search} nowhere", "nowhere/config.json: expected"),
+        (f"{search} model --weights none.pth", "none.pth: expected a file of weights, found nothing there"),
         (f"{search} model --weights other.pth", "weights of the extractor: expected standard, which"),
         ("search videos.index new.mp4", "--model: expected the folder of the model"),
         ("search videos.index --id 1 --filmstrip a.png", "--filmstrip: expected a VIDEO"),

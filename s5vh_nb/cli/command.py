@@ -561,6 +561,9 @@ def _features(args):
     print(f"Notebooks take it with: -p dataset=own-videos -p data_root={shlex.quote(args.out)}")
 
 
+_CONTINUED = "features", "train", "reproduce"  # commands that go on where they were stopped
+
+
 def _dispatch(args) -> int:
     "Do what the command line says; the exit status."
     if args.command == "reproduce":
@@ -625,6 +628,6 @@ def main(
         print(f"s5vh-nb: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        said = "interrupted; what was finished is kept, and the same command continues from there"
-        print(f"s5vh-nb: {said}", file=sys.stderr)
+        kept = "; what was finished is kept, and the same command continues from there"
+        print(f"s5vh-nb: interrupted{kept * (args.command in _CONTINUED)}", file=sys.stderr)
         return 130

@@ -25,7 +25,7 @@ from ..basics.files import user_path
 from ..basics.pools import RayPool, in_order
 from ..datasets.catalog import CATALOG, load
 from ..datasets.decode import View, read_clip
-from ..datasets.extract import EXTRACTION, Extractor, make_extractor, read_settings
+from ..datasets.extract import EXTRACTION, Extractor, make_extractor, read_settings, weights_name
 from ..datasets.splits import Dataset, Split
 from ..datasets.video_files import read_manifest
 from ..models.codes import HashNetwork, network_class
@@ -226,7 +226,7 @@ class VideoModel:
             See `pick_device`
         """
         settings, network = read_settings(folder), load_network(folder, device)
-        named = "standard" if weights is None else Path(weights).name
+        named = weights_name(weights)
         expected = f"{settings['weights']}, which the model was trained with"
         check(named == settings["weights"], "weights of the extractor", expected, named)
         return cls(network, make_extractor(settings["extractor"], weights, device), settings["frames"])
