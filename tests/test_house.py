@@ -202,7 +202,7 @@ MOVED = """(async () => {
 
 
 def marked(browser, url):
-    "Whether the notebook that Lab opens is marked as changed; Lab sometimes loads its page anew as it starts."
+    "Whether the notebook that Lab opens is marked as changed. At times Lab loads its page anew as it starts."
     browser.open(url)
     for _ in range(3):
         with contextlib.suppress(Reloaded):

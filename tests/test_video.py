@@ -700,7 +700,7 @@ def test_weights_of_one_name_are_told_apart(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(extract, "make_extractor", lambda name, weights, device: make(name, None, device))
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "best.pth").write_text(folder)
+        (tmp_path / folder / "best.pth").write_text(folder, encoding="utf-8")
     extract_features(videos, tmp_path / "out", **FAST, weights=tmp_path / "one" / "best.pth")
     with pytest.raises(ValueError, match=r"out: expected .*best.pth \(\w{16}\)"):
         extract_features(videos, tmp_path / "out", **FAST, weights=tmp_path / "two" / "best.pth")

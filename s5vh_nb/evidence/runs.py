@@ -71,7 +71,8 @@ def _without_docstrings(tree):
 @functools.cache
 def _code_digest(modules: tuple) -> str:  # Of this package, as `wing.name`
     "8 hex digits over their code and all code that they reach."
-    folder, digests, waiting = Path(s5vh_nb.__file__).parent, {}, list(modules)
+    folder, waiting = Path(s5vh_nb.__file__).parent, list(modules)
+    digests = {}
     while waiting:
         module = waiting.pop()
         path = folder.joinpath(*module.split(".")).with_suffix(".py")
@@ -84,7 +85,7 @@ def _code_digest(modules: tuple) -> str:  # Of this package, as `wing.name`
 
 
 def training_digest(config: TrainConfig) -> str:
-    """8 hex digits over the code of this package that the training reaches, its network and objective included.
+    """8 hex digits over the code of this package that a training reaches, network and objective included.
 
     Parameters
     ----------
